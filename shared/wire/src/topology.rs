@@ -150,14 +150,9 @@ pub fn matches(pattern: &str, key: &str) -> bool {
         match (pattern.split_first(), key.split_first()) {
             (None, None) => true,
             (Some((&"#", rest)), _) => {
-                walk(rest, key)
-                    || key
-                        .split_first()
-                        .is_some_and(|(_, tail)| walk(pattern, tail))
+                walk(rest, key) || key.split_first().is_some_and(|(_, tail)| walk(pattern, tail))
             }
-            (Some((&word, rest)), Some((&head, tail))) if word == "*" || word == head => {
-                walk(rest, tail)
-            }
+            (Some((&word, rest)), Some((&head, tail))) if word == "*" || word == head => walk(rest, tail),
             _ => false,
         }
     }
@@ -172,11 +167,7 @@ pub fn kind(routing_key: &str) -> &str {
     const ADDRESSED: [&str; 3] = ["request.rejected", "verdict", "deltas"];
     ADDRESSED
         .into_iter()
-        .find(|kind| {
-            routing_key
-                .strip_prefix(kind)
-                .is_some_and(|rest| rest.starts_with('.'))
-        })
+        .find(|kind| routing_key.strip_prefix(kind).is_some_and(|rest| rest.starts_with('.')))
         .unwrap_or(routing_key)
 }
 
@@ -217,10 +208,7 @@ mod tests {
         assert_eq!(receivers(keys::REQUEST_SUBMITTED), ["settlement.submitted"]);
         assert_eq!(receivers(keys::REQUEST_FUNDED), ["mempool.funded"]);
         assert_eq!(receivers(keys::REQUEST_OFFERED), ["dispatcher.offered"]);
-        assert_eq!(
-            receivers(&keys::request_rejected("gw-1")),
-            ["gateway.rejected"]
-        );
+        assert_eq!(receivers(&keys::request_rejected("gw-1")), ["gateway.rejected"]);
         assert_eq!(receivers(keys::RESULTS_COLLECTED), ["verifier.collected"]);
         assert_eq!(receivers(keys::CLOSE_REQUESTED), ["verifier.close"]);
         assert_eq!(

@@ -1,0 +1,217 @@
+//! The chain: where batches of receipts are anchored.
+//!
+//! - [`ChainReader`] reads the contract; it needs no key. `infera verify` uses it.
+//! - [`Chain`] also signs and sends batches. Nothing here picks a nonce by itself: the caller reads
+//!   [`Chain::next_nonce`], gets the signed bytes from [`Chain::sign_batch`], stores them, and only then sends them with
+//!   [`Chain::send_raw`]. Sending the same bytes again is harmless, and the contract refuses a sequence it already has.
+//! - [`devnet`] runs a local anvil whose state survives restarts.
+//!
+//! Every call ends within [`CALL_TIMEOUT`].
+
+pub mod client;
+pub mod devnet;
+pub mod reader;
+
+use std::time::Duration;
+
+pub use alloy::primitives::{Address, B256};
+pub use client::{Chain, SignedTx, TxStatus, parse_key};
+pub use reader::ChainReader;
+
+/// The longest that one call to the JSON-RPC endpoint may take.
+pub const CALL_TIMEOUT: Duration = Duration::from_secs(10);
+
+#[allow(clippy::too_many_arguments)] // the generated constructor of an event with seven fields
+mod abi {
+    alloy::sol!(
+        #[sol(rpc)]
+        InferaSettlement,
+        "contracts/artifacts/InferaSettlement.json"
+    );
+}
+pub(crate) use abi::InferaSettlement;
+
+/// A batch of receipts as the contract takes it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Batch {
+    /// Position in the chain of batches, from 1.
+    pub sequence: u64,
+    /// [`Batch::hash`] of the batch before; zero for the first.
+    pub previous_hash: B256,
+    /// Root of the Merkle tree over the receipts.
+    pub receipts_root: B256,
+    /// Receipts in the batch, at least 1.
+    pub count: u64,
+    /// Root over the operators' cumulative rewards.
+    pub reward_root: B256,
+    /// What the receipts charged together, in micro-INFER.
+    pub total: u128,
+}
+
+impl Batch {
+    /// The hash by which the next batch names this one: keccak of the ABI-encoded fields, as `hashBatch` computes it.
+    pub fn hash(&self) -> B256 {
+        use alloy::sol_types::SolValue;
+        let encoded =
+            (self.sequence, self.previous_hash, self.receipts_root, self.count, self.reward_root, self.total)
+                .abi_encode();
+        alloy::primitives::keccak256(encoded)
+    }
+}
+
+/// The newest batch that the contract holds.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Head {
+    /// 0 before the first batch.
+    pub sequence: u64,
+    /// Zero before the first batch.
+    pub hash: B256,
+}
+
+/// A batch found in the chain's log.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct PostedBatch {
+    pub batch: Batch,
+    pub batch_hash: B256,
+    pub block: u64,
+    pub tx: B256,
+}
+
+/// Why a call to the chain failed.
+#[derive(Debug, thiserror::Error)]
+pub enum ChainError {
+    /// The endpoint did not answer, or not in time. Try again later.
+    #[error("chain: {0}")]
+    Unreachable(String),
+    /// The endpoint answered with an error, such as a nonce that is taken.
+    #[error("chain: {what} was refused: {message}")]
+    Refused { what: &'static str, message: String },
+    /// The transaction would fail, or failed, in the contract.
+    #[error("chain: {what} reverts: {reason}")]
+    Reverted { what: &'static str, reason: String },
+    /// A setting that cannot work; `field` names it.
+    #[error("{field}: {message}")]
+    Setting { field: &'static str, message: String },
+}
+
+impl ChainError {
+    /// Whether the endpoint is down, rather than disagreeing.
+    pub fn is_unreachable(&self) -> bool {
+        matches!(self, Self::Unreachable(_))
+    }
+}
+
+/// Reads an address in hex, with or without 0x.
+///
+/// # Errors
+/// [`ChainError::Setting`] naming `field`.
+pub fn parse_address(field: &'static str, text: &str) -> Result<Address, ChainError> {
+    text.parse().map_err(|_| ChainError::Setting {
+        field,
+        message: format!("{text:?} is not an address; write 0x and 40 hex digits"),
+    })
+}
+
+/// Runs one call under [`CALL_TIMEOUT`] and sorts its failure.
+async fn call<T, E: Into<Failure>>(
+    what: &'static str,
+    future: impl Future<Output = Result<T, E>>,
+) -> Result<T, ChainError> {
+    match tokio::time::timeout(CALL_TIMEOUT, future).await {
+        Ok(Ok(value)) => Ok(value),
+        Ok(Err(error)) => Err(error.into().named(what)),
+        Err(_) => {
+            Err(ChainError::Unreachable(format!("{what} got no answer in {} s", CALL_TIMEOUT.as_secs())))
+        }
+    }
+}
+
+/// A failed call, before it is named.
+enum Failure {
+    Down(String),
+    Refused(String),
+    Reverted(String),
+}
+
+impl Failure {
+    fn named(self, what: &'static str) -> ChainError {
+        match self {
+            Self::Down(message) => ChainError::Unreachable(format!("{what}: {message}")),
+            Self::Refused(message) => ChainError::Refused { what, message },
+            Self::Reverted(reason) => ChainError::Reverted { what, reason },
+        }
+    }
+}
+
+impl From<alloy::transports::TransportError> for Failure {
+    fn from(error: alloy::transports::TransportError) -> Self {
+        let Some(payload) = error.as_error_resp() else {
+            return Self::Down(error.to_string());
+        };
+        if let Some(reverted) =
+            payload.as_decoded_interface_error::<InferaSettlement::InferaSettlementErrors>()
+        {
+            return Self::Reverted(revert_reason(&reverted));
+        }
+        if payload.message.contains("revert") {
+            return Self::Reverted(payload.message.to_string());
+        }
+        Self::Refused(payload.message.to_string())
+    }
+}
+
+impl From<alloy::contract::Error> for Failure {
+    fn from(error: alloy::contract::Error) -> Self {
+        match error {
+            alloy::contract::Error::TransportError(error) => error.into(),
+            other => Self::Refused(other.to_string()),
+        }
+    }
+}
+
+fn revert_reason(error: &InferaSettlement::InferaSettlementErrors) -> String {
+    use InferaSettlement::InferaSettlementErrors as E;
+    match error {
+        E::WrongSequence(e) => format!("sequence {} given, {} expected", e.given, e.expected),
+        E::WrongPreviousHash(e) => {
+            format!("previous hash {} given, {} expected", e.given, e.expected)
+        }
+        E::EmptyBatch(_) => "the batch is empty".to_string(),
+        E::AccessControlUnauthorizedAccount(e) => format!("{} may not do this", e.account),
+        E::AccessControlBadConfirmation(_) => "bad confirmation".to_string(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_address_needs_forty_digits() {
+        let error = parse_address("chain.contract", "0x12").unwrap_err().to_string();
+        assert!(error.starts_with("chain.contract: "), "{error}");
+        let text = "0x5FbDB2315678afecb367f032d93F642f64180aa3";
+        assert_eq!(parse_address("chain.contract", text).unwrap().to_string(), text);
+    }
+
+    #[test]
+    fn the_hash_depends_on_every_field() {
+        let batch = Batch {
+            sequence: 1,
+            previous_hash: B256::ZERO,
+            receipts_root: B256::repeat_byte(1),
+            count: 2,
+            reward_root: B256::ZERO,
+            total: 3,
+        };
+        let others = [
+            Batch { sequence: 2, ..batch },
+            Batch { previous_hash: B256::repeat_byte(9), ..batch },
+            Batch { receipts_root: B256::repeat_byte(9), ..batch },
+            Batch { count: 9, ..batch },
+            Batch { reward_root: B256::repeat_byte(9), ..batch },
+            Batch { total: 9, ..batch },
+        ];
+        assert!(others.iter().all(|other| other.hash() != batch.hash()));
+    }
+}

@@ -1,0 +1,3 @@
+//! Settlement: money that balances, receipts, and the chain that anchors them.
+
+pub mod chain;

@@ -1,0 +1,262 @@
+//! The receipt document that an account downloads, and its check by a stranger.
+//!
+//! One canonical encoding: compact JSON in the order of the fields. [`check`] parses, writes again
+//! and compares bytes, so that a document can't be changed without a check noticing.
+
+use crate::{
+    agreement::Decision,
+    agreement::decide,
+    assignment::{assign_message, post_message},
+    bytes::Hash32,
+    evidence::Evidence,
+    identity::{Domain, verify},
+    merkle::root_of,
+    receipt::Receipt,
+    registry::{Manifest, Registry},
+};
+use serde::{Deserialize, Serialize};
+
+/// Largest document that is read, bytes: evidence is at most one `ResultsCollected` in JSON.
+pub const MAX_DOCUMENT_BYTES: usize = 16 * 1024 * 1024;
+
+/// Whether a batch on the chain holds the receipt.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Status {
+    Pending,
+    Anchored,
+}
+
+/// Where the receipt stands on the chain.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Anchor {
+    /// Batch number, from 1.
+    pub sequence: u64,
+    pub receipts_root: Hash32,
+    pub proof: Vec<Hash32>,
+}
+
+/// What `GET /v1/receipts/{id}` answers.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Document {
+    pub receipt: Receipt,
+    pub status: Status,
+    pub anchor: Option<Anchor>,
+    /// Only for the account that asked.
+    pub evidence: Option<Evidence>,
+}
+
+/// Result of one check.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Outcome {
+    Passed,
+    Failed(String),
+    /// The document doesn't hold what this check needs; says what.
+    NotChecked(String),
+}
+
+/// One named check.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+pub struct Check {
+    pub name: &'static str,
+    pub outcome: Outcome,
+}
+
+/// All checks that need no chain.
+#[derive(Debug, Clone)]
+pub struct Report {
+    pub checks: Vec<Check>,
+    /// The document, where it could be read.
+    pub document: Option<Document>,
+}
+
+impl Report {
+    pub fn failed(&self) -> bool {
+        self.checks.iter().any(|c| matches!(c.outcome, Outcome::Failed(_)))
+    }
+
+    fn push(&mut self, name: &'static str, result: Result<(), String>) {
+        let outcome = match result {
+            Ok(()) => Outcome::Passed,
+            Err(reason) => Outcome::Failed(reason),
+        };
+        self.checks.push(Check { name, outcome });
+    }
+
+    fn skip(&mut self, name: &'static str, why: &str) {
+        self.checks.push(Check { name, outcome: Outcome::NotChecked(why.into()) });
+    }
+}
+
+impl Document {
+    /// The one encoding.
+    ///
+    /// # Errors
+    /// Only if a number can't be written as JSON.
+    pub fn canonical(&self) -> Result<Vec<u8>, serde_json::Error> {
+        serde_json::to_vec(self)
+    }
+}
+
+/// Checks a document against the network's manifest and registry. Trusts no service; what stands
+/// on the chain (the batch's root) is the caller's to compare.
+pub fn check(bytes: &[u8], manifest: &Manifest, registry: &Registry) -> Report {
+    let mut report = Report { checks: Vec::new(), document: None };
+    report.push(
+        "registry",
+        match registry.hash() {
+            Ok(hash) if hash == manifest.registry_hash => Ok(()),
+            Ok(hash) => {
+                Err(format!("the registry's hash is {hash}, the manifest names {}", manifest.registry_hash))
+            }
+            Err(error) => Err(error.to_string()),
+        },
+    );
+    let document = match parse(bytes) {
+        Ok(document) => document,
+        Err(reason) => {
+            report.push("encoding", Err(reason));
+            return report;
+        }
+    };
+    report.push("encoding", Ok(()));
+    check_receipt(&mut report, &document.receipt, manifest, registry);
+    check_anchor(&mut report, &document);
+    match &document.evidence {
+        Some(evidence) => check_evidence(&mut report, &document.receipt, evidence),
+        None => report
+            .skip("evidence", "the document has none: fetch it with the API key of the account that asked"),
+    }
+    report.document = Some(document);
+    report
+}
+
+fn parse(bytes: &[u8]) -> Result<Document, String> {
+    if bytes.len() > MAX_DOCUMENT_BYTES {
+        return Err(format!("{} bytes; at most {MAX_DOCUMENT_BYTES} are read", bytes.len()));
+    }
+    let document: Document =
+        serde_json::from_slice(bytes).map_err(|e| format!("not a receipt document: {e}"))?;
+    let canonical = document.canonical().map_err(|e| e.to_string())?;
+    if canonical == bytes {
+        Ok(document)
+    } else {
+        let at =
+            canonical.iter().zip(bytes).position(|(a, b)| a != b).unwrap_or(canonical.len().min(bytes.len()));
+        Err(format!("not the canonical encoding: differs at byte {at}"))
+    }
+}
+
+fn check_receipt(report: &mut Report, receipt: &Receipt, manifest: &Manifest, registry: &Registry) {
+    let domain = Domain { chain_id: receipt.chain_id, contract: receipt.contract };
+    report.push(
+        "network",
+        ensure(domain == manifest.domain, || {
+            format!("made for chain {} and contract {}", receipt.chain_id, receipt.contract)
+        }),
+    );
+    report.push(
+        "dispatcher",
+        ensure(manifest.dispatchers.contains(&receipt.dispatcher), || {
+            format!("{} is not a dispatcher of this network", receipt.dispatcher)
+        }),
+    );
+    let assign = assign_message(
+        &domain,
+        receipt.id,
+        &receipt.request_hash,
+        receipt.attempt,
+        receipt.epoch,
+        &receipt.eligible_root,
+    );
+    report.push(
+        "assignment signature",
+        verify(&receipt.dispatcher, &assign, &receipt.assign_signature).map_err(|e| e.to_string()),
+    );
+    let post = post_message(&domain, &receipt.request_hash, receipt.attempt, &receipt.commitments_root);
+    report.push(
+        "post-draw signature",
+        verify(&receipt.dispatcher, &post, &receipt.post_signature).map_err(|e| e.to_string()),
+    );
+    report.push(
+        "model",
+        match registry.by_root(&receipt.model_root) {
+            None => Err(format!("no model of the registry has the weights {}", receipt.model_root)),
+            Some(model) if model.price_micro != receipt.price_micro => Err(format!(
+                "price {} per token, the registry says {}",
+                receipt.price_micro, model.price_micro
+            )),
+            Some(_) => Ok(()),
+        },
+    );
+    report.push(
+        "calibration",
+        ensure(receipt.calibration_hash == registry.calibration.hash(), || {
+            "another calibration than the registry's".into()
+        }),
+    );
+    let paid: Option<u64> = receipt.payments.iter().try_fold(0_u64, |sum, p| sum.checked_add(p.amount_micro));
+    report.push(
+        "payments",
+        ensure(paid == Some(receipt.charged_micro), || {
+            format!("payments sum to {paid:?}, charged were {}", receipt.charged_micro)
+        }),
+    );
+}
+
+fn check_anchor(report: &mut Report, document: &Document) {
+    match (document.status, &document.anchor) {
+        (Status::Anchored, Some(anchor)) => {
+            let root = root_of(&document.receipt.leaf(), &anchor.proof);
+            report.push(
+                "merkle proof",
+                ensure(root == anchor.receipts_root, || {
+                    format!("leads to {root}, the batch's root is {}", anchor.receipts_root)
+                }),
+            );
+        }
+        (Status::Pending, None) => {
+            report.skip("merkle proof", "the receipt waits for its batch; fetch it again in a moment")
+        }
+        _ => report.push("merkle proof", Err("status and anchor contradict each other".into())),
+    }
+}
+
+fn check_evidence(report: &mut Report, receipt: &Receipt, evidence: &Evidence) {
+    report.push(
+        "evidence root",
+        match evidence.root() {
+            Ok(root) => ensure(root == receipt.evidence_root, || format!("the evidence hashes to {root}")),
+            Err(error) => Err(error.to_string()),
+        },
+    );
+    report.push("draw", evidence.check_assignment().map_err(|e| e.to_string()));
+    report.push("commitments and reveals", evidence.check_slots().map_err(|e| e.to_string()));
+    report.push("post draw", evidence.check_post().map_err(|e| e.to_string()));
+    report.push(
+        "agreement",
+        match decide(evidence.k, &evidence.results(), true) {
+            Decision::Verified { members } => {
+                let mut named: Vec<_> = receipt.verified.iter().map(|v| v.node).collect();
+                named.sort();
+                ensure(named == members, || "another verified set follows from the reveals".into())
+            }
+            _ => Err("the reveals have no quorum".into()),
+        },
+    );
+    report.push(
+        "every field",
+        match Receipt::build(evidence) {
+            Ok(rebuilt) if rebuilt == *receipt => Ok(()),
+            Ok(_) => Err("the receipt is not the one that follows from the evidence".into()),
+            Err(error) => Err(error.to_string()),
+        },
+    );
+}
+
+fn ensure(holds: bool, reason: impl FnOnce() -> String) -> Result<(), String> {
+    if holds { Ok(()) } else { Err(reason()) }
+}

@@ -1,0 +1,29 @@
+//! The rules of the network, in the order in which a request meets them. Pure functions: no I/O, no
+//! clock, no randomness of their own. This is what a stranger needs to check the network.
+//!
+//! | section | module |
+//! |---|---|
+//! | 1 identities | [`identity`], [`registry`] |
+//! | 3 request | [`request`] |
+//! | 4 assignment | [`assignment`] |
+//! | 5 generation | [`sampling`], [`fingerprint`] |
+//! | 6 commit and reveal | [`commitment`] |
+//! | 7 agreement | [`agreement`] |
+//! | 10 settlement | [`evidence`], [`receipt`], [`document`], [`merkle`], [`money`] |
+
+pub mod agreement;
+pub mod assignment;
+pub mod bytes;
+pub mod commitment;
+pub mod document;
+pub mod evidence;
+pub mod fingerprint;
+pub mod hash;
+pub mod identity;
+pub mod ids;
+pub mod merkle;
+pub mod money;
+pub mod receipt;
+pub mod registry;
+pub mod request;
+pub mod sampling;

@@ -1,0 +1,192 @@
+//! A request (protocol section 3): fixed by the gateway before anyone works on it.
+
+use crate::{
+    bytes::{Hash32, hex_bytes},
+    hash::{Encoder, keccak},
+    identity::Domain,
+    sampling::SamplingParams,
+};
+use serde::{Deserialize, Serialize};
+use uuid::Uuid;
+
+/// Most tokens that a prompt may have, and most that may be asked for.
+pub const MAX_TOKENS: u32 = 8_192;
+/// Most stop strings of a request.
+pub const MAX_STOPS: usize = 4;
+/// Longest stop string, bytes.
+pub const MAX_STOP_BYTES: usize = 64;
+/// Replicas of a request: at least, and at most after escalation (section 7).
+pub const MIN_REPLICAS: u32 = 3;
+pub const MAX_REPLICAS: u32 = 7;
+
+/// What every attempt and every node shares.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Request {
+    pub id: Uuid,
+    /// BLAKE3 of the weights file, as the registry lists it.
+    pub model_root: Hash32,
+    /// Token ids of the rendered chat template.
+    pub prompt: Vec<u32>,
+    pub sampling: SamplingParams,
+    pub max_tokens: u32,
+    pub stop: Vec<String>,
+    pub seed: u64,
+}
+
+/// A request that breaks a limit; names the field.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum RequestError {
+    #[error("prompt has {actual} tokens; allowed are 1 to {MAX_TOKENS}")]
+    Prompt { actual: usize },
+    #[error("max_tokens is {actual}; allowed are 1 to {MAX_TOKENS}")]
+    MaxTokens { actual: u32 },
+    #[error("stop must be at most {MAX_STOPS} non-empty strings of at most {MAX_STOP_BYTES} bytes")]
+    Stop,
+}
+
+impl Request {
+    /// Checks the limits above; the parameters of `sampling` were checked when it was made.
+    pub fn validate(&self) -> Result<(), RequestError> {
+        if self.prompt.is_empty() || self.prompt.len() > MAX_TOKENS as usize {
+            return Err(RequestError::Prompt { actual: self.prompt.len() });
+        }
+        if self.max_tokens == 0 || self.max_tokens > MAX_TOKENS {
+            return Err(RequestError::MaxTokens { actual: self.max_tokens });
+        }
+        if self.stop.len() > MAX_STOPS || self.stop.iter().any(|s| s.is_empty() || s.len() > MAX_STOP_BYTES) {
+            return Err(RequestError::Stop);
+        }
+        Ok(())
+    }
+
+    /// The request hash: every commitment is to this hash, on this network.
+    pub fn hash(&self, domain: &Domain) -> Hash32 {
+        let s = &self.sampling;
+        let mut encoder = domain
+            .encode(Encoder::new("infera.request.v1"))
+            .fixed(self.id.as_bytes())
+            .fixed(&self.model_root.0)
+            .tokens(&self.prompt)
+            .u32(s.temperature.to_bits())
+            .u32(s.top_p.to_bits())
+            .u32(s.top_k)
+            .u32(s.min_p.to_bits())
+            .u32(s.frequency_penalty.to_bits())
+            .u32(s.presence_penalty.to_bits())
+            .u32(self.max_tokens)
+            .u64(self.seed)
+            .u32(u32::try_from(self.stop.len()).unwrap_or(u32::MAX));
+        for stop in &self.stop {
+            encoder = encoder.bytes(stop.as_bytes());
+        }
+        encoder.keccak()
+    }
+}
+
+/// The seed of a request whose caller gave none: derived from its id.
+pub fn derived_seed(id: Uuid) -> u64 {
+    let hash = Encoder::new("infera.seed.v1").fixed(id.as_bytes()).keccak();
+    let mut bytes = [0; 8];
+    bytes.copy_from_slice(&hash.0[..8]);
+    u64::from_be_bytes(bytes)
+}
+
+/// Why a generation ended (section 5).
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Finish {
+    Eos,
+    Length,
+    Stop,
+    Grammar,
+}
+
+impl Finish {
+    pub(crate) fn code(self) -> u8 {
+        match self {
+            Self::Eos => 1,
+            Self::Length => 2,
+            Self::Stop => 3,
+            Self::Grammar => 4,
+        }
+    }
+}
+
+/// What a node reveals: the generation and what it saw at every token.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Output {
+    pub tokens: Vec<u32>,
+    /// Encodings of [`crate::fingerprint::Fingerprint`], one per token, concatenated.
+    #[serde(with = "hex_bytes")]
+    pub fingerprints: Vec<u8>,
+    pub finish: Finish,
+}
+
+impl Output {
+    pub fn tokens_root(&self) -> Hash32 {
+        Encoder::new("infera.tokens.v1").tokens(&self.tokens).keccak()
+    }
+
+    pub fn fingerprint_root(&self) -> Hash32 {
+        keccak(&[b"infera.fingerprints.v1", &self.fingerprints])
+    }
+
+    /// What two results must share to be equal (section 7): tokens and finish.
+    pub fn hash(&self) -> Hash32 {
+        Encoder::new("infera.output.v1").tokens(&self.tokens).u8(self.finish.code()).keccak()
+    }
+}
+
+#[cfg(test)]
+pub(crate) mod tests {
+    use super::*;
+    use crate::bytes::Address;
+
+    pub(crate) fn sample() -> Request {
+        Request {
+            id: Uuid::from_u128(1),
+            model_root: Hash32([2; 32]),
+            prompt: vec![1, 2, 3],
+            sampling: SamplingParams::default(),
+            max_tokens: 16,
+            stop: vec!["END".into()],
+            seed: 42,
+        }
+    }
+
+    #[test]
+    fn every_field_changes_the_hash() {
+        let domain = Domain { chain_id: 1, contract: Address([1; 20]) };
+        let base = sample().hash(&domain);
+        let mut changed = vec![
+            Request { id: Uuid::from_u128(2), ..sample() },
+            Request { model_root: Hash32([3; 32]), ..sample() },
+            Request { prompt: vec![1, 2], ..sample() },
+            Request { max_tokens: 17, ..sample() },
+            Request { stop: vec![], ..sample() },
+            Request { seed: 43, ..sample() },
+        ];
+        let mut warm = sample();
+        warm.sampling.temperature = 0.25;
+        changed.push(warm);
+        for request in changed {
+            assert_ne!(request.hash(&domain), base, "{request:?}");
+        }
+        assert_ne!(sample().hash(&Domain { chain_id: 2, ..domain }), base);
+    }
+
+    #[test]
+    fn limits_name_the_field() {
+        assert_eq!(
+            Request { max_tokens: 0, ..sample() }.validate(),
+            Err(RequestError::MaxTokens { actual: 0 })
+        );
+        assert_eq!(
+            Request { prompt: vec![], ..sample() }.validate(),
+            Err(RequestError::Prompt { actual: 0 })
+        );
+        assert_eq!(Request { stop: vec![String::new()], ..sample() }.validate(), Err(RequestError::Stop));
+    }
+}

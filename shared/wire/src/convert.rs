@@ -1,0 +1,418 @@
+//! Wire messages into validated domain types and back. Errors name the field.
+
+use crate::{MAX_REVEAL_BYTES, WireError, v1};
+use infera_protocol::{
+    assignment::{Eligible, MAX_ELIGIBLE},
+    bytes::{Address, BytesError, EvmSignature, Hash32, NodeId, Signature},
+    evidence::{Evidence, Reveal, SignedCommitment, SlotEvidence, SlotOutcome},
+    fingerprint::Fingerprint,
+    identity::{Domain, HelloClaims, NodeBinding},
+    request::{Finish, Output, Request},
+    sampling::SamplingParams,
+};
+use uuid::Uuid;
+
+/// Most slots of an attempt: 7 results and those that were replaced.
+pub const MAX_SLOTS: usize = 64;
+/// Most concurrent sequences that a node may declare.
+pub const MAX_NODE_SLOTS: u32 = 64;
+/// Longest account name, model id and other short text, bytes.
+pub const MAX_NAME_BYTES: usize = 128;
+
+/// A UUID from 16 bytes.
+pub fn uuid(field: &'static str, bytes: &[u8]) -> Result<Uuid, WireError> {
+    Uuid::from_slice(bytes)
+        .map_err(|_| WireError::invalid(field, format!("{} bytes, expected 16", bytes.len())))
+}
+
+/// A fixed-size value.
+pub fn fixed<'a, T>(field: &'static str, bytes: &'a [u8]) -> Result<T, WireError>
+where
+    T: TryFrom<&'a [u8], Error = BytesError>,
+{
+    T::try_from(bytes).map_err(|error| WireError::invalid(field, error.to_string()))
+}
+
+/// A message field that must be there.
+pub fn required<'a, T>(field: &'static str, value: &'a Option<T>) -> Result<&'a T, WireError> {
+    value.as_ref().ok_or(WireError::Missing { field })
+}
+
+/// A non-empty text of at most [`MAX_NAME_BYTES`].
+pub fn name(field: &'static str, text: &str) -> Result<String, WireError> {
+    if text.is_empty() || text.len() > MAX_NAME_BYTES {
+        return Err(WireError::invalid(
+            field,
+            format!("{} bytes, allowed are 1 to {MAX_NAME_BYTES}", text.len()),
+        ));
+    }
+    Ok(text.to_owned())
+}
+
+pub fn request(wire: &v1::Request) -> Result<Request, WireError> {
+    let s = required("request.sampling", &wire.sampling)?;
+    let sampling = SamplingParams {
+        temperature: s.temperature,
+        top_p: s.top_p,
+        top_k: s.top_k,
+        min_p: s.min_p,
+        frequency_penalty: s.frequency_penalty,
+        presence_penalty: s.presence_penalty,
+    };
+    sampling.validate().map_err(|e| WireError::invalid("request.sampling", e.to_string()))?;
+    let request = Request {
+        id: uuid("request.id", &wire.id)?,
+        model_root: fixed("request.model_root", &wire.model_root)?,
+        prompt: wire.prompt.clone(),
+        sampling,
+        max_tokens: wire.max_tokens,
+        stop: wire.stop.clone(),
+        seed: wire.seed,
+    };
+    request.validate().map_err(|e| WireError::invalid("request", e.to_string()))?;
+    Ok(request)
+}
+
+pub fn request_to_wire(request: &Request) -> v1::Request {
+    let s = &request.sampling;
+    v1::Request {
+        id: request.id.as_bytes().to_vec(),
+        model_root: request.model_root.to_vec(),
+        prompt: request.prompt.clone(),
+        sampling: Some(v1::Sampling {
+            temperature: s.temperature,
+            top_p: s.top_p,
+            top_k: s.top_k,
+            min_p: s.min_p,
+            frequency_penalty: s.frequency_penalty,
+            presence_penalty: s.presence_penalty,
+        }),
+        max_tokens: request.max_tokens,
+        stop: request.stop.clone(),
+        seed: request.seed,
+    }
+}
+
+pub fn finish(field: &'static str, wire: i32) -> Result<Finish, WireError> {
+    match v1::Finish::try_from(wire) {
+        Ok(v1::Finish::Eos) => Ok(Finish::Eos),
+        Ok(v1::Finish::Length) => Ok(Finish::Length),
+        Ok(v1::Finish::Stop) => Ok(Finish::Stop),
+        Ok(v1::Finish::Grammar) => Ok(Finish::Grammar),
+        Ok(v1::Finish::Unspecified) | Err(_) => {
+            Err(WireError::invalid(field, format!("unknown finish {wire}")))
+        }
+    }
+}
+
+pub fn finish_to_wire(finish: Finish) -> v1::Finish {
+    match finish {
+        Finish::Eos => v1::Finish::Eos,
+        Finish::Length => v1::Finish::Length,
+        Finish::Stop => v1::Finish::Stop,
+        Finish::Grammar => v1::Finish::Grammar,
+    }
+}
+
+pub fn eligible(wire: &v1::Eligible) -> Result<Eligible, WireError> {
+    Ok(Eligible {
+        node: fixed("eligible.node", &wire.node)?,
+        operator: fixed("eligible.operator", &wire.operator)?,
+        weight: wire.weight,
+    })
+}
+
+pub fn eligible_to_wire(eligible: &Eligible) -> v1::Eligible {
+    v1::Eligible {
+        node: eligible.node.to_vec(),
+        operator: eligible.operator.to_vec(),
+        weight: eligible.weight,
+    }
+}
+
+/// What a hello claims, with its two signatures still to be checked.
+pub struct Hello {
+    pub claims: HelloClaims,
+    pub binding_signature: EvmSignature,
+    pub signature: Signature,
+    pub version: String,
+}
+
+pub fn hello(wire: &v1::Hello) -> Result<Hello, WireError> {
+    let node = fixed("hello.node", &wire.node)?;
+    if wire.slots == 0 || wire.slots > MAX_NODE_SLOTS {
+        return Err(WireError::invalid(
+            "hello.slots",
+            format!("{}, allowed are 1 to {MAX_NODE_SLOTS}", wire.slots),
+        ));
+    }
+    Ok(Hello {
+        claims: HelloClaims {
+            node,
+            operator: fixed("hello.operator", &wire.operator)?,
+            binding: NodeBinding {
+                node,
+                signer: fixed("hello.signer", &wire.signer)?,
+                expiry_ms: wire.binding_expiry_ms,
+            },
+            release_hash: fixed("hello.release_hash", &wire.release_hash)?,
+            weights_root: fixed("hello.weights_root", &wire.weights_root)?,
+            class: name("hello.class", &wire.class)?,
+            slots: wire.slots,
+        },
+        binding_signature: fixed("hello.binding_signature", &wire.binding_signature)?,
+        signature: fixed("hello.signature", &wire.signature)?,
+        version: name("hello.version", &wire.version)?,
+    })
+}
+
+pub fn commitment(wire: &v1::Commit) -> Result<SignedCommitment, WireError> {
+    Ok(SignedCommitment {
+        digest: fixed("commit.commitment", &wire.commitment)?,
+        signature: fixed("commit.signature", &wire.signature)?,
+    })
+}
+
+/// A reveal within its limits: one well-formed fingerprint per token.
+pub fn reveal(wire: &v1::Reveal) -> Result<Reveal, WireError> {
+    let size = wire.fingerprints.len() + wire.tokens.len() * 4;
+    if size > MAX_REVEAL_BYTES {
+        return Err(WireError::invalid("reveal", format!("{size} bytes, at most {MAX_REVEAL_BYTES}")));
+    }
+    let prints = Fingerprint::decode_all(&wire.fingerprints)
+        .map_err(|e| WireError::invalid("reveal.fingerprints", e.to_string()))?;
+    if prints.len() != wire.tokens.len() {
+        return Err(WireError::invalid(
+            "reveal.fingerprints",
+            format!("{} for {} tokens", prints.len(), wire.tokens.len()),
+        ));
+    }
+    Ok(Reveal {
+        output: Output {
+            tokens: wire.tokens.clone(),
+            fingerprints: wire.fingerprints.clone(),
+            finish: finish("reveal.finish", wire.finish)?,
+        },
+        salt: fixed("reveal.salt", &wire.salt)?,
+    })
+}
+
+fn outcome(wire: i32) -> Result<SlotOutcome, WireError> {
+    match v1::SlotOutcome::try_from(wire) {
+        Ok(v1::SlotOutcome::Revealed) => Ok(SlotOutcome::Revealed),
+        Ok(v1::SlotOutcome::NoCommit) => Ok(SlotOutcome::NoCommit),
+        Ok(v1::SlotOutcome::NoReveal) => Ok(SlotOutcome::NoReveal),
+        Ok(v1::SlotOutcome::Mismatch) => Ok(SlotOutcome::Mismatch),
+        Ok(v1::SlotOutcome::Declined) => Ok(SlotOutcome::Declined),
+        Ok(v1::SlotOutcome::Disconnected) => Ok(SlotOutcome::Disconnected),
+        Ok(v1::SlotOutcome::Unspecified) | Err(_) => {
+            Err(WireError::invalid("slot.outcome", format!("unknown outcome {wire}")))
+        }
+    }
+}
+
+pub fn outcome_to_wire(outcome: SlotOutcome) -> v1::SlotOutcome {
+    match outcome {
+        SlotOutcome::Revealed => v1::SlotOutcome::Revealed,
+        SlotOutcome::NoCommit => v1::SlotOutcome::NoCommit,
+        SlotOutcome::NoReveal => v1::SlotOutcome::NoReveal,
+        SlotOutcome::Mismatch => v1::SlotOutcome::Mismatch,
+        SlotOutcome::Declined => v1::SlotOutcome::Declined,
+        SlotOutcome::Disconnected => v1::SlotOutcome::Disconnected,
+    }
+}
+
+pub fn slot(wire: &v1::SlotResult) -> Result<SlotEvidence, WireError> {
+    Ok(SlotEvidence {
+        node: fixed("slot.node", &wire.node)?,
+        operator: fixed("slot.operator", &wire.operator)?,
+        outcome: outcome(wire.outcome)?,
+        commitment: wire.commit.as_ref().map(commitment).transpose()?,
+        reveal: wire.reveal.as_ref().map(reveal).transpose()?,
+    })
+}
+
+/// What every service needs of a submitted request.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Submitted {
+    pub request: Request,
+    pub account: String,
+    pub model: String,
+    pub k: u32,
+    pub reply_to: String,
+    pub stream: bool,
+    pub submitted_at_ms: i64,
+    pub deadline_ms: i64,
+    pub salt: Hash32,
+    pub bid_micro: u64,
+}
+
+pub fn submitted(wire: &v1::RequestSubmitted) -> Result<Submitted, WireError> {
+    use infera_protocol::request::{MAX_REPLICAS, MIN_REPLICAS};
+    if !(MIN_REPLICAS..=MAX_REPLICAS).contains(&wire.k) {
+        return Err(WireError::invalid(
+            "submitted.k",
+            format!("{}, allowed are {MIN_REPLICAS} to {MAX_REPLICAS}", wire.k),
+        ));
+    }
+    if wire.deadline_ms <= wire.submitted_at_ms || wire.submitted_at_ms < 0 {
+        return Err(WireError::invalid("submitted.deadline_ms", "not after submitted_at_ms"));
+    }
+    Ok(Submitted {
+        request: request(required("submitted.request", &wire.request)?)?,
+        account: name("submitted.account", &wire.account)?,
+        model: name("submitted.model", &wire.model)?,
+        k: wire.k,
+        reply_to: name("submitted.reply_to", &wire.reply_to)?,
+        stream: wire.stream,
+        submitted_at_ms: wire.submitted_at_ms,
+        deadline_ms: wire.deadline_ms,
+        salt: fixed("submitted.salt", &wire.salt)?,
+        bid_micro: wire.bid_micro,
+    })
+}
+
+pub fn submitted_to_wire(submitted: &Submitted) -> v1::RequestSubmitted {
+    v1::RequestSubmitted {
+        request: Some(request_to_wire(&submitted.request)),
+        account: submitted.account.clone(),
+        model: submitted.model.clone(),
+        k: submitted.k,
+        reply_to: submitted.reply_to.clone(),
+        stream: submitted.stream,
+        submitted_at_ms: submitted.submitted_at_ms,
+        deadline_ms: submitted.deadline_ms,
+        salt: submitted.salt.to_vec(),
+        bid_micro: submitted.bid_micro,
+    }
+}
+
+/// A funded request: what was submitted, and the price that its hold was made for.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Funded {
+    pub submitted: Submitted,
+    pub held_micro: u64,
+    pub price_micro: u64,
+    pub funded_at_ms: i64,
+}
+
+pub fn funded(wire: &v1::RequestFunded) -> Result<Funded, WireError> {
+    Ok(Funded {
+        submitted: submitted(required("funded.submitted", &wire.submitted)?)?,
+        held_micro: wire.held_micro,
+        price_micro: wire.price_micro,
+        funded_at_ms: wire.funded_at_ms,
+    })
+}
+
+pub fn funded_to_wire(funded: &Funded) -> v1::RequestFunded {
+    v1::RequestFunded {
+        submitted: Some(submitted_to_wire(&funded.submitted)),
+        held_micro: funded.held_micro,
+        price_micro: funded.price_micro,
+        funded_at_ms: funded.funded_at_ms,
+    }
+}
+
+/// The evidence that a `ResultsCollected` carries, as it stands when the verdict falls.
+pub fn evidence(
+    wire: &v1::ResultsCollected,
+    domain: Domain,
+    calibration_hash: Hash32,
+    decided_at_ms: i64,
+) -> Result<Evidence, WireError> {
+    if wire.eligible.len() > MAX_ELIGIBLE {
+        return Err(WireError::invalid(
+            "collected.eligible",
+            format!("{} nodes, at most {MAX_ELIGIBLE}", wire.eligible.len()),
+        ));
+    }
+    if wire.slots.len() > MAX_SLOTS {
+        return Err(WireError::invalid(
+            "collected.slots",
+            format!("{}, at most {MAX_SLOTS}", wire.slots.len()),
+        ));
+    }
+    let funded = funded(required("collected.funded", &wire.funded)?)?;
+    let submitted = funded.submitted;
+    Ok(Evidence {
+        domain,
+        request: submitted.request,
+        account: submitted.account,
+        model: submitted.model,
+        salt: submitted.salt,
+        k: submitted.k,
+        submitted_at_ms: submitted.submitted_at_ms,
+        decided_at_ms,
+        attempt: wire.attempt,
+        epoch: wire.epoch,
+        class: name("collected.class", &wire.class)?,
+        price_micro: funded.price_micro,
+        calibration_hash,
+        eligible: wire.eligible.iter().map(eligible).collect::<Result<_, _>>()?,
+        dispatcher: fixed::<NodeId>("collected.dispatcher", &wire.dispatcher)?,
+        assign_signature: fixed("collected.assign_signature", &wire.assign_signature)?,
+        post_signature: fixed("collected.post_signature", &wire.post_signature)?,
+        slots: wire.slots.iter().map(slot).collect::<Result<_, _>>()?,
+    })
+}
+
+/// An EVM address field.
+pub fn address(field: &'static str, bytes: &[u8]) -> Result<Address, WireError> {
+    fixed(field, bytes)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+    use prost::Message;
+
+    fn wire_request() -> v1::Request {
+        request_to_wire(&Request {
+            id: Uuid::from_u128(5),
+            model_root: Hash32([1; 32]),
+            prompt: vec![1],
+            sampling: SamplingParams::default(),
+            max_tokens: 4,
+            stop: vec!["x".into()],
+            seed: 9,
+        })
+    }
+
+    #[test]
+    fn a_request_survives_the_wire() {
+        let wire = wire_request();
+        assert_eq!(request_to_wire(&request(&wire).unwrap()), wire);
+    }
+
+    #[test]
+    fn what_is_wrong_is_named() {
+        let field = |change: fn(&mut v1::Request)| {
+            let mut wire = wire_request();
+            change(&mut wire);
+            request(&wire).unwrap_err().to_string()
+        };
+        assert!(field(|r| r.id.clear()).contains("request.id"));
+        assert!(field(|r| r.model_root.push(0)).contains("request.model_root"));
+        assert!(field(|r| r.sampling = None).contains("request.sampling"));
+        assert!(field(|r| r.max_tokens = 0).contains("max_tokens"));
+        assert!(field(|r| r.stop = vec![String::new()]).contains("stop"));
+    }
+
+    proptest! {
+        #[test]
+        fn garbage_never_panics(bytes in proptest::collection::vec(any::<u8>(), 0..300)) {
+            if let Ok(collected) = v1::ResultsCollected::decode(bytes.as_slice()) {
+                let domain = Domain { chain_id: 1, contract: Address::ZERO };
+                let _ = evidence(&collected, domain, Hash32::ZERO, 0);
+            }
+            if let Ok(wire) = v1::Hello::decode(bytes.as_slice()) {
+                let _ = hello(&wire);
+            }
+            if let Ok(wire) = v1::Reveal::decode(bytes.as_slice()) {
+                let _ = reveal(&wire);
+            }
+        }
+    }
+}
