@@ -17,7 +17,7 @@ use alloy::{
     primitives::Bytes,
     providers::{Provider, RootProvider},
 };
-use rustix::process::{Pid, Signal, kill_process, test_kill_process};
+use rustix::process::{Pid, Signal, kill_process};
 use tokio::{
     process::{Child, Command},
     sync::Mutex,
@@ -214,7 +214,7 @@ async fn end_leftover(pid_file: &Path, anvil: &Path) {
     tracing::warn!(pid = raw, "ending the devnet that an earlier run left behind");
     let _ = kill_process(pid, Signal::TERM);
     let deadline = Instant::now() + STOP_TIMEOUT;
-    while test_kill_process(pid).is_ok() && Instant::now() < deadline {
+    while runs() && Instant::now() < deadline {
         sleep(Duration::from_millis(20)).await;
     }
 }
