@@ -22,9 +22,11 @@ pub mod config;
 pub mod db;
 pub mod health;
 pub mod http;
+pub mod jwt;
 pub mod kv;
 pub mod planned;
 pub mod shutdown;
+pub mod telemetry;
 pub mod trace;
 
 /// Re-exported so that every crate cancels with the same token type.

@@ -4,10 +4,12 @@
 //! so nothing stays for ever.
 
 mod memory;
+mod redis;
 
 use std::time::Duration;
 
 use memory::Memory;
+use redis::Redis;
 
 /// Longest key in bytes.
 pub const MAX_KEY: usize = 512;
@@ -46,12 +48,22 @@ pub struct Kv {
 #[derive(Clone)]
 enum Adapter {
     Memory(Memory),
+    Redis(Redis),
 }
 
 impl Kv {
     /// Kept in this process; gone when it ends.
     pub fn memory() -> Self {
         Self { adapter: Adapter::Memory(Memory::default()) }
+    }
+
+    /// Kept in Redis (`redis://HOST:PORT/DB`); reconnects by itself. Must be called inside a tokio runtime
+    /// that outlives the store.
+    ///
+    /// # Errors
+    /// [`KvError::Unreachable`] when the first connection fails.
+    pub async fn redis(url: &str) -> Result<Self, KvError> {
+        Ok(Self { adapter: Adapter::Redis(Redis::connect(url).await?) })
     }
 
     /// Adds `by` to the counter `key` and returns the new value. A new counter starts at 0 and ends after
@@ -65,6 +77,7 @@ impl Kv {
         let by = i64::try_from(by).map_err(|_| KvError::NotACounter)?;
         match &self.adapter {
             Adapter::Memory(memory) => memory.incr(key, by, ttl),
+            Adapter::Redis(redis) => redis.incr(key, by, ttl).await,
         }
     }
 
@@ -76,6 +89,7 @@ impl Kv {
         check(key, 0)?;
         match &self.adapter {
             Adapter::Memory(memory) => Ok(memory.get(key)),
+            Adapter::Redis(redis) => redis.get(key).await,
         }
     }
 
@@ -89,6 +103,7 @@ impl Kv {
         check_ttl(ttl)?;
         match &self.adapter {
             Adapter::Memory(memory) => memory.set(key, value, ttl),
+            Adapter::Redis(redis) => redis.set(key, value, ttl).await,
         }
     }
 
@@ -103,6 +118,7 @@ impl Kv {
                 memory.delete(key);
                 Ok(())
             }
+            Adapter::Redis(redis) => redis.delete(key).await,
         }
     }
 
@@ -113,6 +129,7 @@ impl Kv {
     pub async fn ping(&self) -> Result<(), KvError> {
         match &self.adapter {
             Adapter::Memory(_) => Ok(()),
+            Adapter::Redis(redis) => redis.ping().await,
         }
     }
 }
