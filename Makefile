@@ -1,0 +1,33 @@
+# The commands of this repository; each is a script in deploy/ that also says what it does.
+PROFILE ?= embedded
+DETACH  ?=
+
+.DEFAULT_GOAL := help
+.PHONY: help up down test check audit bench-up docs clean-data
+
+help: ## this list
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | awk -F'\t' '{ printf "%-16s %s\n", $$1, $$2 }'
+
+up: ## install, build and start the network here (PROFILE=embedded|cluster, DETACH=1 to return when it is ready)
+	@exec deploy/up "$(PROFILE)" "$(DETACH)"
+
+down: ## end what `make up` started; its data stays
+	@exec deploy/down
+
+check: ## the quick inner loop: format, clippy, the pure crates' unit tests
+	@exec deploy/test quick
+
+test: ## everything: format, clippy, unit, property, integration and end-to-end tests
+	@exec deploy/test all
+
+audit: ## licences, sources and banned crates (cargo-deny); lint and breaking changes of proto/ (buf)
+	@exec deploy/audit
+
+bench-up: ## measure start and first answer -> target/reports/bench-up.json (COLD=1: from an empty machine's state)
+	@exec deploy/bench-up
+
+docs: ## build docs/book with mdBook, which it installs on first use
+	@exec deploy/docs
+
+clean-data: ## end the network here and delete its data: ledger, chain, history, keys
+	@exec deploy/down --delete-data
