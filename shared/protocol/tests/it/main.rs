@@ -1,0 +1,235 @@
+//! A whole request's evidence, built with real keys, and everything that may be done to its receipt.
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
+
+use ed25519_dalek::SigningKey;
+use infera_protocol::{
+    agreement::Calibration,
+    assignment::{Eligible, assign_message, beta, draw, eligible_root, freeze, post_message},
+    bytes::{Address, Hash32, NodeId, Signature},
+    commitment::{Slot, commitment},
+    document::{Anchor, Document, Outcome, Status, check},
+    evidence::{Evidence, Reveal, SignedCommitment, SlotEvidence, SlotOutcome},
+    fingerprint::{Entry, Fingerprint},
+    identity::{Domain, node_id, sign},
+    merkle::MerkleTree,
+    receipt::{Receipt, UnpaidReason},
+    registry::{Manifest, Model, Registry},
+    request::{Finish, Output, Request},
+    sampling::SamplingParams,
+};
+use uuid::Uuid;
+
+const DOMAIN: Domain = Domain { chain_id: 31_337, contract: Address([0xc0; 20]) };
+
+fn registry() -> Registry {
+    Registry {
+        models: vec![Model {
+            id: "tiny".into(),
+            weights_root: Hash32([7; 32]),
+            tokenizer_hash: Hash32([8; 32]),
+            template_hash: Hash32([9; 32]),
+            end_tokens: vec![2],
+            vocab_size: 100,
+            context_length: 128,
+            similarity_threshold_millionths: 500_000,
+            price_micro: 3,
+            created_secs: 0,
+        }],
+        calibration: Calibration { near_tie_milli: 300, fingerprint_milli: 100 },
+    }
+}
+
+fn dispatcher() -> SigningKey {
+    SigningKey::from_bytes(&[77; 32])
+}
+
+fn manifest() -> Manifest {
+    Manifest {
+        network: "test".into(),
+        domain: DOMAIN,
+        rpc_url: "http://127.0.0.1:1".into(),
+        dispatchers: vec![node_id(&dispatcher())],
+        registry_hash: registry().hash().unwrap(),
+    }
+}
+
+fn output(tokens: &[u32]) -> Output {
+    let fingerprints = tokens
+        .iter()
+        .flat_map(|&token| {
+            let logprob = half::f16::from_f32(-0.25).to_bits();
+            Fingerprint::new(vec![Entry { token, logprob }]).unwrap().encode()
+        })
+        .collect();
+    Output { tokens: tokens.to_vec(), fingerprints, finish: Finish::Eos }
+}
+
+/// Three nodes answer; the node whose index in the draw is `outlier` answers something else.
+fn evidence(outlier: Option<usize>) -> Evidence {
+    let keys: Vec<SigningKey> = (1..=4).map(|i| SigningKey::from_bytes(&[i; 32])).collect();
+    let eligible = freeze(
+        keys.iter()
+            .enumerate()
+            .map(|(i, key)| Eligible {
+                node: node_id(key),
+                operator: Address([u8::try_from(i + 1).unwrap(); 20]),
+                weight: 1,
+            })
+            .collect(),
+    );
+    let mut evidence = Evidence {
+        domain: DOMAIN,
+        request: Request {
+            id: Uuid::from_u128(0x0192_0000_0000_7000_8000_0000_0000_0001),
+            model_root: Hash32([7; 32]),
+            prompt: vec![10, 11, 12],
+            sampling: SamplingParams::default(),
+            max_tokens: 8,
+            stop: vec![],
+            seed: 5,
+        },
+        account: "alice".into(),
+        model: "tiny".into(),
+        salt: Hash32([5; 32]),
+        k: 3,
+        submitted_at_ms: 1_000,
+        decided_at_ms: 2_000,
+        attempt: 1,
+        epoch: 4,
+        class: "exact".into(),
+        price_micro: 3,
+        calibration_hash: registry().calibration.hash(),
+        eligible,
+        dispatcher: node_id(&dispatcher()),
+        assign_signature: Signature::ZERO,
+        post_signature: Signature::ZERO,
+        slots: vec![],
+    };
+    let hash = evidence.request_hash();
+    let root = eligible_root(&evidence.eligible);
+    let assign = assign_message(&DOMAIN, evidence.request.id, &hash, 1, 4, &root);
+    evidence.assign_signature = sign(&dispatcher(), &assign);
+    for (i, drawn) in draw(&beta(&evidence.assign_signature), &evidence.eligible).iter().take(3).enumerate() {
+        let key = keys.iter().find(|k| node_id(k) == drawn.node).unwrap();
+        let output = if outlier == Some(i) { output(&[60, 2]) } else { output(&[50, 51, 2]) };
+        let salt = Hash32([u8::try_from(i).unwrap(); 32]);
+        let place = Slot { request_hash: hash, attempt: 1, node: drawn.node };
+        let digest = commitment(&DOMAIN, &place, &output, &salt);
+        evidence.slots.push(SlotEvidence {
+            node: drawn.node,
+            operator: drawn.operator,
+            outcome: SlotOutcome::Revealed,
+            commitment: Some(SignedCommitment { digest, signature: sign(key, &digest) }),
+            reveal: Some(Reveal { output, salt }),
+        });
+    }
+    let post = post_message(&DOMAIN, &hash, 1, &evidence.commitments_root());
+    evidence.post_signature = sign(&dispatcher(), &post);
+    evidence
+}
+
+fn document(evidence: Evidence) -> Document {
+    let receipt = Receipt::build(&evidence).unwrap();
+    let leaves = [Hash32([1; 32]), receipt.leaf(), Hash32([200; 32])];
+    let tree = MerkleTree::new(&leaves).unwrap();
+    Document {
+        receipt,
+        status: Status::Anchored,
+        anchor: Some(Anchor { sequence: 1, receipts_root: tree.root(), proof: tree.proof(1).unwrap() }),
+        evidence: Some(evidence),
+    }
+}
+
+fn failures(bytes: &[u8]) -> Vec<&'static str> {
+    check(bytes, &manifest(), &registry())
+        .checks
+        .iter()
+        .filter(|c| matches!(c.outcome, Outcome::Failed(_)))
+        .map(|c| c.name)
+        .collect()
+}
+
+#[test]
+fn an_honest_document_passes_every_check() {
+    let bytes = document(evidence(None)).canonical().unwrap();
+    let report = check(&bytes, &manifest(), &registry());
+    assert!(report.checks.iter().all(|c| c.outcome == Outcome::Passed), "{:?}", report.checks);
+    assert_eq!(report.checks.len(), 16);
+}
+
+#[test]
+fn no_byte_can_be_changed() {
+    let bytes = document(evidence(None)).canonical().unwrap();
+    // Only the batch's number is not in the leaf: what stands under it is compared on the chain.
+    let sequence = String::from_utf8(bytes.clone()).unwrap().find("\"sequence\":").unwrap() + 11;
+    for at in (0..bytes.len()).filter(|at| *at != sequence) {
+        for change in [1_u8, 2, 32] {
+            let mut changed = bytes.clone();
+            changed[at] ^= change;
+            assert!(!failures(&changed).is_empty(), "byte {at} ({:?}) xor {change}", bytes[at] as char);
+        }
+    }
+    let mut longer = bytes.clone();
+    longer.push(b'\n');
+    assert_eq!(failures(&longer), ["encoding"]);
+    assert_eq!(failures(&bytes[..bytes.len() - 1]), ["encoding"]);
+}
+
+#[test]
+fn an_outlier_is_named_and_not_paid() {
+    let evidence = evidence(Some(1));
+    let outlier = evidence.slots[1].node;
+    let receipt = Receipt::build(&evidence).unwrap();
+    assert_eq!(receipt.verified.len(), 2);
+    assert_eq!(receipt.unpaid.len(), 1);
+    assert_eq!((receipt.unpaid[0].node, receipt.unpaid[0].reason), (outlier, UnpaidReason::Outlier));
+    // price 3 x (3 prompt + 3 output tokens) for each of the two.
+    assert_eq!(receipt.charged_micro, 36);
+    assert!(receipt.payments.iter().all(|p| p.amount_micro == 18));
+    assert!(failures(&document(evidence).canonical().unwrap()).is_empty());
+}
+
+#[test]
+fn every_forgery_is_caught_by_its_own_check() {
+    type Forgery = (&'static str, fn(&mut Evidence));
+    let forgeries: [Forgery; 7] = [
+        ("draw", |e| e.slots.swap(0, 1)),
+        ("draw", |e| e.eligible.reverse()),
+        ("assignment signature", |e| e.assign_signature = sign(&dispatcher(), &Hash32::ZERO)),
+        ("commitments and reveals", |e| {
+            e.slots[0].commitment.as_mut().unwrap().signature = Signature([1; 64]);
+        }),
+        ("commitments and reveals", |e| {
+            e.slots[2].reveal.as_mut().unwrap().output.tokens = vec![50, 51, 52, 2];
+        }),
+        ("post draw", |e| e.post_signature = sign(&dispatcher(), &Hash32::ZERO)),
+        ("dispatcher", |e| e.dispatcher = NodeId([3; 32])),
+    ];
+    for (expected, forge) in forgeries {
+        let mut forged = evidence(None);
+        forge(&mut forged);
+        // The forger rebuilds the receipt, so that its hashes fit.
+        let bytes = document(forged).canonical().unwrap();
+        assert!(failures(&bytes).contains(&expected), "{expected}: {:?}", failures(&bytes));
+    }
+}
+
+#[test]
+fn a_receipt_without_a_majority_does_not_exist() {
+    let mut evidence = evidence(Some(0));
+    evidence.slots[2].outcome = SlotOutcome::NoReveal;
+    evidence.slots[2].reveal = None;
+    assert!(Receipt::build(&evidence).is_err());
+}
+
+#[test]
+fn another_network_is_refused() {
+    let bytes = document(evidence(None)).canonical().unwrap();
+    let mut elsewhere = manifest();
+    elsewhere.domain.chain_id = 1;
+    let report = check(&bytes, &elsewhere, &registry());
+    assert!(report.failed());
+    let mut dearer = registry();
+    dearer.models[0].price_micro = 4;
+    assert!(check(&bytes, &manifest(), &dearer).failed());
+}
