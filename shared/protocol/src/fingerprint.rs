@@ -122,6 +122,20 @@ impl Fingerprint {
         out
     }
 
+    /// Fingerprints one after the other, as a reveal carries them.
+    ///
+    /// # Errors
+    /// See [`FingerprintError`]; a cut-off last one is an error.
+    pub fn decode_all(mut bytes: &[u8]) -> Result<Vec<Self>, FingerprintError> {
+        let mut all = Vec::new();
+        while let Some(&count) = bytes.first() {
+            let (one, rest) = bytes.split_at(bytes.len().min(1 + usize::from(count) * ENTRY_BYTES));
+            all.push(Self::decode(one)?);
+            bytes = rest;
+        }
+        Ok(all)
+    }
+
     /// Reads what [`Fingerprint::encode`] wrote, and nothing else.
     ///
     /// # Errors
@@ -218,7 +232,10 @@ mod tests {
                 .map(|(i, l)| Scored { token: i as u32, score: 0.0, raw_logprob: *l }).collect();
             let f = Fingerprint::of(&Choice { token: 0, margin: 0.0, scores });
             prop_assert_eq!(f.entries().len(), logprobs.len().min(MAX_ENTRIES));
-            prop_assert_eq!(Fingerprint::decode(&f.encode()), Ok(f));
+            prop_assert_eq!(Fingerprint::decode(&f.encode()), Ok(f.clone()));
+            let two = [f.encode(), f.encode()].concat();
+            prop_assert_eq!(Fingerprint::decode_all(&two), Ok(vec![f.clone(), f]));
+            prop_assert!(Fingerprint::decode_all(&two[..two.len() - 1]).is_err());
         }
     }
 }

@@ -1,0 +1,427 @@
+//! The header of a GGUF file: metadata and the list of tensors, without the weights.
+//!
+//! The file may come from anybody. Every count and length is bounded before it is used, memory grows only with bytes
+//! that were really read, and whatever does not fit is an error that says what and where.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::fs::File;
+use std::io::{BufReader, Read};
+use std::path::Path;
+
+use thiserror::Error;
+
+/// Largest header read, in bytes. Tokenizers of 256k tokens take about 10 MB.
+pub const MAX_HEADER_BYTES: u64 = 64 << 20;
+const MAX_ENTRIES: u64 = 4096;
+const MAX_TENSORS: u64 = 65_536;
+const MAX_ARRAY: u64 = 4 << 20;
+const MAX_STRING: u64 = 1 << 20;
+const MAX_NAME: u64 = 256;
+const MAX_DIMS: u32 = 4;
+
+/// Why a file is not usable as GGUF.
+#[derive(Debug, Error)]
+pub enum GgufError {
+    /// Reading failed.
+    #[error("cannot read the model file: {0}")]
+    Io(#[from] std::io::Error),
+    /// Not GGUF or not a version that this reader knows.
+    #[error("not a usable GGUF file: {0}")]
+    Format(String),
+    /// A count or a length above its limit.
+    #[error("GGUF {what} is {got}, the limit is {limit}")]
+    Limit {
+        /// Which number.
+        what: &'static str,
+        /// Its value.
+        got: u64,
+        /// The limit.
+        limit: u64,
+    },
+    /// A metadata key that is needed is absent or of another type.
+    #[error("GGUF metadata key {key} {problem}")]
+    Key {
+        /// The key.
+        key: String,
+        /// What is wrong with it.
+        problem: String,
+    },
+    /// A tensor is absent or its description is impossible.
+    #[error("GGUF tensor {name}: {problem}")]
+    Tensor {
+        /// The tensor's name.
+        name: String,
+        /// What is wrong with it.
+        problem: String,
+    },
+}
+
+/// A metadata value. Integers of all widths are widened.
+#[derive(Debug, Clone, PartialEq)]
+pub enum Value {
+    /// Unsigned integer.
+    Unsigned(u64),
+    /// Signed integer.
+    Signed(i64),
+    /// Float.
+    Float(f64),
+    /// Boolean.
+    Bool(bool),
+    /// UTF-8 text.
+    String(String),
+    /// Array of one element type; arrays of arrays are refused.
+    Array(Vec<Value>),
+}
+
+/// How a tensor's numbers are stored.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum GgmlType {
+    /// 4 bytes a number.
+    F32,
+    /// 2 bytes a number.
+    F16,
+    /// Blocks of 32: f16 scale, 16 bytes of nibbles; value = (q - 8) d.
+    Q4_0,
+    /// Blocks of 32: f16 scale d, f16 minimum m, 16 bytes of nibbles; value = q d + m.
+    Q4_1,
+    /// Blocks of 32: f16 scale, 32 signed bytes.
+    Q8_0,
+    /// Known to GGUF, not to this reader.
+    Other(u32),
+}
+
+impl GgmlType {
+    fn of(id: u32) -> Self {
+        match id {
+            0 => Self::F32,
+            1 => Self::F16,
+            2 => Self::Q4_0,
+            3 => Self::Q4_1,
+            8 => Self::Q8_0,
+            other => Self::Other(other),
+        }
+    }
+
+    /// (numbers, bytes) of a block; `None` for a type that this reader does not know.
+    #[must_use]
+    pub fn block(self) -> Option<(u64, u64)> {
+        match self {
+            Self::F32 => Some((1, 4)),
+            Self::F16 => Some((1, 2)),
+            Self::Q4_0 => Some((32, 18)),
+            Self::Q4_1 => Some((32, 20)),
+            Self::Q8_0 => Some((32, 34)),
+            Self::Other(_) => None,
+        }
+    }
+}
+
+/// Where a tensor lies and what shape it has.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct TensorInfo {
+    /// Dimensions, the fastest first: a weight matrix is `[inputs, outputs]`.
+    pub dims: Vec<u64>,
+    /// Storage.
+    pub kind: GgmlType,
+    /// First byte, from the beginning of the file.
+    pub start: u64,
+    /// Bytes; 0 for a storage that this reader does not know.
+    pub bytes: u64,
+}
+
+/// The header of a GGUF file.
+#[derive(Debug, Clone)]
+pub struct Gguf {
+    metadata: BTreeMap<String, Value>,
+    tensors: BTreeMap<String, TensorInfo>,
+    file_bytes: u64,
+}
+
+struct Reader<R> {
+    inner: R,
+    at: u64,
+    end: u64,
+}
+
+fn limit(what: &'static str, got: u64, limit: u64) -> Result<(), GgufError> {
+    if got > limit { Err(GgufError::Limit { what, got, limit }) } else { Ok(()) }
+}
+
+impl<R: Read> Reader<R> {
+    fn bytes<const N: usize>(&mut self) -> Result<[u8; N], GgufError> {
+        let mut out = [0u8; N];
+        self.fill(&mut out)?;
+        Ok(out)
+    }
+
+    fn fill(&mut self, out: &mut [u8]) -> Result<(), GgufError> {
+        let next = self.at + out.len() as u64;
+        limit("header in bytes", next, MAX_HEADER_BYTES)?;
+        if next > self.end {
+            return Err(GgufError::Format(format!("the header is cut off at byte {}", self.end)));
+        }
+        self.inner.read_exact(out)?;
+        self.at = next;
+        Ok(())
+    }
+
+    fn u32(&mut self) -> Result<u32, GgufError> {
+        Ok(u32::from_le_bytes(self.bytes()?))
+    }
+
+    fn u64(&mut self) -> Result<u64, GgufError> {
+        Ok(u64::from_le_bytes(self.bytes()?))
+    }
+
+    fn string(&mut self, what: &'static str, most: u64) -> Result<String, GgufError> {
+        let length = self.u64()?;
+        limit(what, length, most)?;
+        let mut bytes = vec![0u8; length as usize];
+        self.fill(&mut bytes)?;
+        String::from_utf8(bytes)
+            .map_err(|_| GgufError::Format(format!("{what} before byte {} is not UTF-8", self.at)))
+    }
+
+    fn scalar(&mut self, kind: u32) -> Result<Value, GgufError> {
+        Ok(match kind {
+            0 => Value::Unsigned(u8::from_le_bytes(self.bytes()?).into()),
+            1 => Value::Signed(i8::from_le_bytes(self.bytes()?).into()),
+            2 => Value::Unsigned(u16::from_le_bytes(self.bytes()?).into()),
+            3 => Value::Signed(i16::from_le_bytes(self.bytes()?).into()),
+            4 => Value::Unsigned(self.u32()?.into()),
+            5 => Value::Signed(i32::from_le_bytes(self.bytes()?).into()),
+            6 => Value::Float(f32::from_le_bytes(self.bytes()?).into()),
+            7 => match self.bytes::<1>()? {
+                [0] => Value::Bool(false),
+                [1] => Value::Bool(true),
+                [b] => return Err(GgufError::Format(format!("a boolean before byte {} is {b}", self.at))),
+            },
+            8 => Value::String(self.string("length of a string", MAX_STRING)?),
+            10 => Value::Unsigned(self.u64()?),
+            11 => Value::Signed(i64::from_le_bytes(self.bytes()?)),
+            12 => Value::Float(f64::from_le_bytes(self.bytes()?)),
+            other => return Err(GgufError::Format(format!("value type {other} before byte {}", self.at))),
+        })
+    }
+
+    fn value(&mut self) -> Result<Value, GgufError> {
+        let kind = self.u32()?;
+        if kind != 9 {
+            return self.scalar(kind);
+        }
+        let element = self.u32()?;
+        let count = self.u64()?;
+        limit("length of an array", count, MAX_ARRAY)?;
+        let mut items = Vec::with_capacity(count.min(1024) as usize);
+        for _ in 0..count {
+            items.push(self.scalar(element)?);
+        }
+        Ok(Value::Array(items))
+    }
+
+    fn tensor(&mut self) -> Result<(String, TensorInfo), GgufError> {
+        let name = self.string("length of a tensor's name", MAX_NAME)?;
+        let problem = |problem: String| GgufError::Tensor { name: name.clone(), problem };
+        let n = self.u32()?;
+        if n == 0 || n > MAX_DIMS {
+            return Err(problem(format!("{n} dimensions, expected 1 to {MAX_DIMS}")));
+        }
+        let mut dims = Vec::with_capacity(n as usize);
+        for _ in 0..n {
+            dims.push(self.u64()?);
+        }
+        let kind = GgmlType::of(self.u32()?);
+        let start = self.u64()?;
+        let numbers = dims.iter().try_fold(1u64, |a, d| a.checked_mul(*d));
+        let numbers = numbers.filter(|n| *n > 0).ok_or_else(|| problem(format!("shape {dims:?}")))?;
+        let bytes = match kind.block() {
+            None => 0,
+            Some((per, _)) if dims[0] % per != 0 => {
+                return Err(problem(format!("{} columns do not fill blocks of {per}", dims[0])));
+            }
+            Some((per, bytes)) => {
+                (numbers / per).checked_mul(bytes).ok_or_else(|| problem(format!("shape {dims:?}")))?
+            }
+        };
+        Ok((name, TensorInfo { dims, kind, start, bytes }))
+    }
+}
+
+impl Gguf {
+    /// Reads the header of the file at `path`.
+    ///
+    /// # Errors
+    /// See [`GgufError`]; a tensor that reaches past the end of the file is one.
+    pub fn open(path: &Path) -> Result<Self, GgufError> {
+        let file = File::open(path)?;
+        let length = file.metadata()?.len();
+        Self::read(BufReader::with_capacity(1 << 16, file), length)
+    }
+
+    /// Reads the header of a file of `length` bytes.
+    ///
+    /// # Errors
+    /// See [`Gguf::open`].
+    pub fn read(input: impl Read, length: u64) -> Result<Self, GgufError> {
+        let mut r = Reader { inner: input, at: 0, end: length };
+        if &r.bytes::<4>()? != b"GGUF" {
+            return Err(GgufError::Format("it does not begin with GGUF".into()));
+        }
+        let version = r.u32()?;
+        if !(2..=3).contains(&version) {
+            return Err(GgufError::Format(format!("version {version}, expected 2 or 3 (little endian)")));
+        }
+        let tensor_count = r.u64()?;
+        let entries = r.u64()?;
+        limit("number of tensors", tensor_count, MAX_TENSORS)?;
+        limit("number of metadata entries", entries, MAX_ENTRIES)?;
+        let mut metadata = BTreeMap::new();
+        for _ in 0..entries {
+            let key = r.string("length of a key", MAX_NAME)?;
+            let value = r.value()?;
+            if metadata.contains_key(&key) {
+                return Err(GgufError::Key { key, problem: "occurs twice".into() });
+            }
+            metadata.insert(key, value);
+        }
+        let mut found = Vec::new();
+        for _ in 0..tensor_count {
+            found.push(r.tensor()?);
+        }
+        let mut gguf = Self { metadata, tensors: BTreeMap::new(), file_bytes: length };
+        gguf.place(found, r.at)?;
+        Ok(gguf)
+    }
+
+    /// Turns offsets into positions in the file and checks them.
+    fn place(&mut self, found: Vec<(String, TensorInfo)>, header: u64) -> Result<(), GgufError> {
+        let alignment = match self.metadata.get("general.alignment") {
+            None => 32,
+            Some(Value::Unsigned(a)) if a.is_power_of_two() && (8..=65_536).contains(a) => *a,
+            Some(other) => {
+                let problem = format!("is {other:?}, expected a power of two from 8 to 65536");
+                return Err(GgufError::Key { key: "general.alignment".into(), problem });
+            }
+        };
+        let data = header.next_multiple_of(alignment);
+        let mut starts = BTreeSet::new();
+        for (name, mut info) in found {
+            let problem = |problem: String| GgufError::Tensor { name: name.clone(), problem };
+            if info.start % alignment != 0 {
+                return Err(problem(format!("offset {} is not a multiple of {alignment}", info.start)));
+            }
+            let start = data.checked_add(info.start);
+            let end = start.and_then(|s| s.checked_add(info.bytes)).filter(|end| *end <= self.file_bytes);
+            let (Some(start), Some(_)) = (start, end) else {
+                return Err(problem(format!(
+                    "reaches past the end of the file of {} bytes",
+                    self.file_bytes
+                )));
+            };
+            info.start = start;
+            if !starts.insert(start) {
+                return Err(problem("lies where another tensor lies".into()));
+            }
+            if self.tensors.insert(name.clone(), info).is_some() {
+                return Err(GgufError::Tensor { name, problem: "occurs twice".into() });
+            }
+        }
+        Ok(())
+    }
+
+    /// A metadata value.
+    #[must_use]
+    pub fn get(&self, key: &str) -> Option<&Value> {
+        self.metadata.get(key)
+    }
+
+    fn typed<'a, T>(
+        &'a self,
+        key: &str,
+        expected: &str,
+        pick: impl FnOnce(&'a Value) -> Option<T>,
+    ) -> Result<T, GgufError> {
+        let wrong = |problem: String| GgufError::Key { key: key.into(), problem };
+        let value = self.metadata.get(key).ok_or_else(|| wrong("is missing".into()))?;
+        pick(value).ok_or_else(|| wrong(format!("is not {expected}")))
+    }
+
+    /// Text under a key.
+    ///
+    /// # Errors
+    /// The key is missing or not text.
+    pub fn string(&self, key: &str) -> Result<&str, GgufError> {
+        self.typed(key, "text", |v| match v {
+            Value::String(s) => Some(s.as_str()),
+            _ => None,
+        })
+    }
+
+    /// A number that fits 32 bits without sign.
+    ///
+    /// # Errors
+    /// The key is missing or not such a number.
+    pub fn u32(&self, key: &str) -> Result<u32, GgufError> {
+        self.typed(key, "an integer from 0 to 2^32 - 1", |v| match v {
+            Value::Unsigned(n) => u32::try_from(*n).ok(),
+            Value::Signed(n) => u32::try_from(*n).ok(),
+            _ => None,
+        })
+    }
+
+    /// A finite number.
+    ///
+    /// # Errors
+    /// The key is missing or not such a number.
+    pub fn f32(&self, key: &str) -> Result<f32, GgufError> {
+        self.typed(key, "a finite number", |v| match v {
+            Value::Float(x) if x.is_finite() => Some(*x as f32),
+            _ => None,
+        })
+    }
+
+    /// A list of texts.
+    ///
+    /// # Errors
+    /// The key is missing or not such a list.
+    pub fn strings(&self, key: &str) -> Result<Vec<&str>, GgufError> {
+        self.typed(key, "a list of texts", |v| {
+            let Value::Array(items) = v else { return None };
+            items.iter().map(|v| if let Value::String(s) = v { Some(s.as_str()) } else { None }).collect()
+        })
+    }
+
+    /// A list of whole numbers.
+    ///
+    /// # Errors
+    /// The key is missing or not such a list.
+    pub fn integers(&self, key: &str) -> Result<Vec<i64>, GgufError> {
+        self.typed(key, "a list of integers", |v| {
+            let Value::Array(items) = v else { return None };
+            items
+                .iter()
+                .map(|v| match v {
+                    Value::Signed(n) => Some(*n),
+                    Value::Unsigned(n) => i64::try_from(*n).ok(),
+                    _ => None,
+                })
+                .collect()
+        })
+    }
+
+    /// A tensor's place and shape.
+    ///
+    /// # Errors
+    /// No such tensor.
+    pub fn tensor(&self, name: &str) -> Result<&TensorInfo, GgufError> {
+        self.tensors
+            .get(name)
+            .ok_or_else(|| GgufError::Tensor { name: name.into(), problem: "is missing".into() })
+    }
+
+    /// All tensors by name.
+    #[must_use]
+    pub fn tensors(&self) -> &BTreeMap<String, TensorInfo> {
+        &self.tensors
+    }
+}
