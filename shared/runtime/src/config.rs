@@ -10,8 +10,8 @@ use std::path::{Path, PathBuf};
 
 use figment::Figment;
 use figment::providers::{Env, Format, Toml};
-use serde::de::DeserializeOwned;
-use serde::{Deserialize, Serialize};
+use serde::de::{self, DeserializeOwned, Visitor};
+use serde::{Deserialize, Deserializer, Serialize};
 
 /// Why a configuration cannot be used.
 #[derive(Debug, thiserror::Error)]
@@ -55,6 +55,14 @@ pub fn load<T: DeserializeOwned>(
     })
 }
 
+/// `config` as TOML, with secrets redacted: what `infera config dump` shows.
+///
+/// # Errors
+/// [`ConfigError::Invalid`] when a value has no form in TOML.
+pub fn dump<T: Serialize>(service: &str, config: &T) -> Result<String, ConfigError> {
+    toml::to_string(config).map_err(|error| ConfigError::invalid(service, error.to_string()))
+}
+
 /// `INFERA_<SERVICE>__`, the prefix of the service's environment variables.
 pub fn env_prefix(service: &str) -> String {
     format!("INFERA_{}__", service.to_uppercase().replace('-', "_"))
@@ -76,8 +84,7 @@ fn explain(error: &figment::Error, file: Option<&Path>, prefix: &str) -> String 
 }
 
 /// A value that is never shown: `Debug` and `Serialize` print `[redacted]`.
-#[derive(Clone, PartialEq, Eq, Default, Deserialize)]
-#[serde(transparent)]
+#[derive(Clone, PartialEq, Eq, Default)]
 pub struct Secret(String);
 
 impl Secret {
@@ -114,6 +121,42 @@ impl fmt::Debug for Secret {
         f.write_str("[redacted]")
     }
 }
+
+impl<'de> Deserialize<'de> for Secret {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        deserializer.deserialize_any(SecretVisitor)
+    }
+}
+
+/// Takes text only. From the environment, digits arrive as a number that has lost its leading zeros, and
+/// serde's own message would show it.
+struct SecretVisitor;
+
+impl Visitor<'_> for SecretVisitor {
+    type Value = Secret;
+
+    fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("text")
+    }
+
+    fn visit_str<E: de::Error>(self, value: &str) -> Result<Secret, E> {
+        Ok(Secret::new(value))
+    }
+
+    fn visit_i64<E: de::Error>(self, _: i64) -> Result<Secret, E> {
+        Err(E::custom(QUOTE_IT))
+    }
+
+    fn visit_u64<E: de::Error>(self, _: u64) -> Result<Secret, E> {
+        Err(E::custom(QUOTE_IT))
+    }
+
+    fn visit_f64<E: de::Error>(self, _: f64) -> Result<Secret, E> {
+        Err(E::custom(QUOTE_IT))
+    }
+}
+
+const QUOTE_IT: &str = "a secret of digits must stand in double quotes, also in the environment";
 
 impl Serialize for Secret {
     fn serialize<S: serde::Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {

@@ -35,3 +35,20 @@ async fn watch(mut interrupt: Signal, mut terminate: Signal, token: Cancellation
     tracing::warn!(signal, "second signal, ending without draining");
     std::process::exit(IMPATIENT_EXIT);
 }
+
+/// Set by `infera up` for its children: the process id that must outlive them.
+pub const SUPERVISOR: &str = "INFERA_SUPERVISOR_PID";
+
+/// Under a supervisor ([`SUPERVISOR`]), asks the kernel for a SIGTERM when that process dies, so that a
+/// killed `infera up` leaves nothing behind. Call it first in `main`; does nothing elsewhere.
+pub fn end_with_supervisor() {
+    let Some(supervisor) = std::env::var(SUPERVISOR).ok().and_then(|pid| pid.parse::<i32>().ok()) else {
+        return;
+    };
+    let asked = rustix::process::set_parent_process_death_signal(Some(rustix::process::Signal::TERM));
+    let parent = rustix::process::getppid().map_or(0, |pid| pid.as_raw_nonzero().get());
+    if asked.is_err() || parent != supervisor {
+        eprintln!("the supervising process {supervisor} is gone");
+        std::process::exit(1);
+    }
+}

@@ -123,6 +123,12 @@ impl ApiError {
                 Self::new(status, "invalid_request_error", "this path does not take this method")
                     .with_code("method_not_allowed")
             }
+            StatusCode::PAYLOAD_TOO_LARGE => Self::new(
+                status,
+                "invalid_request_error",
+                "the body is larger than this path takes; send less",
+            )
+            .with_code("request_too_large"),
             _ if status.is_client_error() => {
                 let reason = status.canonical_reason().unwrap_or("refused").to_lowercase();
                 Self::new(status, "invalid_request_error", format!("the request cannot be read: {reason}"))
