@@ -122,20 +122,6 @@ impl Fingerprint {
         out
     }
 
-    /// Fingerprints one after the other, as a reveal carries them.
-    ///
-    /// # Errors
-    /// See [`FingerprintError`]; a cut-off last one is an error.
-    pub fn decode_all(mut bytes: &[u8]) -> Result<Vec<Self>, FingerprintError> {
-        let mut all = Vec::new();
-        while let Some(&count) = bytes.first() {
-            let (one, rest) = bytes.split_at(bytes.len().min(1 + usize::from(count) * ENTRY_BYTES));
-            all.push(Self::decode(one)?);
-            bytes = rest;
-        }
-        Ok(all)
-    }
-
     /// Reads what [`Fingerprint::encode`] wrote, and nothing else.
     ///
     /// # Errors
