@@ -1,3 +1,210 @@
 //! Settlement: money that balances, receipts, and the chain that anchors them.
+//!
+//! ```text
+//! request.submitted ──> hold ──> request.funded | request.rejected
+//! verdict.*         ──> charge, pay, release the rest ──> receipt ──> journal
+//!                                                                      └─> batch ──> chain ──> batch.anchored
+//! GET /v1/receipts/{id}   GET /v1/balance   GET /v1/ledger/audit
+//! ```
+//!
+//! Promises:
+//! - A request is funded once, settled or released once, whatever is delivered twice or in the wrong order.
+//! - Only a closing verdict releases a hold. An account never pays more than its hold and never goes below zero.
+//! - The entries of every transfer sum to zero; a balance is the sum of its entries ([`ledger`]).
+//! - Money moves by the evidence's signatures, not by the verifier's word.
+//! - Every receipt comes into exactly one batch; a batch is posted once; signed bytes are stored before they are sent
+//!   ([`batcher`]). While the chain is away, receipts wait and everything else goes on.
+//!
+//! [`domain`] decides, [`consumer`] and [`batcher`] act, [`store`] keeps.
 
+pub mod batcher;
 pub mod chain;
+pub mod config;
+pub mod consumer;
+pub mod domain;
+pub mod error;
+pub mod http;
+pub mod ledger;
+mod metrics;
+pub mod store;
+
+use std::{net::SocketAddr, path::Path, sync::Arc, time::Duration};
+
+use infera_bus::{Bus, ConsumerSpec, Topology, consume, outbox::Relay};
+use infera_protocol::{
+    ids::message_id,
+    registry::{Manifest, Registry},
+};
+use infera_runtime::{
+    CancellationToken, clock, db, health::Health, http::serve, jwt::Verifier, shutdown, telemetry,
+};
+use infera_wire::topology::queues;
+use sea_orm::{DatabaseConnection, TransactionTrait};
+use tokio::sync::{Notify, oneshot};
+use uuid::Uuid;
+
+pub use config::Config;
+pub use error::Error;
+
+/// Between looks at database and bus, for `/readyz`.
+const HEALTH_INTERVAL: Duration = Duration::from_secs(2);
+
+/// What the process gives to the service.
+pub struct Deps {
+    pub bus: Bus,
+    /// Gets the HTTP address once it listens.
+    pub bound: Option<oneshot::Sender<SocketAddr>>,
+}
+
+/// Serves until `shutdown` and everything in work is finished. Must run inside an actix System.
+///
+/// # Errors
+/// [`Error`], one sentence; nothing is half done then.
+pub async fn run(config: Config, deps: Deps, shutdown: CancellationToken) -> Result<(), Error> {
+    config.validate()?;
+    let (manifest, registry) = network(&config)?;
+    let keys = Verifier::from_jwks_file(&config.common.jwks_path)?;
+    let db =
+        db::connect(config.common.database_url.expose(), config.common.database_schema.as_deref()).await?;
+    db::migrate::<store::Migrator>(&db).await?;
+    give_credits(&config, &db).await?;
+    deps.bus.declare(&Topology::network()).await?;
+
+    let health = Health::new(config::SERVICE);
+    let metrics = metrics::Metrics::register(&health)?;
+    // Ends everything when one part fails.
+    let stop = shutdown.child_token();
+    let _stops_all = stop.clone().drop_guard();
+    let relay = Relay::start(db.clone(), deps.bus.clone(), stop.clone());
+    let written = Arc::new(Notify::new());
+    let batcher = batcher::Batcher {
+        db: db.clone(),
+        relay: relay.clone(),
+        rpc_url: manifest.rpc_url.clone(),
+        domain: manifest.domain,
+        check: health.check("chain"),
+        metrics: metrics.clone(),
+        written: written.clone(),
+        config: config.clone(),
+    };
+    let handlers = consumer::Consumer { manifest, registry, metrics, written };
+    let spec = |queue| ConsumerSpec {
+        bus: deps.bus.clone(),
+        db: db.clone(),
+        queue,
+        prefetch: config.prefetch,
+        relay: Some(relay.clone()),
+    };
+    let submitted = consume(spec(queues::SETTLEMENT_SUBMITTED), stop.clone(), async |tx, envelope| {
+        handlers.submitted(tx, envelope).await
+    });
+    let verdicts = consume(spec(queues::SETTLEMENT_VERDICT), stop.clone(), async |tx, envelope| {
+        handlers.verdict(tx, envelope).await
+    });
+    let consuming = async { tokio::try_join!(submitted, verdicts).map(drop).map_err(Error::from) };
+    let batching = async {
+        if config.chain.settler_key.is_empty() {
+            batcher.check.up();
+            tracing::warn!("chain.settler_key is empty: receipts are not anchored");
+            stop.cancelled().await;
+        } else {
+            batcher.run(stop.clone()).await;
+        }
+        Ok(())
+    };
+    let state = http::State { db: db.clone(), keys };
+    let routes = {
+        let health = health.clone();
+        move |config: &mut actix_web::web::ServiceConfig| {
+            config.configure(http::routes(state.clone(), health.clone()));
+        }
+    };
+    let serving = async {
+        serve(routes, &config.common.http_bind, stop.clone(), deps.bound).await.map_err(Error::from)
+    };
+    let watching = watch_health(health.clone(), db.clone(), deps.bus.clone(), stop.clone());
+    let result = tokio::try_join!(
+        Box::pin(consuming),
+        Box::pin(batching),
+        Box::pin(serving),
+        Box::pin(async { Ok(watching.await) })
+    );
+    stop.cancel();
+    relay.stopped().await;
+    result.map(drop)
+}
+
+/// The service as a process of its own: configuration from `file` and the environment, RabbitMQ, ended by a signal.
+///
+/// # Errors
+/// [`Error`], one sentence.
+pub async fn process(file: Option<&Path>) -> Result<(), Error> {
+    let config = Config::load(file)?;
+    let common = &config.common;
+    let endpoint = common.otlp_endpoint.as_deref();
+    let telemetry = telemetry::init("infera-settlement", endpoint, &common.log_filter, true)
+        .map_err(|error| Error::Task(error.to_string()))?;
+    let bus = Bus::rabbit(common.bus_url.expose(), &common.bus_prefix).await?;
+    let result = run(config, Deps { bus: bus.clone(), bound: None }, shutdown::on_signals()).await;
+    bus.close().await;
+    telemetry.shutdown().await;
+    result
+}
+
+/// The network's manifest and registry, which must belong together.
+fn network(config: &Config) -> Result<(Manifest, Registry), Error> {
+    let manifest: Manifest = read_json("the manifest", &config.common.manifest_path)?;
+    let registry: Registry = read_json("the registry", &config.common.registry_path)?;
+    let file = |reason: String| Error::File {
+        what: "the registry",
+        path: config.common.registry_path.clone(),
+        reason,
+    };
+    let actual = registry.hash().map_err(|error| file(error.to_string()))?;
+    if actual != manifest.registry_hash {
+        return Err(Error::Registry {
+            actual: actual.to_string(),
+            expected: manifest.registry_hash.to_string(),
+        });
+    }
+    Ok((manifest, registry))
+}
+
+fn read_json<T: serde::de::DeserializeOwned>(what: &'static str, path: &Path) -> Result<T, Error> {
+    let error = |reason: String| Error::File { what, path: path.to_owned(), reason };
+    let bytes = std::fs::read(path).map_err(|e| error(e.to_string()))?;
+    serde_json::from_slice(&bytes).map_err(|e| error(e.to_string()))
+}
+
+/// Gives the configured credits, each once.
+async fn give_credits(config: &Config, db: &DatabaseConnection) -> Result<(), Error> {
+    for credit in &config.prepaid_credits {
+        let tx = db.begin().await?;
+        let id = message_id(&format!("credit.{}", credit.id), Uuid::nil(), 0);
+        let posted = ledger::credit(&tx, id, &credit.account, credit.amount_micro, clock::now_ms()).await?;
+        tx.commit().await?;
+        tracing::info!(credit = credit.id, account = credit.account, ?posted, "prepaid credit");
+    }
+    Ok(())
+}
+
+/// Keeps the checks of database and bus up to date; says that the service drains once it is stopped.
+async fn watch_health(health: Health, db: DatabaseConnection, bus: Bus, stop: CancellationToken) {
+    let (database, broker) = (health.check("database"), health.check("bus"));
+    loop {
+        match db.ping().await {
+            Ok(()) => database.up(),
+            Err(_) => database.down("the database does not answer"),
+        }
+        if bus.healthy() {
+            broker.up()
+        } else {
+            broker.down("the broker is not connected")
+        }
+        tokio::select! {
+            () = stop.cancelled() => break,
+            () = tokio::time::sleep(HEALTH_INTERVAL) => {}
+        }
+    }
+    health.set_draining();
+}

@@ -207,10 +207,10 @@ async fn end_leftover(pid_file: &Path, anvil: &Path) {
     let Some(raw) = fs::read_to_string(pid_file).ok().and_then(|text| text.trim().parse::<u32>().ok()) else {
         return;
     };
-    let ours = fs::read_link(format!("/proc/{raw}/exe")).ok() == fs::canonicalize(anvil).ok();
-    let Some(pid) = pid(raw).filter(|_| ours) else {
-        return;
-    };
+    let Ok(anvil) = fs::canonicalize(anvil) else { return };
+    // A process that has ended has no executable, even while nobody has waited for it.
+    let runs = || fs::read_link(format!("/proc/{raw}/exe")).is_ok_and(|exe| exe == anvil);
+    let Some(pid) = pid(raw).filter(|_| runs()) else { return };
     tracing::warn!(pid = raw, "ending the devnet that an earlier run left behind");
     let _ = kill_process(pid, Signal::TERM);
     let deadline = Instant::now() + STOP_TIMEOUT;

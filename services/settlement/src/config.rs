@@ -1,0 +1,149 @@
+//! This service's configuration; `config.default.toml` has the defaults and says what each key does.
+
+use std::{collections::BTreeSet, path::Path};
+
+use infera_runtime::config::{Common, ConfigError, Secret, load};
+use serde::{Deserialize, Serialize};
+
+use crate::{chain, ledger};
+
+/// The embedded, commented defaults.
+pub const DEFAULTS: &str = include_str!("config.default.toml");
+/// The service's name: in `INFERA_SETTLEMENT__KEY`, in health and traces.
+pub const SERVICE: &str = "settlement";
+/// The audience of API keys: people get them for the gateway, and other services take the same ones.
+pub const AUDIENCE: &str = "infera";
+
+/// What `run` needs to know.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Config {
+    #[serde(flatten)]
+    pub common: Common,
+    /// Messages in work at a time, per queue.
+    pub prefetch: u16,
+    pub chain: ChainConfig,
+    pub batch: BatchConfig,
+    #[serde(default)]
+    pub prepaid_credits: Vec<Credit>,
+}
+
+/// How batches reach the chain.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct ChainConfig {
+    /// JSON-RPC endpoint; empty takes the manifest's.
+    pub rpc_url: String,
+    /// Key of the settler role; empty anchors nothing.
+    pub settler_key: Secret,
+    /// Blocks, the batch's own included, after which it counts as anchored.
+    pub confirmations: u64,
+    pub from_block: u64,
+    pub resend_ms: i64,
+}
+
+/// When a batch is formed.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct BatchConfig {
+    pub size: u64,
+    pub age_ms: i64,
+    pub limit: u64,
+}
+
+/// Prepaid credit.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Credit {
+    /// Names this credit: it is given once.
+    pub id: String,
+    pub account: String,
+    /// 10^-6 INFER.
+    pub amount_micro: u64,
+}
+
+impl Config {
+    /// Loads defaults, file and environment, and checks them.
+    ///
+    /// # Errors
+    /// [`ConfigError`] naming the key and the remedy.
+    pub fn load(file: Option<&Path>) -> Result<Self, ConfigError> {
+        let config: Self = load(SERVICE, DEFAULTS, file)?;
+        config.validate()?;
+        Ok(config)
+    }
+
+    /// Checks across fields.
+    ///
+    /// # Errors
+    /// [`ConfigError`] naming the key and the remedy.
+    pub fn validate(&self) -> Result<(), ConfigError> {
+        let wrong = |message: String| Err(ConfigError::invalid(SERVICE, message));
+        if self.prefetch == 0 {
+            return wrong("`prefetch` is 0; it must be at least 1".into());
+        }
+        if self.chain.confirmations == 0 {
+            return wrong("`chain.confirmations` is 0; 1 is the block that holds the batch".into());
+        }
+        if !self.chain.settler_key.is_empty()
+            && let Err(error) = chain::parse_key("chain.settler_key", self.chain.settler_key.expose())
+        {
+            return wrong(error.to_string());
+        }
+        if self.chain.resend_ms < 1 || self.batch.age_ms < 0 {
+            return wrong("`chain.resend_ms` must be at least 1 and `batch.age_ms` not negative".into());
+        }
+        if self.batch.size == 0 || self.batch.limit < self.batch.size || self.batch.limit > 65_536 {
+            return wrong("`batch.size` must be at least 1 and `batch.limit` between it and 65536".into());
+        }
+        let mut ids = BTreeSet::new();
+        for credit in &self.prepaid_credits {
+            if credit.id.is_empty() || credit.account.is_empty() || !ids.insert(&credit.id) {
+                return wrong(format!(
+                    "`prepaid_credits`: id `{}` for account `{}`: both must be there, and ids must differ",
+                    credit.id, credit.account
+                ));
+            }
+            if ledger::amount(credit.amount_micro).is_err() {
+                return wrong(format!("`prepaid_credits`: the amount of `{}` is too large", credit.id));
+            }
+        }
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn with(toml: &str) -> Result<Config, ConfigError> {
+        let file = tempfile::NamedTempFile::new().unwrap();
+        std::fs::write(file.path(), toml).unwrap();
+        Config::load(Some(file.path()))
+    }
+
+    #[test]
+    fn defaults_are_usable_and_errors_name_the_key() {
+        Config::load(None).unwrap();
+        for (toml, named) in [
+            ("prefetch = 0", "`prefetch`"),
+            ("prefetches = 3", "prefetches"),
+            ("[chain]\nconfirmations = 0", "`chain.confirmations`"),
+            ("[chain]\nsettler_key = \"0xabc\"", "chain.settler_key"),
+            ("[batch]\nsize = 0", "`batch.size`"),
+            ("[batch]\nsize = 100\nlimit = 99", "`batch.limit`"),
+            ("[[prepaid_credits]]\nid = \"a\"\naccount = \"\"\namount_micro = 1", "prepaid_credits"),
+        ] {
+            let error = with(toml).unwrap_err().to_string();
+            assert!(error.contains(named), "{toml}: {error}");
+        }
+    }
+
+    #[test]
+    fn the_settlers_key_is_never_shown() {
+        let key = "0x59c6995e998f97a5a0044966f0945389dc9e86dae88c7a8412f4603b6b78690d";
+        let config = with(&format!("[chain]\nsettler_key = \"{key}\"")).unwrap();
+        assert!(!format!("{config:?}").contains("59c6995e"));
+        assert!(!serde_json::to_string(&config).unwrap().contains("59c6995e"));
+    }
+}

@@ -1,0 +1,52 @@
+//! Figures of this service.
+
+use infera_runtime::health::Health;
+use prometheus::{IntCounter, IntCounterVec, IntGauge};
+
+/// Counters and gauges; clones share them.
+#[derive(Clone)]
+pub struct Metrics {
+    requests: IntCounterVec,
+    charged: IntCounter,
+    batches: IntCounterVec,
+    waiting: IntGauge,
+}
+
+impl Metrics {
+    /// Registers them.
+    ///
+    /// # Errors
+    /// A name that is taken.
+    pub fn register(health: &Health) -> prometheus::Result<Self> {
+        Ok(Self {
+            requests: health.counters(
+                "infera_settlement_requests_total",
+                "Requests by outcome: funded, rejected, settled, released.",
+                &["outcome"],
+            )?,
+            charged: health.counter("infera_settlement_charged_micro_total", "Charged, 10^-6 INFER.")?,
+            batches: health.counters(
+                "infera_settlement_batches_total",
+                "Batches by step: formed, sent, anchored, lost.",
+                &["step"],
+            )?,
+            waiting: health.gauge("infera_settlement_receipts_waiting", "Receipts without a batch.")?,
+        })
+    }
+
+    pub fn request(&self, outcome: &str) {
+        self.requests.with_label_values(&[outcome]).inc();
+    }
+
+    pub fn charged(&self, micro: u64) {
+        self.charged.inc_by(micro);
+    }
+
+    pub fn batch(&self, step: &str) {
+        self.batches.with_label_values(&[step]).inc();
+    }
+
+    pub fn waiting(&self, receipts: u64) {
+        self.waiting.set(i64::try_from(receipts).unwrap_or(i64::MAX));
+    }
+}

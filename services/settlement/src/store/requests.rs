@@ -1,0 +1,131 @@
+//! Requests with their holds, and the receipts of those that were verified.
+
+use sea_orm::{
+    ColumnTrait, ConnectionTrait, DbErr, EntityTrait, QueryFilter, QueryTrait, Set,
+    sea_query::{Expr, OnConflict},
+};
+use uuid::Uuid;
+
+use super::{
+    signed,
+    tables::{journal, receipts, requests},
+};
+use crate::domain::{Rejection, State};
+
+pub use receipts::Model as ReceiptRow;
+pub use requests::Model as RequestRow;
+
+/// A request that is about to be funded.
+#[derive(Debug, Clone)]
+pub struct NewRequest<'a> {
+    pub id: Uuid,
+    pub account: &'a str,
+    pub model: &'a str,
+    pub price_micro: u64,
+    pub held_micro: u64,
+}
+
+/// Writes an open request; `false` if its id is there already.
+///
+/// # Errors
+/// The database's.
+pub async fn open<C: ConnectionTrait>(tx: &C, new: &NewRequest<'_>, now_ms: i64) -> Result<bool, DbErr> {
+    let row = requests::ActiveModel {
+        id: Set(new.id),
+        account: Set(new.account.to_owned()),
+        model: Set(new.model.to_owned()),
+        state: Set(State::Open.name().to_owned()),
+        price_micro: Set(signed("requests.price_micro", new.price_micro)?),
+        held_micro: Set(signed("requests.held_micro", new.held_micro)?),
+        charged_micro: Set(0),
+        code: Set(String::new()),
+        message: Set(String::new()),
+        funded_at_ms: Set(now_ms),
+        closed_at_ms: Set(None),
+    };
+    let insert = requests::Entity::insert(row).on_conflict(OnConflict::new().do_nothing().to_owned());
+    Ok(tx.execute(&insert.into_query()).await?.rows_affected() == 1)
+}
+
+/// How an open request ends.
+#[derive(Debug, Clone, Copy)]
+pub struct Close<'a> {
+    pub state: State,
+    pub charged_micro: u64,
+    pub code: &'a str,
+    pub message: &'a str,
+}
+
+impl<'a> Close<'a> {
+    pub fn rejected(rejection: &'a Rejection) -> Self {
+        Self { state: State::Rejected, charged_micro: 0, code: rejection.code, message: &rejection.message }
+    }
+}
+
+/// Ends an open request; `false` if it is not open.
+///
+/// # Errors
+/// The database's.
+pub async fn close<C: ConnectionTrait>(
+    tx: &C,
+    id: Uuid,
+    close: &Close<'_>,
+    now_ms: i64,
+) -> Result<bool, DbErr> {
+    let charged = signed("requests.charged_micro", close.charged_micro)?;
+    let updated = requests::Entity::update_many()
+        .col_expr(requests::Column::State, Expr::value(close.state.name()))
+        .col_expr(requests::Column::ChargedMicro, Expr::value(charged))
+        .col_expr(requests::Column::Code, Expr::value(close.code))
+        .col_expr(requests::Column::Message, Expr::value(close.message))
+        .col_expr(requests::Column::ClosedAtMs, Expr::value(now_ms))
+        .filter(requests::Column::Id.eq(id))
+        .filter(requests::Column::State.eq(State::Open.name()))
+        .exec(tx)
+        .await?;
+    Ok(updated.rows_affected == 1)
+}
+
+/// A request.
+///
+/// # Errors
+/// The database's.
+pub async fn find<C: ConnectionTrait>(db: &C, id: Uuid) -> Result<Option<RequestRow>, DbErr> {
+    requests::Entity::find_by_id(id).one(db).await
+}
+
+/// Writes a receipt and its leaf into the journal.
+///
+/// # Errors
+/// The database's, also when the request has a receipt already.
+pub async fn add_receipt<C: ConnectionTrait>(
+    tx: &C,
+    row: ReceiptRow,
+    leaf: Vec<u8>,
+    now_ms: i64,
+) -> Result<(), DbErr> {
+    let journal = journal::ActiveModel {
+        request_id: Set(row.request_id),
+        leaf: Set(leaf),
+        at_ms: Set(now_ms),
+        batch_sequence: Set(None),
+        batch_index: Set(None),
+    };
+    let receipt = receipts::ActiveModel {
+        request_id: Set(row.request_id),
+        account: Set(row.account),
+        receipt: Set(row.receipt),
+        evidence: Set(row.evidence),
+    };
+    receipts::Entity::insert(receipt).exec_without_returning(tx).await?;
+    journal::Entity::insert(journal).exec_without_returning(tx).await?;
+    Ok(())
+}
+
+/// A receipt.
+///
+/// # Errors
+/// The database's.
+pub async fn receipt<C: ConnectionTrait>(db: &C, id: Uuid) -> Result<Option<ReceiptRow>, DbErr> {
+    receipts::Entity::find_by_id(id).one(db).await
+}

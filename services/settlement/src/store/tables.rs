@@ -1,0 +1,184 @@
+//! The tables, one module each. Migrations are in [`super::migrations`].
+
+/// Every transfer of the ledger.
+pub mod transfers {
+    use sea_orm::entity::prelude::*;
+
+    #[derive(Clone, Debug, PartialEq, Eq, DeriveEntityModel)]
+    #[sea_orm(table_name = "transfers")]
+    pub struct Model {
+        #[sea_orm(primary_key, auto_increment = false)]
+        pub id: Uuid,
+        /// `credit`, `hold`, `settle` or `release`.
+        pub kind: String,
+        pub request_id: Option<Uuid>,
+        pub at_ms: i64,
+    }
+
+    #[derive(Copy, Clone, Debug, EnumIter, DeriveRelation)]
+    pub enum Relation {}
+
+    impl ActiveModelBehavior for ActiveModel {}
+}
+
+/// What each transfer did to each account.
+pub mod entries {
+    use sea_orm::entity::prelude::*;
+
+    #[derive(Clone, Debug, PartialEq, Eq, DeriveEntityModel)]
+    #[sea_orm(table_name = "entries")]
+    pub struct Model {
+        #[sea_orm(primary_key, auto_increment = false)]
+        pub transfer_id: Uuid,
+        #[sea_orm(primary_key, auto_increment = false)]
+        pub account: String,
+        pub amount_micro: i64,
+    }
+
+    #[derive(Copy, Clone, Debug, EnumIter, DeriveRelation)]
+    pub enum Relation {}
+
+    impl ActiveModelBehavior for ActiveModel {}
+}
+
+/// The sum of each account's entries.
+pub mod balances {
+    use sea_orm::entity::prelude::*;
+
+    #[derive(Clone, Debug, PartialEq, Eq, DeriveEntityModel)]
+    #[sea_orm(table_name = "balances")]
+    pub struct Model {
+        #[sea_orm(primary_key, auto_increment = false)]
+        pub account: String,
+        pub amount_micro: i64,
+    }
+
+    #[derive(Copy, Clone, Debug, EnumIter, DeriveRelation)]
+    pub enum Relation {}
+
+    impl ActiveModelBehavior for ActiveModel {}
+}
+
+/// Every request that was submitted, with its hold.
+pub mod requests {
+    use sea_orm::entity::prelude::*;
+
+    #[derive(Clone, Debug, PartialEq, Eq, DeriveEntityModel)]
+    #[sea_orm(table_name = "requests")]
+    pub struct Model {
+        #[sea_orm(primary_key, auto_increment = false)]
+        pub id: Uuid,
+        pub account: String,
+        pub model: String,
+        /// See [`crate::domain::State`].
+        pub state: String,
+        pub price_micro: i64,
+        pub held_micro: i64,
+        pub charged_micro: i64,
+        /// Why it was rejected or failed: an error code, and a sentence for people.
+        pub code: String,
+        pub message: String,
+        pub funded_at_ms: i64,
+        pub closed_at_ms: Option<i64>,
+    }
+
+    #[derive(Copy, Clone, Debug, EnumIter, DeriveRelation)]
+    pub enum Relation {}
+
+    impl ActiveModelBehavior for ActiveModel {}
+}
+
+/// Receipts and what they rest on. Rows never change.
+pub mod receipts {
+    use sea_orm::entity::prelude::*;
+
+    #[derive(Clone, Debug, PartialEq, Eq, DeriveEntityModel)]
+    #[sea_orm(table_name = "receipts")]
+    pub struct Model {
+        #[sea_orm(primary_key, auto_increment = false)]
+        pub request_id: Uuid,
+        pub account: String,
+        /// Canonical JSON of `protocol::receipt::Receipt`.
+        pub receipt: Vec<u8>,
+        /// Canonical JSON of `protocol::evidence::Evidence`.
+        pub evidence: Vec<u8>,
+    }
+
+    #[derive(Copy, Clone, Debug, EnumIter, DeriveRelation)]
+    pub enum Relation {}
+
+    impl ActiveModelBehavior for ActiveModel {}
+}
+
+/// The leaf of each receipt, waiting for its batch or in it.
+pub mod journal {
+    use sea_orm::entity::prelude::*;
+
+    #[derive(Clone, Debug, PartialEq, Eq, DeriveEntityModel)]
+    #[sea_orm(table_name = "journal")]
+    pub struct Model {
+        #[sea_orm(primary_key, auto_increment = false)]
+        pub request_id: Uuid,
+        pub leaf: Vec<u8>,
+        pub at_ms: i64,
+        pub batch_sequence: Option<i64>,
+        /// The leaf's place among those that the batch's tree was made of.
+        pub batch_index: Option<i64>,
+    }
+
+    #[derive(Copy, Clone, Debug, EnumIter, DeriveRelation)]
+    pub enum Relation {}
+
+    impl ActiveModelBehavior for ActiveModel {}
+}
+
+/// Batches, with the transaction that posts each.
+pub mod batches {
+    use sea_orm::entity::prelude::*;
+
+    #[derive(Clone, Debug, PartialEq, Eq, DeriveEntityModel)]
+    #[sea_orm(table_name = "batches")]
+    pub struct Model {
+        #[sea_orm(primary_key, auto_increment = false)]
+        pub sequence: i64,
+        /// See [`crate::domain::BatchState`].
+        pub state: String,
+        pub previous_hash: Vec<u8>,
+        pub receipts_root: Vec<u8>,
+        pub reward_root: Vec<u8>,
+        pub count: i64,
+        pub total_micro: i64,
+        /// `chain::Batch::hash`.
+        pub hash: Vec<u8>,
+        pub nonce: Option<i64>,
+        pub tx_hash: Option<Vec<u8>>,
+        pub raw_tx: Option<Vec<u8>>,
+        pub block_number: Option<i64>,
+        pub formed_at_ms: i64,
+        pub anchored_at_ms: Option<i64>,
+    }
+
+    #[derive(Copy, Clone, Debug, EnumIter, DeriveRelation)]
+    pub enum Relation {}
+
+    impl ActiveModelBehavior for ActiveModel {}
+}
+
+/// What each operator has earned in all batches formed so far.
+pub mod rewards {
+    use sea_orm::entity::prelude::*;
+
+    #[derive(Clone, Debug, PartialEq, Eq, DeriveEntityModel)]
+    #[sea_orm(table_name = "rewards")]
+    pub struct Model {
+        /// Address, 0x and lowercase hex.
+        #[sea_orm(primary_key, auto_increment = false)]
+        pub operator: String,
+        pub cumulative_micro: i64,
+    }
+
+    #[derive(Copy, Clone, Debug, EnumIter, DeriveRelation)]
+    pub enum Relation {}
+
+    impl ActiveModelBehavior for ActiveModel {}
+}
