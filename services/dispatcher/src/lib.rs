@@ -1,0 +1,206 @@
+//! The dispatcher: holds the nodes' sessions, draws k of them for every request, and collects what
+//! they commit to and reveal.
+//!
+//! ```text
+//!  request.offered ──> [ Assignments ] ──> results.collected ──> verifier
+//!                        ^  |     ^ ^──────── verdict.* ────────────┘
+//!              commands  |  v     └── 100 ms tick
+//!                      [ NodeSession ] x n <══ WebSocket ══> nodes
+//! ```
+//!
+//! Promises:
+//! - An offer stays unacked until a closing verdict was seen and noted; if this process dies, the bus delivers it
+//!   again and it becomes a new attempt.
+//! - Before anything of an attempt is leased, its number is on disk. What a node says about another
+//!   attempt is refused, so two different signatures for one slot prove equivocation.
+//! - No operator has two nodes in one attempt. The slots sent to the verifier are the first of the draw, in its order,
+//!   with whatever came of each: anybody can recompute them.
+//! - Reveals are asked for only while nobody who is drawn still computes.
+//! - No frame of a node stops anything but its own session; a node that does not read is cut off.
+//!
+//! [`domain`] decides, [`actor`] executes, [`session`] speaks with one node.
+
+pub mod actor;
+pub mod config;
+mod consumer;
+mod deltas;
+pub mod domain;
+pub mod error;
+mod http;
+mod metrics;
+pub mod session;
+pub mod store;
+pub mod trust;
+
+use std::net::SocketAddr;
+use std::sync::Arc;
+use std::time::Duration;
+
+use actix::Actor;
+use infera_bus::{Bus, Topology};
+use infera_runtime::config::Common;
+use infera_runtime::health::{self, CheckHandle, Health};
+use infera_runtime::kv::Kv;
+use infera_runtime::{CancellationToken, clock, db};
+use sea_orm::DatabaseConnection;
+use tokio::sync::{Semaphore, oneshot};
+use uuid::Uuid;
+
+pub use config::Config;
+pub use error::Error;
+pub use trust::load_or_create_key;
+
+use actor::{Assignments, Tools};
+use domain::{Rules, State};
+use metrics::Metrics;
+use session::Shared;
+use trust::Trust;
+
+const CHECK_EVERY: Duration = Duration::from_secs(1);
+const PRUNE_EVERY: Duration = Duration::from_secs(3600);
+
+/// What the service is given.
+pub struct Deps {
+    pub bus: Bus,
+    pub kv: Kv,
+    /// Gets the HTTP address once it listens.
+    pub bound: Option<oneshot::Sender<SocketAddr>>,
+}
+
+impl Deps {
+    /// Connects to what a deployed service uses: RabbitMQ, and Redis where `kv_url` is set.
+    ///
+    /// # Errors
+    /// [`Error::Bus`], [`Error::Kv`].
+    pub async fn connect(common: &Common) -> Result<Self, Error> {
+        let bus = Bus::rabbit(common.bus_url.expose(), &common.bus_prefix).await?;
+        let kv = match &common.kv_url {
+            Some(url) => Kv::redis(url.expose()).await?,
+            None => Kv::memory(),
+        };
+        Ok(Self { bus, kv, bound: None })
+    }
+}
+
+/// Runs until `shutdown`. Must be awaited inside an actix System.
+///
+/// # Errors
+/// What keeps it from starting, and [`Error::ActorEnded`].
+pub async fn run(config: Config, deps: Deps, shutdown: CancellationToken) -> Result<(), Error> {
+    config.validate()?;
+    let common = &config.common;
+    let trust = Trust::load(&config.key_path, &common.manifest_path, &common.registry_path)?;
+    let db = db::connect(common.database_url.expose(), common.database_schema.as_deref()).await?;
+    db::migrate::<store::Migrator>(&db).await?;
+    deps.bus.declare(&Topology::network()).await?;
+
+    // Whatever ends first ends the others.
+    let stop = shutdown.child_token();
+    let health = Health::new("dispatcher");
+    let metrics = Metrics::register(&health)?;
+    let replica = replica(&config);
+    let domain = trust.manifest.domain;
+    let tools = Tools {
+        bus: deps.bus.clone(),
+        db: db.clone(),
+        metrics: metrics.clone(),
+        replica: replica.clone(),
+        models: trust.registry.models.iter().map(|model| model.weights_root).collect(),
+        slots_ttl_ms: i64::from(config.slots_ttl_secs) * 1000,
+        shutdown: stop.clone(),
+    };
+    let assignments = Assignments::new(State::new(rules(&config, &trust)), tools).start();
+    let shared = Arc::new(Shared {
+        assignments: assignments.clone(),
+        domain,
+        registry: trust.registry,
+        kv: deps.kv,
+        metrics,
+        replica: replica.clone(),
+        heartbeat_secs: config.heartbeat_secs,
+        hello_secs: config.hello_secs,
+        session_queue: config.session_queue,
+        shutdown: stop.clone(),
+    });
+    let places = Arc::new(Semaphore::new(config.max_sessions));
+    actix_rt::spawn(watch(deps.bus.clone(), db.clone(), health.clone(), stop.clone()));
+    let draining = health.clone();
+    let serve = infera_runtime::http::serve(
+        move |config| {
+            health::routes(health.clone())(config);
+            http::routes(shared.clone(), places.clone())(config);
+        },
+        &common.http_bind,
+        stop.clone(),
+        deps.bound,
+    );
+    let offers =
+        consumer::offers(deps.bus.clone(), config.max_requests, domain, assignments.clone(), stop.clone());
+    let verdicts = consumer::verdicts(deps.bus, replica, assignments, stop.clone());
+    let marked = async {
+        stop.cancelled().await;
+        draining.set_draining();
+        Ok(())
+    };
+    let guard = stop.clone().drop_guard();
+    let ends = |result: Result<(), Error>| {
+        stop.cancel();
+        result
+    };
+    let (a, b, c, d) = tokio::join!(
+        async { ends(serve.await.map_err(Error::from)) },
+        async { ends(offers.await) },
+        async { ends(verdicts.await) },
+        marked,
+    );
+    drop(guard);
+    a.and(b).and(c).and(d)
+}
+
+fn replica(config: &Config) -> String {
+    if config.replica.is_empty() { format!("d-{}", Uuid::now_v7().simple()) } else { config.replica.clone() }
+}
+
+fn rules(config: &Config, trust: &Trust) -> Rules {
+    let ms = |secs: u32| i64::from(secs) * 1000;
+    Rules {
+        domain: trust.manifest.domain,
+        key: trust.key.clone(),
+        lease_ms: ms(config.lease_secs),
+        reveal_ms: ms(config.reveal_secs),
+        verdict_ms: ms(config.verdict_secs),
+        max_tries: config.max_tries,
+        close_grace_ms: ms(config.close_grace_secs),
+        max_requests: usize::from(config.max_requests),
+    }
+}
+
+/// Keeps `/readyz` true to what it says, and old attempts out of the database.
+async fn watch(bus: Bus, db: DatabaseConnection, health: Health, stop: CancellationToken) {
+    let checks = (health.check("bus"), health.check("database"));
+    let mut second = tokio::time::interval(CHECK_EVERY);
+    let mut hour = tokio::time::interval(PRUNE_EVERY);
+    loop {
+        tokio::select! {
+            () = stop.cancelled() => return,
+            _ = second.tick() => check(&bus, &db, &checks).await,
+            _ = hour.tick() => {
+                if let Err(error) = store::prune(&db, clock::now_ms() - store::KEEP_MS).await {
+                    tracing::warn!(%error, "old attempts are not pruned");
+                }
+            }
+        }
+    }
+}
+
+async fn check(bus: &Bus, db: &DatabaseConnection, checks: &(CheckHandle, CheckHandle)) {
+    if bus.healthy() {
+        checks.0.up()
+    } else {
+        checks.0.down("no connection to the broker")
+    }
+    match db.ping().await {
+        Ok(()) => checks.1.up(),
+        Err(error) => checks.1.down(error.to_string()),
+    }
+}

@@ -1,0 +1,438 @@
+//! One attempt of a request: the frozen set, the draw, its slots and the rounds of the verifier.
+
+use std::sync::Arc;
+
+use infera_protocol::assignment::{self, Eligible};
+use infera_protocol::bytes::{NodeId, Signature};
+use infera_protocol::commitment::{self, commitments_root};
+use infera_protocol::evidence::{Reveal, SignedCommitment, SlotOutcome};
+use infera_protocol::identity::{node_id, sign, verify};
+use infera_wire::convert::{self, MAX_SLOTS};
+use infera_wire::v1;
+use uuid::Uuid;
+
+use super::slot::{Slot, SlotState};
+use super::{Effect, Offer, Rejection, Rules, frames, nodes::Nodes};
+
+/// Room for reveals in one `ResultsCollected`, bytes: the rest of the bus's 4 MiB is for the prompt,
+/// the eligible set and the frames around them. Seven of the largest reveals fit.
+const MAX_REVEALS_BYTES: usize = 7 * 512 * 1024;
+
+/// What an attempt works with.
+pub struct Desk<'a> {
+    pub rules: &'a Rules,
+    pub offer: &'a Offer,
+    pub nodes: &'a mut Nodes,
+    pub now: i64,
+    pub out: &'a mut Vec<Effect>,
+}
+
+/// A live attempt.
+#[derive(Debug)]
+pub struct Attempt {
+    pub number: u32,
+    pub round: u32,
+    epoch: u64,
+    class: String,
+    eligible: Vec<Eligible>,
+    assign_signature: Signature,
+    /// All that can be drawn, one node per operator; `slots` are its first ones.
+    drawn: Vec<Eligible>,
+    slots: Vec<Slot>,
+    /// Results that this round is to have.
+    wanted: usize,
+    traceparent: String,
+    collected: Option<Collected>,
+}
+
+/// What was sent to the verifier and waits for its verdict.
+#[derive(Debug)]
+struct Collected {
+    message: Arc<v1::ResultsCollected>,
+    repeats: u32,
+    /// When the bus confirmed it; `None` while it is under way.
+    confirmed_at_ms: Option<i64>,
+}
+
+/// What became of an attempt that has nothing left to wait for.
+#[derive(Debug, PartialEq, Eq)]
+pub enum Progress {
+    /// Waits for nodes or for the verdict.
+    Open,
+    /// Everybody was drawn and no majority is possible: try again with a new set.
+    Exhausted,
+}
+
+impl Attempt {
+    /// Freezes the set, signs, draws and leases the first k. `eligible` has at least k operators.
+    pub fn begin(
+        number: u32,
+        class: String,
+        eligible: Vec<Eligible>,
+        traceparent: String,
+        desk: &mut Desk,
+    ) -> Self {
+        let eligible = assignment::freeze(eligible);
+        let epoch = assignment::epoch_of(desk.now);
+        let message = assignment::assign_message(
+            &desk.rules.domain,
+            desk.offer.id(),
+            &desk.offer.request_hash,
+            number,
+            epoch,
+            &assignment::eligible_root(&eligible),
+        );
+        let assign_signature = sign(&desk.rules.key, &message);
+        let mut drawn = assignment::draw(&assignment::beta(&assign_signature), &eligible);
+        drawn.truncate(MAX_SLOTS);
+        let mut attempt = Self {
+            number,
+            round: 1,
+            epoch,
+            class,
+            eligible,
+            assign_signature,
+            drawn,
+            slots: Vec::new(),
+            wanted: desk.offer.k(),
+            traceparent,
+            collected: None,
+        };
+        attempt.lease_missing(desk);
+        attempt
+    }
+
+    pub fn class(&self) -> &str {
+        &self.class
+    }
+
+    pub fn slots(&self) -> &[Slot] {
+        &self.slots
+    }
+
+    /// Waits for the verdict.
+    pub fn is_collected(&self) -> bool {
+        self.collected.is_some()
+    }
+
+    fn slot_mut(&mut self, node: &NodeId) -> Option<&mut Slot> {
+        self.slots.iter_mut().find(|slot| slot.who.node == *node)
+    }
+
+    fn alive(&self) -> usize {
+        self.slots.iter().filter(|slot| slot.is_alive()).count()
+    }
+
+    fn revealed(&self) -> usize {
+        self.slots.iter().filter(|slot| slot.is_revealed()).count()
+    }
+
+    /// No further operator can be drawn.
+    fn is_exhausted(&self) -> bool {
+        self.slots.len() == self.drawn.len()
+    }
+
+    /// A commitment. The first one of a slot counts; a second, different one is equivocation.
+    pub fn commit(
+        &mut self,
+        node: &NodeId,
+        commit: SignedCommitment,
+        desk: &mut Desk,
+    ) -> Result<Progress, Rejection> {
+        let request = desk.offer.id();
+        let short = self.alive() < self.wanted;
+        let (number, now, open) = (self.number, desk.now, self.collected.is_none());
+        let slot = self.slot_mut(node).ok_or(Rejection::NotLeased)?;
+        verify(node, &commit.digest, &commit.signature).map_err(|_| Rejection::BadSignature)?;
+        if let Some(first) = slot.commitment().copied() {
+            if first.digest != commit.digest {
+                desk.out.push(Effect::Equivocated {
+                    request,
+                    attempt: number,
+                    node: *node,
+                    first,
+                    second: commit,
+                });
+                return Err(Rejection::Equivocation);
+            }
+            return Ok(Progress::Open);
+        }
+        let resumes = open && short && slot.may_resume(now);
+        if !(slot.is_leased() && now < slot.lease_until_ms || resumes) {
+            return Err(Rejection::Late);
+        }
+        slot.state = SlotState::Committed(commit);
+        slot.detail.clear();
+        desk.nodes.release(node, request);
+        desk.out.push(Effect::SlotsChanged);
+        Ok(self.advance(desk))
+    }
+
+    /// A reveal that was asked for; one that does not open its commitment is kept as a mismatch.
+    pub fn reveal(&mut self, node: &NodeId, reveal: Reveal, desk: &mut Desk) -> Result<Progress, Rejection> {
+        let room = self.room_for(&reveal);
+        let place =
+            commitment::Slot { request_hash: desk.offer.request_hash, attempt: self.number, node: *node };
+        let slot = self.slot_mut(node).ok_or(Rejection::NotLeased)?;
+        let commit = match &slot.state {
+            SlotState::Asked { commit, .. } => *commit,
+            SlotState::Revealed { .. } => return Ok(Progress::Open),
+            SlotState::Leased | SlotState::Committed(_) => return Err(Rejection::NotAsked),
+            SlotState::Ended { .. } => return Err(Rejection::Late),
+        };
+        let digest = commitment::commitment(&desk.rules.domain, &place, &reveal.output, &reveal.salt);
+        if !room {
+            slot.end(SlotOutcome::NoReveal, "the reveals of this attempt exceed what a message carries");
+        } else if digest == commit.digest {
+            slot.state = SlotState::Revealed { commit, reveal };
+        } else {
+            slot.end(SlotOutcome::Mismatch, "the reveal does not open the commitment");
+            if let SlotState::Ended { reveal: kept, .. } = &mut slot.state {
+                *kept = Some(reveal);
+            }
+        }
+        Ok(self.advance(desk))
+    }
+
+    fn room_for(&self, reveal: &Reveal) -> bool {
+        let size = |r: &Reveal| r.output.fingerprints.len() + 5 * r.output.tokens.len();
+        let held: usize = self.slots.iter().filter_map(Slot::reveal).map(size).sum();
+        held + size(reveal) <= MAX_REVEALS_BYTES
+    }
+
+    /// The node does not compute: replaced at once.
+    pub fn decline(
+        &mut self,
+        node: &NodeId,
+        reason: &str,
+        signature: Signature,
+        desk: &mut Desk,
+    ) -> Result<Progress, Rejection> {
+        let place =
+            commitment::Slot { request_hash: desk.offer.request_hash, attempt: self.number, node: *node };
+        let slot = self.slot_mut(node).ok_or(Rejection::NotLeased)?;
+        let digest = commitment::decline_digest(&desk.rules.domain, &place, reason);
+        verify(node, &digest, &signature).map_err(|_| Rejection::BadSignature)?;
+        if !slot.is_leased() {
+            return Err(Rejection::Late);
+        }
+        slot.end(SlotOutcome::Declined, reason);
+        slot.decline_signature = Some(signature);
+        desk.nodes.release(node, desk.offer.id());
+        desk.out.push(Effect::SlotsChanged);
+        Ok(self.advance(desk))
+    }
+
+    /// Whether deltas of the node are to be relayed.
+    pub fn streams(&self, node: &NodeId) -> Result<(), Rejection> {
+        let slot = self.slots.iter().find(|slot| slot.who.node == *node).ok_or(Rejection::NotLeased)?;
+        if slot.is_leased() { Ok(()) } else { Err(Rejection::Late) }
+    }
+
+    /// The node's session ended: a slot without a commitment is replaced, one with a commitment may
+    /// still be revealed after a reconnect.
+    pub fn disconnected(&mut self, node: &NodeId, desk: &mut Desk) -> Progress {
+        let Some(slot) = self.slot_mut(node).filter(|slot| slot.is_leased()) else { return Progress::Open };
+        slot.end(SlotOutcome::Disconnected, "session lost before the commitment");
+        self.advance(desk)
+    }
+
+    /// The node is back under the same key: it goes on where it can.
+    pub fn resumed(&mut self, node: &NodeId, desk: &mut Desk) {
+        let short = self.collected.is_none() && self.alive() < self.wanted;
+        let (request, number, now) = (desk.offer.id(), self.number, desk.now);
+        let lease = self.lease_frame(desk.offer);
+        let Some(slot) = self.slot_mut(node) else { return };
+        if slot.is_leased() || (short && slot.may_resume(now)) {
+            slot.state = SlotState::Leased;
+            slot.detail.clear();
+            let until_ms = slot.lease_until_ms;
+            desk.nodes.lease(node, request);
+            desk.out.push(Effect::Send { node: *node, frame: frames::lease(lease(until_ms)) });
+        } else if let SlotState::Asked { until_ms, .. } = slot.state {
+            desk.out
+                .push(Effect::Send { node: *node, frame: frames::reveal_request(request, number, until_ms) });
+        }
+    }
+
+    /// Ends what is overdue and sends again what got no verdict.
+    pub fn tick(&mut self, desk: &mut Desk) -> Progress {
+        if self.collected.is_some() {
+            self.repeat(desk);
+            return Progress::Open;
+        }
+        let request = desk.offer.id();
+        for slot in &mut self.slots {
+            match slot.state {
+                SlotState::Leased if slot.lease_until_ms <= desk.now => {
+                    slot.end(SlotOutcome::NoCommit, "no commitment before the lease expired");
+                    desk.nodes.release(&slot.who.node, request);
+                    desk.out.push(Effect::Send {
+                        node: slot.who.node,
+                        frame: frames::cancel(request, self.number, "lease expired"),
+                    });
+                    desk.out.push(Effect::SlotsChanged);
+                }
+                SlotState::Asked { until_ms, .. } if until_ms <= desk.now => {
+                    slot.end(SlotOutcome::NoReveal, "no reveal before its deadline");
+                }
+                _ => {}
+            }
+        }
+        self.advance(desk)
+    }
+
+    /// The verifier wants `count` more results. `false`: the verdict is about an earlier round.
+    pub fn more_nodes(&mut self, round: u32, count: u32, desk: &mut Desk) -> Option<Progress> {
+        if self.collected.is_none() || round != self.round || count == 0 {
+            return None;
+        }
+        self.collected = None;
+        self.round += 1;
+        self.wanted = self.revealed() + count as usize;
+        Some(self.advance(desk))
+    }
+
+    /// The bus has the message of `round`.
+    pub fn confirmed(&mut self, round: u32, now: i64) {
+        if let Some(collected) = self.collected.as_mut().filter(|_| round == self.round) {
+            collected.confirmed_at_ms = Some(now);
+        }
+    }
+
+    /// Ends the attempt at the nodes.
+    pub fn end(&mut self, reason: &str, desk: &mut Desk) {
+        let request = desk.offer.id();
+        for slot in &self.slots {
+            let node = slot.who.node;
+            if slot.is_leased() {
+                desk.nodes.release(&node, request);
+                let frame = frames::cancel(request, self.number, reason);
+                desk.out.push(Effect::Send { node, frame });
+            }
+            desk.out.push(Effect::Send { node, frame: frames::released(request, self.number) });
+        }
+        desk.out.push(Effect::SlotsChanged);
+    }
+
+    /// Replaces, asks for reveals, collects: whatever is due. Called after every change.
+    fn advance(&mut self, desk: &mut Desk) -> Progress {
+        if self.collected.is_some() {
+            return Progress::Open;
+        }
+        self.lease_missing(desk);
+        if self.slots.iter().any(Slot::is_leased) {
+            return Progress::Open;
+        }
+        if self.ask_for_reveals(desk) {
+            return Progress::Open;
+        }
+        let majority = desk.offer.k() / 2 + 1;
+        let try_again = self.number_of_tries_left(desk) && desk.now < desk.offer.deadline_ms();
+        if self.revealed() < majority && try_again {
+            return Progress::Exhausted;
+        }
+        self.collect(desk);
+        Progress::Open
+    }
+
+    fn number_of_tries_left(&self, desk: &Desk) -> bool {
+        self.round == 1 && desk.offer.tries < desk.rules.max_tries
+    }
+
+    fn lease_missing(&mut self, desk: &mut Desk) {
+        while self.alive() < self.wanted {
+            let Some(who) = self.drawn.get(self.slots.len()).copied() else { return };
+            let until_ms = desk.now + desk.rules.lease_ms;
+            let mut slot = Slot::leased(who, until_ms);
+            if desk.nodes.get(&who.node).is_some() {
+                desk.nodes.lease(&who.node, desk.offer.id());
+                let lease = self.lease_frame(desk.offer)(until_ms);
+                desk.out.push(Effect::Send { node: who.node, frame: frames::lease(lease) });
+                desk.out.push(Effect::SlotsChanged);
+            } else {
+                slot.end(SlotOutcome::Disconnected, "not connected when drawn");
+            }
+            self.slots.push(slot);
+        }
+    }
+
+    fn lease_frame(&self, offer: &Offer) -> impl FnOnce(i64) -> v1::Lease + use<> {
+        let request = offer.wire.submitted.as_ref().and_then(|s| s.request.clone());
+        let (attempt, stream) = (self.number, offer.funded.submitted.stream);
+        let traceparent = self.traceparent.clone();
+        move |commit_deadline_ms| v1::Lease { request, attempt, commit_deadline_ms, stream, traceparent }
+    }
+
+    /// True while a reveal is awaited.
+    fn ask_for_reveals(&mut self, desk: &mut Desk) -> bool {
+        let until_ms = desk.now + desk.rules.reveal_ms;
+        let mut awaited = false;
+        for slot in &mut self.slots {
+            match &slot.state {
+                SlotState::Committed(commit) => {
+                    slot.state = SlotState::Asked { commit: *commit, until_ms };
+                    desk.out.push(Effect::Send {
+                        node: slot.who.node,
+                        frame: frames::reveal_request(desk.offer.id(), self.number, until_ms),
+                    });
+                    awaited = true;
+                }
+                SlotState::Asked { .. } => awaited = true,
+                _ => {}
+            }
+        }
+        awaited
+    }
+
+    fn collect(&mut self, desk: &mut Desk) {
+        let all: Vec<_> =
+            self.slots.iter().filter_map(|s| s.commitment().map(|c| (s.who.node, c.digest))).collect();
+        let post = assignment::post_message(
+            &desk.rules.domain,
+            &desk.offer.request_hash,
+            self.number,
+            &commitments_root(&all),
+        );
+        let request = desk.offer.id();
+        let message = Arc::new(v1::ResultsCollected {
+            funded: Some(desk.offer.wire.clone()),
+            attempt: self.number,
+            round: self.round,
+            epoch: self.epoch,
+            class: self.class.clone(),
+            eligible: self.eligible.iter().map(convert::eligible_to_wire).collect(),
+            dispatcher: node_id(&desk.rules.key).to_vec(),
+            assign_signature: self.assign_signature.to_vec(),
+            post_signature: sign(&desk.rules.key, &post).to_vec(),
+            slots: self.slots.iter().map(|s| frames::slot_result(request, self.number, s)).collect(),
+            collected_at_ms: desk.now,
+            exhausted: self.is_exhausted(),
+        });
+        self.collected = Some(Collected { message, repeats: 0, confirmed_at_ms: None });
+        self.publish(request, desk);
+    }
+
+    /// No verdict came: it may have been missed, so ask for it by saying the same again.
+    fn repeat(&mut self, desk: &mut Desk) {
+        let Some(collected) = &mut self.collected else { return };
+        let due = collected.confirmed_at_ms.is_some_and(|at| at + desk.rules.verdict_ms <= desk.now);
+        if due {
+            collected.repeats += 1;
+            collected.confirmed_at_ms = None;
+            self.publish(desk.offer.id(), desk);
+        }
+    }
+
+    fn publish(&self, request: Uuid, desk: &mut Desk) {
+        if let Some(collected) = &self.collected {
+            desk.out.push(Effect::Publish {
+                request,
+                attempt: self.number,
+                round: self.round,
+                repeat: collected.repeats,
+                message: collected.message.clone(),
+            });
+        }
+    }
+}

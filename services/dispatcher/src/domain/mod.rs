@@ -1,0 +1,540 @@
+//! What the dispatcher knows and decides, without I/O, clock or randomness of its own.
+//!
+//! ```text
+//!  Offered ─> Storing ─AttemptStored─> Waiting ─k operators free─> Working ─closing verdict─> gone
+//!                ^                                                  │  ^
+//!                └────────── no majority possible, tries left ──────┘  └ MoreNodes: next round
+//!
+//!  a slot of Working: Leased ─> Committed ─> Asked ─> Revealed
+//!                        └──────────┴───────────┴──> Ended(outcome), replaced by the next of the draw
+//! ```
+//!
+//! Reveals are asked for only while no slot of the attempt is leased: whoever reveals knows that nobody
+//! who could copy is still computing.
+
+pub mod attempt;
+pub mod frames;
+pub mod nodes;
+pub mod slot;
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+
+use ed25519_dalek::SigningKey;
+use infera_protocol::bytes::{Hash32, NodeId, Signature};
+use infera_protocol::evidence::{Reveal, SignedCommitment};
+use infera_protocol::identity::Domain;
+use infera_wire::convert::Funded;
+use infera_wire::v1;
+use uuid::Uuid;
+
+use attempt::{Attempt, Desk, Progress};
+use nodes::{Connected, ModelSlots, NodeView, Nodes, distinct_operators};
+
+/// How long to wait before a further try with a new set, per try made, ms: nodes that declined
+/// because they were full need a moment.
+const TRY_AGAIN_MS: i64 = 500;
+/// Longest delta frame, tokens.
+pub const MAX_DELTA_TOKENS: usize = 4_096;
+
+/// What does not change while the service runs.
+pub struct Rules {
+    pub domain: Domain,
+    pub key: SigningKey,
+    pub lease_ms: i64,
+    pub reveal_ms: i64,
+    /// Silence after which a collected message is sent again.
+    pub verdict_ms: i64,
+    /// Attempts with a new set that this replica makes before it reports what it has.
+    pub max_tries: u32,
+    /// After the deadline, how long to wait for the verdict before asking for it; and between asking.
+    pub close_grace_ms: i64,
+    pub max_requests: usize,
+}
+
+/// A request that the mempool offered.
+#[derive(Debug, Clone)]
+pub struct Offer {
+    pub funded: Funded,
+    /// As it came, to be passed on.
+    pub wire: v1::RequestFunded,
+    pub request_hash: Hash32,
+    /// Attempts that this replica began.
+    pub tries: u32,
+}
+
+impl Offer {
+    pub fn new(funded: Funded, wire: v1::RequestFunded, domain: &Domain) -> Self {
+        let request_hash = funded.submitted.request.hash(domain);
+        Self { funded, wire, request_hash, tries: 0 }
+    }
+
+    pub fn id(&self) -> Uuid {
+        self.funded.submitted.request.id
+    }
+
+    pub fn model(&self) -> Hash32 {
+        self.funded.submitted.request.model_root
+    }
+
+    pub fn deadline_ms(&self) -> i64 {
+        self.funded.submitted.deadline_ms
+    }
+
+    fn k(&self) -> usize {
+        self.funded.submitted.k as usize
+    }
+}
+
+/// What happened.
+#[derive(Debug)]
+pub enum Command {
+    NodeJoined(Connected),
+    NodeLeft {
+        node: NodeId,
+        session: Uuid,
+    },
+    NodeDraining {
+        node: NodeId,
+        session: Uuid,
+    },
+    Offered(Box<Offer>),
+    /// The attempt's number is on disk: only now may anything be leased.
+    AttemptStored {
+        request: Uuid,
+        attempt: u32,
+        traceparent: String,
+    },
+    Committed {
+        node: NodeId,
+        request: Uuid,
+        attempt: u32,
+        commit: SignedCommitment,
+    },
+    Revealed {
+        node: NodeId,
+        request: Uuid,
+        attempt: u32,
+        reveal: Box<Reveal>,
+    },
+    Declined {
+        node: NodeId,
+        request: Uuid,
+        attempt: u32,
+        reason: String,
+        signature: Signature,
+    },
+    Deltas {
+        node: NodeId,
+        request: Uuid,
+        attempt: u32,
+        offset: u32,
+        tokens: Vec<u32>,
+    },
+    /// The bus confirmed a collected message.
+    Confirmed {
+        request: Uuid,
+        attempt: u32,
+        round: u32,
+    },
+    MoreNodes {
+        request: Uuid,
+        attempt: u32,
+        round: u32,
+        count: u32,
+    },
+    /// A closing verdict, whatever attempt it is about.
+    Closed {
+        request: Uuid,
+    },
+    Tick,
+}
+
+/// What is to be done.
+#[derive(Debug, Clone)]
+pub enum Effect {
+    /// Write attempt + 1 of the request to disk, then say [`Command::AttemptStored`].
+    StoreAttempt {
+        request: Uuid,
+    },
+    /// Nothing happens if the node is not connected.
+    Send {
+        node: NodeId,
+        frame: v1::FromDispatcher,
+    },
+    Delta {
+        reply_to: String,
+        entry: v1::DeltaEntry,
+    },
+    Publish {
+        request: Uuid,
+        attempt: u32,
+        round: u32,
+        repeat: u32,
+        message: Arc<v1::ResultsCollected>,
+    },
+    /// Past its deadline and no verdict came: ask the verifier to close it, for the `n`-th time.
+    AskClose {
+        request: Uuid,
+        submitted: Box<v1::RequestSubmitted>,
+        n: u32,
+    },
+    /// Forgotten here: note it as closed, then ack the offer.
+    Closed {
+        request: Uuid,
+    },
+    /// Proof that a node signed two results for one slot.
+    Equivocated {
+        request: Uuid,
+        attempt: u32,
+        node: NodeId,
+        first: SignedCommitment,
+        second: SignedCommitment,
+    },
+    /// Free slots, nodes or offers held are no longer what the last report says.
+    SlotsChanged,
+}
+
+/// Why a command changed nothing.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+pub enum Rejection {
+    #[error("the request is held already")]
+    AlreadyHeld,
+    #[error("as many requests as allowed are held")]
+    Full,
+    #[error("the request or this attempt of it is not live here")]
+    Stale,
+    #[error("the node has no slot in this attempt")]
+    NotLeased,
+    #[error("too late for this slot")]
+    Late,
+    #[error("the reveal was not asked for")]
+    NotAsked,
+    #[error("the signature does not match")]
+    BadSignature,
+    #[error("a second, different commitment for one slot")]
+    Equivocation,
+    #[error("deltas must have 1 to {MAX_DELTA_TOKENS} tokens within max_tokens")]
+    BadDeltas,
+}
+
+/// Everything that one replica holds.
+pub struct State {
+    rules: Rules,
+    nodes: Nodes,
+    requests: BTreeMap<Uuid, Held>,
+    arrivals: u64,
+}
+
+struct Held {
+    offer: Offer,
+    /// Who waits longest is served first.
+    arrival: u64,
+    phase: Phase,
+    close_asked: u32,
+    ask_close_at_ms: i64,
+}
+
+enum Phase {
+    /// The attempt's number is being written.
+    Storing,
+    /// Too few operators have free slots, or a further try is not due yet.
+    Waiting {
+        attempt: u32,
+        traceparent: String,
+        not_before_ms: i64,
+    },
+    Working(Box<Attempt>),
+}
+
+impl State {
+    pub fn new(rules: Rules) -> Self {
+        Self { rules, nodes: Nodes::default(), requests: BTreeMap::new(), arrivals: 0 }
+    }
+
+    pub fn rules(&self) -> &Rules {
+        &self.rules
+    }
+
+    pub fn nodes(&self) -> Vec<NodeView> {
+        self.nodes.views()
+    }
+
+    pub fn node_count(&self) -> usize {
+        self.nodes.len()
+    }
+
+    pub fn is_session(&self, node: &NodeId, session: Uuid) -> bool {
+        self.nodes.is_session(node, session)
+    }
+
+    pub fn request_count(&self) -> usize {
+        self.requests.len()
+    }
+
+    /// The live attempt of a request.
+    pub fn attempt(&self, request: Uuid) -> Option<&Attempt> {
+        match &self.requests.get(&request)?.phase {
+            Phase::Working(attempt) => Some(attempt),
+            Phase::Storing | Phase::Waiting { .. } => None,
+        }
+    }
+
+    /// Slots for a model and the requests for it that are held here.
+    pub fn model_slots(&self, model: &Hash32) -> (ModelSlots, Vec<Uuid>) {
+        let held = self.requests.iter().filter(|(_, held)| held.offer.model() == *model);
+        (self.nodes.model_slots(model), held.map(|(id, _)| *id).collect())
+    }
+
+    /// Applies what happened at `now` (ms) and says what is to be done, in order. A rejection may
+    /// still carry effects, in `out`.
+    pub fn apply(&mut self, command: Command, now: i64, out: &mut Vec<Effect>) -> Result<(), Rejection> {
+        match command {
+            Command::NodeJoined(info) => self.joined(info, now, out),
+            Command::NodeLeft { node, session } => {
+                if self.nodes.is_session(&node, session) {
+                    self.nodes.leave(&node);
+                    self.lost(&node, now, out);
+                }
+            }
+            Command::NodeDraining { node, session } => {
+                if self.nodes.is_session(&node, session) {
+                    self.nodes.drain(&node);
+                    out.push(Effect::SlotsChanged);
+                }
+            }
+            Command::Offered(offer) => self.offered(*offer, now, out)?,
+            Command::AttemptStored { request, attempt, traceparent } => {
+                self.stored(request, attempt, traceparent, now)?;
+            }
+            Command::Committed { node, request, attempt, commit } => {
+                self.working(request, attempt, now, out, |a, desk| a.commit(&node, commit, desk))?;
+            }
+            Command::Revealed { node, request, attempt, reveal } => {
+                self.working(request, attempt, now, out, |a, desk| a.reveal(&node, *reveal, desk))?;
+            }
+            Command::Declined { node, request, attempt, reason, signature } => {
+                self.working(request, attempt, now, out, |a, desk| {
+                    a.decline(&node, &reason, signature, desk)
+                })?;
+            }
+            Command::Deltas { node, request, attempt, offset, tokens } => {
+                return self.deltas(node, request, attempt, offset, tokens, out);
+            }
+            Command::Confirmed { request, attempt, round } => {
+                self.working(request, attempt, now, out, |a, desk| {
+                    a.confirmed(round, desk.now);
+                    Ok(Progress::Open)
+                })?;
+            }
+            Command::MoreNodes { request, attempt, round, count } => {
+                self.working(request, attempt, now, out, |a, desk| {
+                    a.more_nodes(round, count, desk).ok_or(Rejection::Stale)
+                })?;
+            }
+            Command::Closed { request } => self.closed(request, now, out)?,
+            Command::Tick => self.tick(now, out),
+        }
+        self.begin_waiting(now, out);
+        Ok(())
+    }
+
+    fn joined(&mut self, info: Connected, now: i64, out: &mut Vec<Effect>) {
+        let node = info.node;
+        let other = self.nodes.get(&node).is_some_and(|old| {
+            (old.operator, old.model_root, &old.class) != (info.operator, info.model_root, &info.class)
+        });
+        if other {
+            self.nodes.leave(&node);
+            self.lost(&node, now, out);
+        }
+        self.nodes.join(info);
+        self.each_working(now, out, |attempt, desk| {
+            attempt.resumed(&node, desk);
+            Progress::Open
+        });
+        out.push(Effect::SlotsChanged);
+    }
+
+    fn lost(&mut self, node: &NodeId, now: i64, out: &mut Vec<Effect>) {
+        self.each_working(now, out, |attempt, desk| attempt.disconnected(node, desk));
+        out.push(Effect::SlotsChanged);
+    }
+
+    fn offered(&mut self, offer: Offer, now: i64, out: &mut Vec<Effect>) -> Result<(), Rejection> {
+        let request = offer.id();
+        if self.requests.contains_key(&request) {
+            return Err(Rejection::AlreadyHeld);
+        }
+        if self.requests.len() >= self.rules.max_requests {
+            return Err(Rejection::Full);
+        }
+        self.arrivals += 1;
+        let ask_close_at_ms = offer.deadline_ms().max(now) + self.rules.close_grace_ms;
+        let held =
+            Held { offer, arrival: self.arrivals, phase: Phase::Storing, close_asked: 0, ask_close_at_ms };
+        self.requests.insert(request, held);
+        out.push(Effect::StoreAttempt { request });
+        out.push(Effect::SlotsChanged);
+        Ok(())
+    }
+
+    fn stored(
+        &mut self,
+        request: Uuid,
+        attempt: u32,
+        traceparent: String,
+        now: i64,
+    ) -> Result<(), Rejection> {
+        let held = self.requests.get_mut(&request).ok_or(Rejection::Stale)?;
+        if !matches!(held.phase, Phase::Storing) {
+            return Err(Rejection::Stale);
+        }
+        let not_before_ms = now + TRY_AGAIN_MS * i64::from(held.offer.tries);
+        held.offer.tries += 1;
+        held.phase = Phase::Waiting { attempt, traceparent, not_before_ms };
+        Ok(())
+    }
+
+    fn deltas(
+        &self,
+        node: NodeId,
+        request: Uuid,
+        attempt: u32,
+        offset: u32,
+        tokens: Vec<u32>,
+        out: &mut Vec<Effect>,
+    ) -> Result<(), Rejection> {
+        let held = self.requests.get(&request).ok_or(Rejection::Stale)?;
+        let live = self.attempt(request).filter(|a| a.number == attempt).ok_or(Rejection::Stale)?;
+        live.streams(&node)?;
+        let submitted = &held.offer.funded.submitted;
+        let end = u64::from(offset) + tokens.len() as u64;
+        let fits = end <= u64::from(submitted.request.max_tokens);
+        if tokens.is_empty() || tokens.len() > MAX_DELTA_TOKENS || !fits {
+            return Err(Rejection::BadDeltas);
+        }
+        // A node that streams without being asked does no harm, and nobody listens.
+        if submitted.stream {
+            let request_id = request.as_bytes().to_vec();
+            let entry = v1::DeltaEntry { request_id, attempt, node: node.to_vec(), offset, tokens };
+            out.push(Effect::Delta { reply_to: submitted.reply_to.clone(), entry });
+        }
+        Ok(())
+    }
+
+    fn closed(&mut self, request: Uuid, now: i64, out: &mut Vec<Effect>) -> Result<(), Rejection> {
+        let mut held = self.requests.remove(&request).ok_or(Rejection::Stale)?;
+        if let Phase::Working(attempt) = &mut held.phase {
+            let mut desk = Desk { rules: &self.rules, offer: &held.offer, nodes: &mut self.nodes, now, out };
+            attempt.end("closed", &mut desk);
+        }
+        out.push(Effect::Closed { request });
+        out.push(Effect::SlotsChanged);
+        Ok(())
+    }
+
+    fn tick(&mut self, now: i64, out: &mut Vec<Effect>) {
+        self.each_working(now, out, |attempt, desk| attempt.tick(desk));
+        for (request, held) in &mut self.requests {
+            if held.ask_close_at_ms > now {
+                continue;
+            }
+            held.ask_close_at_ms = now + self.rules.close_grace_ms;
+            held.close_asked += 1;
+            if let Some(submitted) = held.offer.wire.submitted.clone() {
+                let (submitted, n) = (Box::new(submitted), held.close_asked);
+                out.push(Effect::AskClose { request: *request, submitted, n });
+            }
+        }
+    }
+
+    /// Hands the live attempt of a request to `act`; another attempt is fenced off.
+    fn working(
+        &mut self,
+        request: Uuid,
+        attempt: u32,
+        now: i64,
+        out: &mut Vec<Effect>,
+        act: impl FnOnce(&mut Attempt, &mut Desk) -> Result<Progress, Rejection>,
+    ) -> Result<(), Rejection> {
+        let Self { rules, nodes, requests, .. } = self;
+        let held = requests.get_mut(&request).ok_or(Rejection::Stale)?;
+        let Phase::Working(live) = &mut held.phase else { return Err(Rejection::Stale) };
+        if live.number != attempt {
+            return Err(Rejection::Stale);
+        }
+        let mut desk = Desk { rules, offer: &held.offer, nodes, now, out };
+        let progress = act(live, &mut desk)?;
+        after(held, progress, rules, nodes, now, out);
+        Ok(())
+    }
+
+    fn each_working(
+        &mut self,
+        now: i64,
+        out: &mut Vec<Effect>,
+        act: impl Fn(&mut Attempt, &mut Desk) -> Progress,
+    ) {
+        let Self { rules, nodes, requests, .. } = self;
+        for held in requests.values_mut() {
+            let Phase::Working(live) = &mut held.phase else { continue };
+            let mut desk = Desk { rules, offer: &held.offer, nodes, now, out };
+            let progress = act(live, &mut desk);
+            after(held, progress, rules, nodes, now, out);
+        }
+    }
+
+    /// Begins what waits, in order of arrival, as far as operators have free slots.
+    fn begin_waiting(&mut self, now: i64, out: &mut Vec<Effect>) {
+        let mut waiting: Vec<(u64, Uuid)> = self
+            .requests
+            .iter()
+            .filter(|(_, held)| {
+                matches!(held.phase, Phase::Waiting { not_before_ms, .. } if not_before_ms <= now)
+                    && now < held.offer.deadline_ms()
+            })
+            .map(|(id, held)| (held.arrival, *id))
+            .collect();
+        waiting.sort_unstable();
+        for (_, request) in waiting {
+            self.begin(request, now, out);
+        }
+    }
+
+    fn begin(&mut self, request: Uuid, now: i64, out: &mut Vec<Effect>) {
+        let Some(held) = self.requests.get_mut(&request) else { return };
+        let Phase::Waiting { attempt, traceparent, .. } = &held.phase else { return };
+        let Some((class, eligible)) = self.nodes.candidates(&held.offer.model()) else { return };
+        if distinct_operators(&eligible) < held.offer.k() {
+            return;
+        }
+        let (number, traceparent) = (*attempt, traceparent.clone());
+        let mut desk = Desk { rules: &self.rules, offer: &held.offer, nodes: &mut self.nodes, now, out };
+        let attempt = Attempt::begin(number, class, eligible, traceparent, &mut desk);
+        held.phase = Phase::Working(Box::new(attempt));
+    }
+}
+
+/// Starts over when an attempt can't reach a majority any more.
+fn after(
+    held: &mut Held,
+    progress: Progress,
+    rules: &Rules,
+    nodes: &mut Nodes,
+    now: i64,
+    out: &mut Vec<Effect>,
+) {
+    if progress == Progress::Open {
+        return;
+    }
+    if let Phase::Working(attempt) = &mut held.phase {
+        let mut desk = Desk { rules, offer: &held.offer, nodes, now, out };
+        attempt.end("a new attempt begins", &mut desk);
+    }
+    held.phase = Phase::Storing;
+    out.push(Effect::StoreAttempt { request: held.offer.id() });
+}
+
+#[cfg(test)]
+mod tests;

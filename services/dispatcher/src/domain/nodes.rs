@@ -1,0 +1,186 @@
+//! The nodes that are connected to this replica, and what they are busy with.
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use infera_protocol::assignment::{Eligible, MAX_ELIGIBLE};
+use infera_protocol::bytes::{Address, Hash32, NodeId};
+use uuid::Uuid;
+
+/// A node whose hello was checked.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Connected {
+    pub node: NodeId,
+    pub operator: Address,
+    pub session: Uuid,
+    pub model_root: Hash32,
+    /// Numerics class.
+    pub class: String,
+    /// Sequences at once, at least 1.
+    pub slots: u32,
+    pub release_hash: Hash32,
+    pub version: String,
+    pub connected_at_ms: i64,
+}
+
+/// What anybody may know of a connected node.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct NodeView {
+    pub info: Connected,
+    pub busy: u32,
+    pub draining: bool,
+}
+
+/// Slots for one model, in the class that the next request would be drawn from.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct ModelSlots {
+    /// Distinct operators connected.
+    pub operators: u32,
+    /// Slots without a lease.
+    pub free: u32,
+    pub total: u32,
+}
+
+#[derive(Debug)]
+struct Entry {
+    info: Connected,
+    draining: bool,
+    leases: BTreeSet<Uuid>,
+}
+
+impl Entry {
+    fn free(&self) -> u32 {
+        let busy = u32::try_from(self.leases.len()).unwrap_or(u32::MAX);
+        if self.draining { 0 } else { self.info.slots.saturating_sub(busy) }
+    }
+}
+
+/// All connected nodes, by key.
+#[derive(Debug, Default)]
+pub struct Nodes {
+    by_id: BTreeMap<NodeId, Entry>,
+}
+
+impl Nodes {
+    /// Adds a node, or gives a known one its new session; then its leases stay.
+    pub fn join(&mut self, info: Connected) {
+        match self.by_id.get_mut(&info.node) {
+            Some(entry) => {
+                entry.info = info;
+                entry.draining = false;
+            }
+            None => {
+                let node = info.node;
+                self.by_id.insert(node, Entry { info, draining: false, leases: BTreeSet::new() });
+            }
+        }
+    }
+
+    pub fn leave(&mut self, node: &NodeId) {
+        self.by_id.remove(node);
+    }
+
+    pub fn get(&self, node: &NodeId) -> Option<&Connected> {
+        self.by_id.get(node).map(|entry| &entry.info)
+    }
+
+    /// Whether `session` is the node's session in force.
+    pub fn is_session(&self, node: &NodeId, session: Uuid) -> bool {
+        self.get(node).is_some_and(|info| info.session == session)
+    }
+
+    /// The node takes no further leases.
+    pub fn drain(&mut self, node: &NodeId) {
+        if let Some(entry) = self.by_id.get_mut(node) {
+            entry.draining = true;
+        }
+    }
+
+    pub fn lease(&mut self, node: &NodeId, request: Uuid) {
+        if let Some(entry) = self.by_id.get_mut(node) {
+            entry.leases.insert(request);
+        }
+    }
+
+    pub fn release(&mut self, node: &NodeId, request: Uuid) {
+        if let Some(entry) = self.by_id.get_mut(node) {
+            entry.leases.remove(&request);
+        }
+    }
+
+    /// The class with the most distinct operators that have a free slot for the model, and its
+    /// nodes with free slots; ties go to the first name. `None`: no node has one.
+    pub fn candidates(&self, model: &Hash32) -> Option<(String, Vec<Eligible>)> {
+        let class = self.best_class(model, |entry| entry.free() > 0)?;
+        let eligible = self
+            .of_model(model)
+            .filter(|entry| entry.info.class == class && entry.free() > 0)
+            .map(|entry| Eligible {
+                node: entry.info.node,
+                operator: entry.info.operator,
+                weight: entry.info.slots,
+            })
+            .take(MAX_ELIGIBLE)
+            .collect();
+        Some((class, eligible))
+    }
+
+    /// Slots for the model in the class that [`Nodes::candidates`] would take, or, when all are busy, in
+    /// the one with the most operators.
+    pub fn model_slots(&self, model: &Hash32) -> ModelSlots {
+        let class =
+            self.best_class(model, |entry| entry.free() > 0).or_else(|| self.best_class(model, |_| true));
+        let Some(class) = class else { return ModelSlots::default() };
+        let mut operators = BTreeSet::new();
+        let mut slots = ModelSlots::default();
+        for entry in self.of_model(model).filter(|entry| entry.info.class == class) {
+            operators.insert(entry.info.operator);
+            slots.free = slots.free.saturating_add(entry.free());
+            slots.total = slots.total.saturating_add(entry.info.slots);
+        }
+        slots.operators = u32::try_from(operators.len()).unwrap_or(u32::MAX);
+        slots
+    }
+
+    /// Every node, by key.
+    pub fn views(&self) -> Vec<NodeView> {
+        self.by_id
+            .values()
+            .map(|entry| NodeView {
+                info: entry.info.clone(),
+                busy: u32::try_from(entry.leases.len()).unwrap_or(u32::MAX),
+                draining: entry.draining,
+            })
+            .collect()
+    }
+
+    pub fn len(&self) -> usize {
+        self.by_id.len()
+    }
+
+    pub fn is_empty(&self) -> bool {
+        self.by_id.is_empty()
+    }
+
+    fn of_model<'a>(&'a self, model: &'a Hash32) -> impl Iterator<Item = &'a Entry> {
+        self.by_id.values().filter(move |entry| entry.info.model_root == *model)
+    }
+
+    fn best_class(&self, model: &Hash32, counts: impl Fn(&Entry) -> bool) -> Option<String> {
+        let mut operators: BTreeMap<&str, BTreeSet<Address>> = BTreeMap::new();
+        for entry in self.of_model(model).filter(|entry| counts(entry)) {
+            operators.entry(&entry.info.class).or_default().insert(entry.info.operator);
+        }
+        let mut best: Option<(&str, usize)> = None;
+        for (class, members) in &operators {
+            if best.is_none_or(|(_, most)| members.len() > most) {
+                best = Some((class, members.len()));
+            }
+        }
+        best.map(|(class, _)| class.to_owned())
+    }
+}
+
+/// How many different operators the nodes have.
+pub fn distinct_operators(set: &[Eligible]) -> usize {
+    set.iter().map(|e| e.operator).collect::<BTreeSet<_>>().len()
+}

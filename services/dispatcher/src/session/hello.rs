@@ -1,0 +1,60 @@
+//! Admission (protocol sections 1 and 2): who says hello, and may it.
+
+use infera_protocol::identity::{Domain, IdentityError, hello_digest, verify};
+use infera_protocol::registry::Registry;
+use infera_wire::convert;
+use infera_wire::v1;
+
+/// Numerics classes of the network.
+const CLASSES: [&str; 2] = ["exact", "fast"];
+
+/// Why a session ends: what the node's operator reads.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Refusal {
+    pub code: &'static str,
+    pub reason: String,
+}
+
+impl Refusal {
+    pub fn new(code: &'static str, reason: impl Into<String>) -> Self {
+        Self { code, reason: reason.into() }
+    }
+}
+
+/// Checks a hello against the nonce of this connection's challenge.
+///
+/// # Errors
+/// The first thing that doesn't hold.
+pub fn check(
+    wire: &v1::Hello,
+    nonce: &[u8; 32],
+    domain: &Domain,
+    registry: &Registry,
+    now_ms: i64,
+) -> Result<convert::Hello, Refusal> {
+    let hello = convert::hello(wire).map_err(|e| Refusal::new("bad_hello", e.to_string()))?;
+    let claims = &hello.claims;
+    verify(&claims.node, &hello_digest(domain, nonce, claims), &hello.signature).map_err(|e| {
+        Refusal::new("bad_signature", format!("{e}: sign this connection's challenge with the node's key"))
+    })?;
+    claims.binding.verify(domain, &claims.operator, &hello.binding_signature, now_ms).map_err(|e| {
+        let code = match e {
+            IdentityError::Expired { .. } => "binding_expired",
+            _ => "bad_binding",
+        };
+        Refusal::new(code, e.to_string())
+    })?;
+    if registry.by_root(&claims.weights_root).is_none() {
+        return Err(Refusal::new(
+            "unknown_model",
+            format!("no model of the registry has the weights {}", claims.weights_root),
+        ));
+    }
+    if !CLASSES.contains(&claims.class.as_str()) {
+        return Err(Refusal::new(
+            "unknown_class",
+            format!("hello.class must be one of {}", CLASSES.join(", ")),
+        ));
+    }
+    Ok(hello)
+}
