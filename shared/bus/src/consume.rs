@@ -79,6 +79,24 @@ pub async fn consume<H>(spec: ConsumerSpec, shutdown: CancellationToken, handler
 where
     H: AsyncFn(&DatabaseTransaction, &Envelope) -> Result<(), Reject>,
 {
+    consume_then(spec, shutdown, handler, async |_| {}).await
+}
+
+/// As [`consume`], and calls `committed` after each commit and before the ack, for those who keep
+/// in memory what the database says. It is also called for a message that was processed before.
+///
+/// # Errors
+/// As [`consume`].
+pub async fn consume_then<H, C>(
+    spec: ConsumerSpec,
+    shutdown: CancellationToken,
+    handler: H,
+    committed: C,
+) -> Result<(), BusError>
+where
+    H: AsyncFn(&DatabaseTransaction, &Envelope) -> Result<(), Reject>,
+    C: AsyncFn(&Envelope),
+{
     let mut subscription = spec.bus.subscribe(spec.queue, spec.prefetch).await?;
     let janitor = shutdown.child_token();
     let _janitor_stops_with_us = janitor.clone().drop_guard();
@@ -90,6 +108,7 @@ where
         shutdown,
         spec,
         handler,
+        committed,
     };
     let mut processing = FuturesUnordered::new();
     let result = loop {
@@ -106,10 +125,11 @@ where
     result
 }
 
-struct Consumer<H> {
+struct Consumer<H, C> {
     spec: ConsumerSpec,
     shutdown: CancellationToken,
     handler: H,
+    committed: C,
     before_commit: String,
     after_commit: String,
     span_name: String,
@@ -123,9 +143,10 @@ enum Attempt {
     NoDatabase(DbErr),
 }
 
-impl<H> Consumer<H>
+impl<H, C> Consumer<H, C>
 where
     H: AsyncFn(&DatabaseTransaction, &Envelope) -> Result<(), Reject>,
+    C: AsyncFn(&Envelope),
 {
     async fn process(&self, delivery: Delivery) {
         let envelope = &delivery.envelope;
@@ -202,6 +223,7 @@ where
 
     async fn done(&self, delivery: Delivery) {
         planned::pause(&self.after_commit).await;
+        (self.committed)(&delivery.envelope).await;
         if let Some(relay) = &self.spec.relay {
             relay.wake();
         }

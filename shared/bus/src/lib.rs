@@ -30,7 +30,7 @@ mod rabbit;
 pub mod service;
 
 pub use bus::{Bus, Envelope, Limits};
-pub use consume::{ConsumerSpec, Reject, consume};
+pub use consume::{ConsumerSpec, Reject, consume, consume_then};
 pub use delivery::{DeadLetter, Delivery, Subscription};
 pub use error::BusError;
 pub use infera_wire::topology::{QueueBinding, Topology};
