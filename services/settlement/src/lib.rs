@@ -122,13 +122,12 @@ pub async fn run(config: Config, deps: Deps, shutdown: CancellationToken) -> Res
     let serving = async {
         serve(routes, &config.common.http_bind, stop.clone(), deps.bound).await.map_err(Error::from)
     };
-    let watching = watch_health(health.clone(), db.clone(), deps.bus.clone(), stop.clone());
-    let result = tokio::try_join!(
-        Box::pin(consuming),
-        Box::pin(batching),
-        Box::pin(serving),
-        Box::pin(async { Ok(watching.await) })
-    );
+    let watching = async {
+        watch_health(health.clone(), db.clone(), deps.bus.clone(), stop.clone()).await;
+        Ok(())
+    };
+    let result =
+        tokio::try_join!(Box::pin(consuming), Box::pin(batching), Box::pin(serving), Box::pin(watching));
     stop.cancel();
     relay.stopped().await;
     result.map(drop)

@@ -1,0 +1,216 @@
+//! A small network's keys, and requests, evidence and verdicts made with them.
+
+use ed25519_dalek::SigningKey;
+use infera_protocol::{
+    agreement::Calibration,
+    assignment::{Eligible, assign_message, draw, eligible_root, freeze, post_message},
+    assignment::{beta, order_nodes},
+    bytes::{Address, Hash32},
+    commitment::{Slot, commitment},
+    evidence::{Evidence, Reveal, SignedCommitment, SlotEvidence, SlotOutcome},
+    identity::{Domain, node_id, sign},
+    ids::message_id,
+    registry::{Manifest, Model, Registry},
+    request::{Finish, Output, Request},
+    sampling::SamplingParams,
+};
+use infera_wire::{
+    Message,
+    convert::{Submitted, finish_to_wire, submitted_to_wire},
+    v1,
+};
+use uuid::Uuid;
+
+pub const PRICE: u64 = 2;
+pub const MODEL: &str = "test-model";
+
+pub struct Network {
+    pub manifest: Manifest,
+    pub registry: Registry,
+    dispatcher: SigningKey,
+    nodes: Vec<SigningKey>,
+}
+
+impl Network {
+    /// A network of seven nodes of seven operators.
+    pub fn new(domain: Domain, rpc_url: &str) -> Self {
+        let registry = Registry {
+            models: vec![Model {
+                id: MODEL.into(),
+                weights_root: Hash32([7; 32]),
+                tokenizer_hash: Hash32([8; 32]),
+                template_hash: Hash32([9; 32]),
+                end_tokens: vec![0],
+                vocab_size: 1_000,
+                context_length: 2_048,
+                similarity_threshold_millionths: 800_000,
+                price_micro: PRICE,
+                created_secs: 1,
+            }],
+            calibration: Calibration { near_tie_milli: 250, fingerprint_milli: 250 },
+        };
+        let dispatcher = SigningKey::from_bytes(&[0xd; 32]);
+        let manifest = Manifest {
+            network: "test".into(),
+            domain,
+            rpc_url: rpc_url.into(),
+            dispatchers: vec![node_id(&dispatcher)],
+            registry_hash: registry.hash().unwrap(),
+        };
+        let nodes = (1..=7).map(|n| SigningKey::from_bytes(&[n; 32])).collect();
+        Self { manifest, registry, dispatcher, nodes }
+    }
+
+    /// A network whose chain is not there.
+    pub fn offline() -> Self {
+        Self::new(Domain { chain_id: 31_337, contract: Address([0xc; 20]) }, "http://127.0.0.1:9")
+    }
+
+    pub fn operator(node: usize) -> Address {
+        Address([u8::try_from(node).unwrap() + 1; 20])
+    }
+
+    /// A request of `account`: 10 tokens of prompt, at most 90 more, k = 3. Its hold is 600.
+    pub fn submitted(&self, account: &str) -> Submitted {
+        let id = Uuid::now_v7();
+        Submitted {
+            request: Request {
+                id,
+                model_root: self.registry.models[0].weights_root,
+                prompt: (1..=10).collect(),
+                sampling: SamplingParams::default(),
+                max_tokens: 90,
+                stop: vec![],
+                seed: 4,
+            },
+            account: account.into(),
+            model: MODEL.into(),
+            k: 3,
+            reply_to: "gw-1".into(),
+            stream: false,
+            submitted_at_ms: 1_000,
+            deadline_ms: 100_000,
+            salt: Hash32([5; 32]),
+            bid_micro: 0,
+        }
+    }
+
+    /// The evidence of an attempt with `honest` equal answers of 20 tokens and `wrong` others.
+    pub fn evidence(&self, submitted: &Submitted, honest: usize, wrong: usize) -> Evidence {
+        let domain = self.manifest.domain;
+        let eligible = freeze(
+            self.nodes
+                .iter()
+                .enumerate()
+                .map(|(i, key)| Eligible { node: node_id(key), operator: Self::operator(i), weight: 4 })
+                .collect(),
+        );
+        let request_hash = submitted.request.hash(&domain);
+        let root = eligible_root(&eligible);
+        let message = assign_message(&domain, submitted.request.id, &request_hash, 1, 5, &root);
+        let assign_signature = sign(&self.dispatcher, &message);
+        let slots = draw(&beta(&assign_signature), &eligible)
+            .into_iter()
+            .take(honest + wrong)
+            .enumerate()
+            .map(|(i, drawn)| {
+                let output = Output {
+                    tokens: if i < honest {
+                        (100..120).collect()
+                    } else {
+                        vec![u32::try_from(i).unwrap() + 500]
+                    },
+                    fingerprints: vec![],
+                    finish: Finish::Eos,
+                };
+                let key = self.nodes.iter().find(|key| node_id(key) == drawn.node).unwrap();
+                let salt = Hash32([u8::try_from(i).unwrap(); 32]);
+                let digest =
+                    commitment(&domain, &Slot { request_hash, attempt: 1, node: drawn.node }, &output, &salt);
+                SlotEvidence {
+                    node: drawn.node,
+                    operator: drawn.operator,
+                    outcome: SlotOutcome::Revealed,
+                    commitment: Some(SignedCommitment { digest, signature: sign(key, &digest) }),
+                    reveal: Some(Reveal { output, salt }),
+                }
+            })
+            .collect();
+        let mut evidence = Evidence {
+            domain,
+            request: submitted.request.clone(),
+            account: submitted.account.clone(),
+            model: submitted.model.clone(),
+            salt: submitted.salt,
+            k: submitted.k,
+            submitted_at_ms: submitted.submitted_at_ms,
+            decided_at_ms: 3_000,
+            attempt: 1,
+            epoch: 5,
+            class: "exact".into(),
+            price_micro: PRICE,
+            calibration_hash: self.registry.calibration.hash(),
+            eligible,
+            dispatcher: node_id(&self.dispatcher),
+            assign_signature,
+            post_signature: assign_signature,
+            slots,
+        };
+        let post = post_message(&domain, &request_hash, 1, &evidence.commitments_root());
+        evidence.post_signature = sign(&self.dispatcher, &post);
+        evidence
+    }
+
+    /// The verdict that follows from evidence.
+    pub fn verified(&self, evidence: &Evidence) -> v1::Verdict {
+        let members: Vec<_> = evidence.revealed().map(|(slot, _)| slot.node).collect();
+        let (_, delivered) = evidence.revealed().next().unwrap();
+        verdict(
+            &evidence.request.id,
+            &evidence.account,
+            v1::verdict::Outcome::Verified(v1::Verified {
+                evidence: evidence.canonical().unwrap(),
+                tokens: delivered.tokens.clone(),
+                finish: finish_to_wire(delivered.finish) as i32,
+                nodes: order_nodes(&beta(&evidence.post_signature), &members)
+                    .iter()
+                    .map(|node| node.to_vec())
+                    .collect(),
+                lowest_similarity_millionths: 1_000_000,
+                prompt_tokens: 10,
+            }),
+        )
+    }
+
+    pub fn failed(&self, submitted: &Submitted) -> v1::Verdict {
+        let failed = v1::Failed { code: "no_quorum".into(), reason: "the answers differ".into() };
+        verdict(&submitted.request.id, &submitted.account, v1::verdict::Outcome::Failed(failed))
+    }
+
+    pub fn more_nodes(&self, submitted: &Submitted) -> v1::Verdict {
+        let more = v1::MoreNodes { count: 2 };
+        verdict(&submitted.request.id, &submitted.account, v1::verdict::Outcome::MoreNodes(more))
+    }
+}
+
+fn verdict(id: &Uuid, account: &str, outcome: v1::verdict::Outcome) -> v1::Verdict {
+    v1::Verdict {
+        request_id: id.as_bytes().to_vec(),
+        reply_to: "gw-1".into(),
+        attempt: 1,
+        round: 1,
+        account: account.into(),
+        decided_at_ms: 3_000,
+        outcome: Some(outcome),
+    }
+}
+
+pub fn submitted_bytes(submitted: &Submitted) -> (Uuid, Vec<u8>) {
+    let id = message_id("request.submitted", submitted.request.id, 0);
+    (id, submitted_to_wire(submitted).encode_to_vec())
+}
+
+pub fn verdict_bytes(verdict: &v1::Verdict) -> (Uuid, Vec<u8>) {
+    let id = Uuid::from_slice(&verdict.request_id).unwrap();
+    (message_id("verdict", id, 1), verdict.encode_to_vec())
+}
