@@ -1,0 +1,3 @@
+//! The worker of the network.
+
+pub mod engine;

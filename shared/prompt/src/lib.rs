@@ -14,6 +14,7 @@
 mod decode;
 mod error;
 pub mod gguf;
+mod stop;
 mod template;
 mod tokenizer;
 
@@ -21,6 +22,7 @@ use std::path::Path;
 
 pub use decode::{StreamDecoder, Utf8Stream};
 pub use error::PromptError;
+pub use stop::StopMatcher;
 pub use template::Message;
 pub use tokenizer::Tokenizer;
 

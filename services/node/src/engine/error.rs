@@ -1,0 +1,76 @@
+use infera_prompt::PromptError;
+use infera_prompt::gguf::GgufError;
+use infera_protocol::sampling::SampleError;
+use thiserror::Error;
+use uuid::Uuid;
+
+/// Why an engine does not start or a generation fails.
+#[derive(Debug, Error)]
+pub enum EngineError {
+    /// The model file cannot be used.
+    #[error(transparent)]
+    Gguf(#[from] GgufError),
+    /// Its tokenizer cannot be used.
+    #[error(transparent)]
+    Prompt(#[from] PromptError),
+    /// Reading the weights failed.
+    #[error("cannot read the weights: {0}")]
+    Io(#[from] std::io::Error),
+    /// The model has something that this engine does not compute.
+    #[error("unsupported model: {0}")]
+    Unsupported(String),
+    /// A setting is out of range.
+    #[error("{field} is {got}, allowed are {range}")]
+    Setting {
+        /// The setting.
+        field: &'static str,
+        /// Its value.
+        got: usize,
+        /// What is allowed.
+        range: &'static str,
+    },
+    /// More memory needed than allowed.
+    #[error(
+        "the model needs {need_mib} MiB ({weights_mib} MiB of weights, {cache_mib} MiB of cache for all slots), \
+         allowed are {limit_mib} MiB: lower slots or max_context, take the class fast, or raise the limit"
+    )]
+    Memory {
+        /// Total.
+        need_mib: u64,
+        /// Weights.
+        weights_mib: u64,
+        /// Key-value caches.
+        cache_mib: u64,
+        /// The limit.
+        limit_mib: u64,
+    },
+    /// libtorch refused an operation.
+    #[error("libtorch: {0}")]
+    Torch(#[from] tch::TchError),
+    /// The logits cannot be drawn from.
+    #[error(transparent)]
+    Sample(#[from] SampleError),
+    /// The engine's thread cannot be started or is gone.
+    #[error("the engine's thread: {0}")]
+    Thread(String),
+}
+
+/// Why a job is not taken.
+#[derive(Debug, Clone, PartialEq, Eq, Error)]
+pub enum Busy {
+    /// All slots are taken.
+    #[error("all {slots} slots are taken")]
+    Full {
+        /// How many there are.
+        slots: usize,
+    },
+    /// A job with this id runs already.
+    #[error("job {0} runs already")]
+    Duplicate(Uuid),
+    /// The job breaks a limit; no node of this configuration can do it.
+    #[error("{0}")]
+    Impossible(String),
+    /// The engine has ended.
+    #[error("the engine has ended")]
+    Stopped,
+}

@@ -1,0 +1,256 @@
+//! The engine on the real model.
+
+use std::path::PathBuf;
+use std::sync::Arc;
+
+use infera_node::engine::{Busy, Class, Engine, EngineConfig, EngineError, Event, Finish, Job};
+use infera_prompt::{Message, Prompt};
+use infera_protocol::fingerprint::Fingerprint;
+use infera_protocol::sampling::SamplingParams;
+use parking_lot::Mutex;
+use tokio::sync::mpsc::Receiver;
+use uuid::Uuid;
+
+/// Threads of libtorch are a setting of the process: one engine at a time.
+static ONE_AT_A_TIME: Mutex<()> = Mutex::new(());
+
+pub fn model_path() -> PathBuf {
+    std::env::var_os("INFERA_MODEL").map_or_else(
+        || {
+            let home = std::env::var_os("HOME").expect("HOME is set");
+            PathBuf::from(home).join(".cache/infera/models/smollm2-135m-instruct-q4_1.gguf")
+        },
+        PathBuf::from,
+    )
+}
+
+fn config(class: Class, threads: usize) -> EngineConfig {
+    EngineConfig { model_path: model_path(), class, slots: 8, threads, max_context: 1024, memory_limit: None }
+}
+
+#[derive(Debug, Clone, PartialEq)]
+struct Answer {
+    tokens: Vec<u32>,
+    fingerprints: Vec<Fingerprint>,
+    finish: Finish,
+}
+
+fn collect(mut receiver: Receiver<Event>) -> Answer {
+    let (mut tokens, mut fingerprints) = (Vec::new(), Vec::new());
+    while let Some(event) = receiver.blocking_recv() {
+        match event {
+            Event::Token { token, fingerprint } => {
+                assert_eq!(fingerprint.entries()[0].token, token);
+                tokens.push(token);
+                fingerprints.push(fingerprint);
+            }
+            Event::Finished { finish } => return Answer { tokens, fingerprints, finish },
+            Event::Failed { reason } => panic!("{reason}"),
+        }
+    }
+    panic!("the channel closed without an end after {} tokens", tokens.len());
+}
+
+fn job(prompt: &Prompt, text: &str, temperature: f32, max_tokens: u32) -> Job {
+    Job {
+        id: Uuid::now_v7(),
+        prompt: prompt.render(&[Message::new("user", text)]).unwrap(),
+        params: SamplingParams { temperature, ..SamplingParams::default() },
+        max_tokens,
+        stop: Vec::new(),
+        seed: 42,
+        end_tokens: prompt.end_tokens().to_vec(),
+    }
+}
+
+const QUESTIONS: [&str; 5] = [
+    "What is the capital of France?",
+    "Write a short poem about the sea.",
+    "List three prime numbers.",
+    "Explain in one sentence why the sky is blue.",
+    "Translate 'good morning' to German.",
+];
+
+/// A prompt of more than one piece.
+fn long_question() -> String {
+    let text = "The river runs past the old mill, under the bridge and down to the harbour. ".repeat(14);
+    format!("{text}Where does the river run?")
+}
+
+fn jobs(prompt: &Prompt) -> Vec<Job> {
+    let mut jobs: Vec<Job> = QUESTIONS
+        .iter()
+        .enumerate()
+        .map(|(i, q)| job(prompt, q, if i % 2 == 0 { 0.0 } else { 0.8 }, 24))
+        .collect();
+    jobs.push(job(prompt, &long_question(), 0.8, 12));
+    jobs.push(job(prompt, QUESTIONS[0], 0.8, 24));
+    jobs
+}
+
+fn alone(engine: &Engine, jobs: &[Job]) -> Vec<Answer> {
+    jobs.iter().map(|j| collect(engine.generate(j.clone()).unwrap())).collect()
+}
+
+fn together(engine: &Engine, jobs: &[Job]) -> Vec<Answer> {
+    let running: Vec<_> = jobs.iter().map(|j| engine.generate(j.clone()).unwrap()).collect();
+    running.into_iter().map(collect).collect()
+}
+
+#[test]
+fn answers_that_the_capital_of_france_is_paris() {
+    let _one = ONE_AT_A_TIME.lock();
+    let prompt = Prompt::load(&model_path()).unwrap();
+    for class in [Class::Exact, Class::Fast] {
+        let engine = Engine::start(config(class, 1)).unwrap();
+        let answer = collect(engine.generate(job(&prompt, QUESTIONS[0], 0.0, 32)).unwrap());
+        let text = prompt.decode(&answer.tokens);
+        assert!(text.contains("Paris"), "{class:?}: {text}");
+        assert_eq!(answer.finish, Finish::Eos);
+        assert_eq!(answer.tokens.last(), Some(&2), "the end token is the last token");
+    }
+}
+
+#[test]
+fn exact_results_do_not_depend_on_company_order_or_threads() {
+    let _one = ONE_AT_A_TIME.lock();
+    let prompt = Prompt::load(&model_path()).unwrap();
+    let jobs = jobs(&prompt);
+    let engine = Engine::start(config(Class::Exact, 1)).unwrap();
+    let expected = alone(&engine, &jobs);
+    assert_eq!(together(&engine, &jobs), expected, "in company");
+    let turned: Vec<Job> = jobs.iter().rev().cloned().collect();
+    let mut answers = together(&engine, &turned);
+    answers.reverse();
+    assert_eq!(answers, expected, "in another order");
+    drop(engine);
+    let engine = Engine::start(config(Class::Exact, 2)).unwrap();
+    assert_eq!(alone(&engine, &jobs), expected, "with two threads");
+    assert_eq!(together(&engine, &jobs), expected, "in company with two threads");
+    assert_ne!(expected[0].tokens, expected[6].tokens, "the temperature matters");
+}
+
+#[test]
+fn joining_late_changes_nothing() {
+    let _one = ONE_AT_A_TIME.lock();
+    let prompt = Prompt::load(&model_path()).unwrap();
+    let engine = Engine::start(config(Class::Exact, 1)).unwrap();
+    let (first, second) = (job(&prompt, QUESTIONS[1], 0.8, 40), job(&prompt, QUESTIONS[3], 0.0, 20));
+    let expected = alone(&engine, &[first.clone(), second.clone()]);
+    let mut running = engine.generate(first).unwrap();
+    let mut tokens = Vec::new();
+    while tokens.len() < 5 {
+        if let Some(Event::Token { token, .. }) = running.blocking_recv() {
+            tokens.push(token);
+        }
+    }
+    let late = collect(engine.generate(second).unwrap());
+    assert_eq!(late, expected[1]);
+    let rest = collect(running);
+    tokens.extend(rest.tokens);
+    assert_eq!(tokens, expected[0].tokens);
+}
+
+#[test]
+fn ends_as_section_5_says() {
+    let _one = ONE_AT_A_TIME.lock();
+    let prompt = Prompt::load(&model_path()).unwrap();
+    let engine = Engine::start(config(Class::Exact, 1)).unwrap();
+    let base = job(&prompt, QUESTIONS[0], 0.0, 32);
+    let whole = collect(engine.generate(base.clone()).unwrap());
+    let cut = collect(engine.generate(Job { max_tokens: 3, ..base.clone() }).unwrap());
+    assert_eq!((cut.finish, &cut.tokens[..]), (Finish::Length, &whole.tokens[..3]));
+    let one = collect(engine.generate(Job { max_tokens: 1, ..base.clone() }).unwrap());
+    assert_eq!((one.finish, one.tokens.len()), (Finish::Length, 1));
+    let exactly = Job { max_tokens: whole.tokens.len() as u32, ..base.clone() };
+    assert_eq!(collect(engine.generate(exactly).unwrap()).finish, Finish::Eos);
+    // A stop string that lies across the border of two tokens.
+    let second = prompt.decode(&whole.tokens[1..2]);
+    let stop = format!("{}{}", prompt.decode(&whole.tokens[..1]), &second[..second.len().min(2)]);
+    let stopped = collect(engine.generate(Job { stop: vec![stop.clone()], ..base.clone() }).unwrap());
+    assert_eq!((stopped.finish, &stopped.tokens[..]), (Finish::Stop, &whole.tokens[..2]), "{stop:?}");
+    let other = collect(engine.generate(Job { stop: vec!["never said".into()], ..base }).unwrap());
+    assert_eq!(other, whole);
+}
+
+#[test]
+fn slots_are_bounded_and_freed() {
+    let _one = ONE_AT_A_TIME.lock();
+    let prompt = Prompt::load(&model_path()).unwrap();
+    let engine = Engine::start(EngineConfig { slots: 2, ..config(Class::Fast, 1) }).unwrap();
+    let endless = || Job { end_tokens: vec![], ..job(&prompt, QUESTIONS[1], 0.8, 900) };
+    let (a, b) = (endless(), endless());
+    let mut first = engine.generate(a.clone()).unwrap();
+    let second = engine.generate(b).unwrap();
+    assert_eq!(engine.generate(endless()).unwrap_err(), Busy::Full { slots: 2 });
+    assert_eq!(engine.free_slots(), 0);
+    engine.cancel(a.id);
+    while first.blocking_recv().is_some() {}
+    // Cancelled: its slot is free before its channel closes; a second one is freed by dropping the receiver.
+    let third = engine.generate(job(&prompt, QUESTIONS[0], 0.0, 4)).unwrap();
+    drop(second);
+    assert_eq!(collect(third).tokens.len(), 4);
+    let (one, two) = (job(&prompt, QUESTIONS[0], 0.0, 2), job(&prompt, QUESTIONS[0], 0.0, 2));
+    let running = engine.generate(one.clone()).unwrap();
+    assert_eq!(engine.generate(one.clone()).unwrap_err(), Busy::Duplicate(one.id));
+    collect(running);
+    collect(engine.generate(two).unwrap());
+    assert_eq!(engine.free_slots(), 2);
+}
+
+#[test]
+fn impossible_jobs_are_refused_in_words() {
+    let _one = ONE_AT_A_TIME.lock();
+    let prompt = Prompt::load(&model_path()).unwrap();
+    let engine = Engine::start(EngineConfig { max_context: 64, ..config(Class::Fast, 1) }).unwrap();
+    let base = job(&prompt, QUESTIONS[0], 0.0, 8);
+    for (bad, text) in [
+        (Job { max_tokens: 60, ..base.clone() }, "exceed the context of 64"),
+        (Job { max_tokens: 0, ..base.clone() }, "must not be empty"),
+        (Job { prompt: vec![], ..base.clone() }, "must not be empty"),
+        (Job { prompt: vec![49_152], ..base.clone() }, "prompt has token 49152"),
+        (Job { params: SamplingParams { top_k: 0, ..base.params }, ..base.clone() }, "top_k must be"),
+    ] {
+        let got = engine.generate(bad).unwrap_err().to_string();
+        assert!(got.contains(text), "{got:?} should contain {text:?}");
+    }
+    assert_eq!(engine.free_slots(), 8);
+}
+
+#[test]
+fn memory_is_stated_and_limited_before_loading() {
+    let base = config(Class::Exact, 1);
+    let exact = infera_node::engine::memory_need(&base).unwrap();
+    let fast =
+        infera_node::engine::memory_need(&EngineConfig { class: Class::Fast, ..base.clone() }).unwrap();
+    assert!((500 << 20..600 << 20).contains(&exact.weights), "{exact:?}");
+    assert!((150 << 20..220 << 20).contains(&fast.weights), "{fast:?}");
+    assert_eq!(exact.cache, 8 * 1024 * 30 * 2 * 3 * 64 * 4);
+    let refused = Engine::start(EngineConfig { memory_limit: Some(300 << 20), ..base.clone() }).unwrap_err();
+    assert!(matches!(refused, EngineError::Memory { limit_mib: 300, .. }), "{refused}");
+    for (bad, text) in [
+        (EngineConfig { slots: 0, ..base.clone() }, "slots is 0, allowed are 1 to 64"),
+        (EngineConfig { threads: 1000, ..base.clone() }, "threads is 1000"),
+        (EngineConfig { max_context: 9000, ..base.clone() }, "max_context is 9000"),
+        (EngineConfig { model_path: "/nowhere".into(), ..base }, "cannot read the model file"),
+    ] {
+        let got = Engine::start(bad).unwrap_err().to_string();
+        assert!(got.contains(text), "{got:?} should contain {text:?}");
+    }
+}
+
+#[test]
+fn dropping_the_engine_closes_its_jobs() {
+    let _one = ONE_AT_A_TIME.lock();
+    let prompt = Arc::new(Prompt::load(&model_path()).unwrap());
+    let engine = Engine::start(config(Class::Fast, 1)).unwrap();
+    let mut running =
+        engine.generate(Job { end_tokens: vec![], ..job(&prompt, QUESTIONS[1], 0.8, 900) }).unwrap();
+    assert!(matches!(running.blocking_recv(), Some(Event::Token { .. })));
+    drop(engine);
+    let mut last = None;
+    while let Some(event) = running.blocking_recv() {
+        last = Some(event);
+    }
+    assert!(matches!(last, None | Some(Event::Token { .. })), "{last:?}");
+}
