@@ -1,0 +1,310 @@
+//! What every HTTP handler shares, and the two things that handlers do to requests: submit and cancel.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use actix::Addr;
+use infera_bus::outbox::{self, Relay};
+use infera_prompt::PromptError;
+use infera_protocol::bytes::Hash32;
+use infera_protocol::hash::keccak;
+use infera_protocol::ids::message_id;
+use infera_protocol::request::{MAX_TOKENS, Request, derived_seed};
+use infera_runtime::http::ApiError;
+use infera_runtime::jwt::Verifier;
+use infera_runtime::kv::Kv;
+use infera_runtime::{CancellationToken, clock, planned};
+use infera_wire::convert::{Submitted, submitted_to_wire};
+use infera_wire::topology::keys;
+use infera_wire::v1;
+use sea_orm::{DatabaseConnection, DbErr, TransactionTrait};
+use tokio::time::Instant;
+use uuid::Uuid;
+
+use crate::actor::{Replies, Wait};
+use crate::catalog::{Catalog, Served};
+use crate::config::Config;
+use crate::domain::answer::Head;
+use crate::domain::chat::ChatRequest;
+use crate::domain::merge::Mode;
+use crate::error::database;
+use crate::metrics::Metrics;
+use crate::store::{self, NewRequest, request};
+use crate::wait::Waiter;
+
+pub(crate) struct App {
+    pub config: Config,
+    /// This replica's word in routing keys.
+    pub replica: String,
+    pub db: DatabaseConnection,
+    pub kv: Kv,
+    pub verifier: Verifier,
+    pub catalog: Catalog,
+    pub replies: Addr<Replies>,
+    pub relay: Relay,
+    pub metrics: Metrics,
+    /// Cancelled when waiting clients must be sent away.
+    pub drained: CancellationToken,
+}
+
+/// A request that is submitted, now or earlier under the same `Idempotency-Key`.
+pub(crate) struct Submission {
+    pub id: Uuid,
+    pub account: String,
+    pub served: Arc<Served>,
+    pub head: Head,
+    pub waiter: Waiter,
+    pub stops: Vec<String>,
+    /// The client can come back for the answer: it gave a key.
+    pub repeatable: bool,
+}
+
+/// A request as every node will see it.
+struct Fixed {
+    submitted: Submitted,
+    new: NewRequest,
+}
+
+impl App {
+    /// Fixes the request (section 3), stores it together with the message that submits it, and begins to
+    /// wait. A repeat of a stored request begins to wait for that one.
+    pub(crate) async fn submit(
+        &self,
+        account: &str,
+        chat: &ChatRequest,
+        key: Option<String>,
+    ) -> Result<Submission, ApiError> {
+        let served = self.served(&chat.model)?;
+        let body_hash = body_hash(chat)?;
+        if let Some(key) = &key
+            && let Some(row) = store::by_key(&self.db, account, key).await.map_err(database)?
+        {
+            return self.repeat(row, chat, served, &body_hash).await;
+        }
+        let fixed = self.fix(account, chat, key, &served, body_hash).await?;
+        let waiter = self.wait(&fixed.submitted, chat, false).await?;
+        if !self.store(&fixed).await.map_err(database)? {
+            // Another request with the same key was faster.
+            let key = fixed.new.idempotency_key.as_deref().unwrap_or_default();
+            let row = store::by_key(&self.db, account, key).await.map_err(database)?;
+            let row = row.ok_or_else(|| ApiError::internal("a request vanished while it was repeated"))?;
+            return self.repeat(row, chat, served, &body_hash).await;
+        }
+        Ok(Submission {
+            id: fixed.new.id,
+            account: account.to_owned(),
+            head: self.head(&served, fixed.new.id, fixed.new.submitted_ms),
+            served,
+            waiter,
+            repeatable: fixed.new.idempotency_key.is_some(),
+            stops: fixed.new.stop,
+        })
+    }
+
+    /// The model that a client names.
+    pub(crate) fn served(&self, model: &str) -> Result<Arc<Served>, ApiError> {
+        self.catalog.get(model).ok_or_else(|| {
+            let known: Vec<&str> = self.catalog.iter().map(|served| served.model.id.as_str()).collect();
+            let name: String = model.chars().take(100).collect();
+            ApiError::not_found(format!(
+                "the model `{name}` is not served here; there are: {}",
+                known.join(", ")
+            ))
+            .with_code("model_not_found")
+            .with_param("model")
+        })
+    }
+
+    async fn fix(
+        &self,
+        account: &str,
+        chat: &ChatRequest,
+        key: Option<String>,
+        served: &Arc<Served>,
+        body_hash: Hash32,
+    ) -> Result<Fixed, ApiError> {
+        let prompt = render(served.clone(), chat).await?;
+        let max_tokens = fit(chat.max_tokens, self.config.default_max_tokens, prompt.len(), served)?;
+        let id = Uuid::now_v7();
+        let submitted_ms = clock::now_ms();
+        let deadline_ms = submitted_ms.saturating_add(self.config.deadline_ms());
+        let request = Request {
+            id,
+            model_root: served.model.weights_root,
+            sampling: chat.sampling,
+            max_tokens,
+            stop: chat.stop.clone(),
+            seed: chat.seed.unwrap_or_else(|| derived_seed(id)),
+            prompt,
+        };
+        request.validate().map_err(|error| ApiError::bad_request(None, error.to_string()))?;
+        let new = NewRequest {
+            id,
+            account: account.to_owned(),
+            idempotency_key: key,
+            body_hash: body_hash.to_vec(),
+            model: chat.model.clone(),
+            prompt_tokens: request.prompt.len(),
+            max_tokens,
+            stop: chat.stop.clone(),
+            submitted_ms,
+            deadline_ms,
+        };
+        let submitted = Submitted {
+            request,
+            account: account.to_owned(),
+            model: chat.model.clone(),
+            k: self.config.replicas,
+            reply_to: self.replica.clone(),
+            stream: chat.stream,
+            submitted_at_ms: submitted_ms,
+            deadline_ms,
+            salt: Hash32(rand::random()),
+            bid_micro: chat.bid_micro,
+        };
+        Ok(Fixed { submitted, new })
+    }
+
+    /// One transaction: the row and the message. `false`: the key is taken, nothing was written.
+    async fn store(&self, fixed: &Fixed) -> Result<bool, DbErr> {
+        let tx = self.db.begin().await?;
+        if !store::insert(&tx, &fixed.new).await? {
+            tx.rollback().await?;
+            return Ok(false);
+        }
+        let id = message_id("request.submitted", fixed.new.id, 0);
+        outbox::enqueue(&tx, keys::REQUEST_SUBMITTED, id, &submitted_to_wire(&fixed.submitted)).await?;
+        planned::pause("gateway.request.before_commit").await;
+        tx.commit().await?;
+        planned::pause("gateway.request.after_commit").await;
+        self.relay.wake();
+        Ok(true)
+    }
+
+    async fn repeat(
+        &self,
+        row: request::Model,
+        chat: &ChatRequest,
+        served: Arc<Served>,
+        body_hash: &Hash32,
+    ) -> Result<Submission, ApiError> {
+        if row.body_hash != body_hash.as_bytes() {
+            return Err(ApiError::new(
+                actix_web::http::StatusCode::UNPROCESSABLE_ENTITY,
+                "idempotency_error",
+                "this Idempotency-Key was used for another request; use a new key for a new request",
+            )
+            .with_code("idempotency_key_reused")
+            .with_param("Idempotency-Key"));
+        }
+        self.metrics.repeat(&chat.model);
+        // A row that is closed is found by the first look; an open one may close at any time.
+        let wait = Wait {
+            id: row.id,
+            stream: mode(chat, self.config.replicas),
+            max_tokens: u32::try_from(row.max_tokens).unwrap_or(MAX_TOKENS),
+        };
+        let waiter = self.waiter(wait, row.deadline_ms, true).await?;
+        Ok(Submission {
+            id: row.id,
+            account: row.account.clone(),
+            head: self.head(&served, row.id, row.submitted_ms),
+            served,
+            waiter,
+            stops: row.stops().map_err(ApiError::internal)?,
+            repeatable: true,
+        })
+    }
+
+    async fn wait(
+        &self,
+        submitted: &Submitted,
+        chat: &ChatRequest,
+        look_first: bool,
+    ) -> Result<Waiter, ApiError> {
+        let wait = Wait {
+            id: submitted.request.id,
+            stream: mode(chat, submitted.k),
+            max_tokens: submitted.request.max_tokens,
+        };
+        self.waiter(wait, submitted.deadline_ms, look_first).await
+    }
+
+    async fn waiter(&self, wait: Wait, deadline_ms: i64, look_first: bool) -> Result<Waiter, ApiError> {
+        let id = wait.id;
+        let events = match self.replies.send(wait).await {
+            Ok(Ok(events)) => events,
+            Ok(Err(full)) => return Err(ApiError::unavailable(format!("{full}; try again")).retry_after(5)),
+            Err(error) => return Err(ApiError::internal(error)),
+        };
+        let left = u64::try_from(deadline_ms.saturating_sub(clock::now_ms())).unwrap_or(0);
+        let until = Instant::now()
+            + Duration::from_millis(left)
+            + Duration::from_secs(self.config.deadline_grace_secs);
+        let (db, drained) = (self.db.clone(), self.drained.clone());
+        Ok(Waiter::new(id, events, db, self.config.poll(), until, drained, look_first))
+    }
+
+    fn head(&self, served: &Served, id: Uuid, submitted_ms: i64) -> Head {
+        Head {
+            id,
+            model: served.model.id.clone(),
+            weights_root: served.model.weights_root,
+            created: submitted_ms / 1000,
+            receipts_url: self.config.receipts_url.clone(),
+        }
+    }
+
+    /// Asks the mempool to close the request as cancelled. Repeating it changes nothing.
+    pub(crate) async fn cancel(&self, id: Uuid, account: &str) -> Result<(), DbErr> {
+        let message = v1::CancelRequested { request_id: id.as_bytes().to_vec(), account: account.to_owned() };
+        let tx = self.db.begin().await?;
+        outbox::enqueue(&tx, keys::CANCEL_REQUESTED, message_id("cancel.requested", id, 0), &message).await?;
+        tx.commit().await?;
+        self.relay.wake();
+        Ok(())
+    }
+}
+
+fn mode(chat: &ChatRequest, k: u32) -> Option<Mode> {
+    chat.stream.then_some(if chat.fast { Mode::Fast } else { Mode::Majority { k } })
+}
+
+/// What repeats are compared by: the checked request, so that spacing and defaults do not matter.
+fn body_hash(chat: &ChatRequest) -> Result<Hash32, ApiError> {
+    let bytes = serde_json::to_vec(chat).map_err(ApiError::internal)?;
+    Ok(keccak(&[b"infera.gateway.body.v1", &bytes]))
+}
+
+/// Token ids of the chat. Takes up to a second for a megabyte of text, hence not on this thread.
+async fn render(served: Arc<Served>, chat: &ChatRequest) -> Result<Vec<u32>, ApiError> {
+    let messages = chat.messages.clone();
+    let rendered = tokio::task::spawn_blocking(move || served.prompt.render(&messages)).await;
+    rendered.map_err(ApiError::internal)?.map_err(|error| match error {
+        PromptError::NoMessages | PromptError::Role { .. } | PromptError::Template(_) => {
+            ApiError::bad_request("messages", error.to_string()).with_code("invalid_value")
+        }
+        other => ApiError::internal(other),
+    })
+}
+
+/// Most tokens to generate: what the client asks for if the context has room, else the default or what is left.
+fn fit(asked: Option<u32>, default: u32, prompt: usize, served: &Served) -> Result<u32, ApiError> {
+    let context = served.model.context_length.min(MAX_TOKENS);
+    let room = u32::try_from(prompt).ok().and_then(|prompt| context.checked_sub(prompt)).unwrap_or(0);
+    let too_long = |param: &str, what: String| {
+        let message = format!("this model's context is {context} tokens; {what}");
+        Err(ApiError::bad_request(param, message).with_code("context_length_exceeded"))
+    };
+    match asked {
+        _ if room == 0 => {
+            too_long("messages", format!("the messages have {prompt} and leave no room: shorten them"))
+        }
+        Some(asked) if asked > room => too_long(
+            "max_tokens",
+            format!("the messages have {prompt}, so `max_tokens` can be at most {room}"),
+        ),
+        Some(asked) => Ok(asked),
+        None => Ok(default.min(room)),
+    }
+}

@@ -1,0 +1,75 @@
+//! Who asks: the API key in `Authorization: Bearer KEY`, and how often it may.
+
+use std::time::Duration;
+
+use actix_web::HttpRequest;
+use actix_web::http::header::AUTHORIZATION;
+use infera_runtime::clock;
+use infera_runtime::http::ApiError;
+use infera_runtime::jwt::Claims;
+
+use crate::app::App;
+use crate::error::database;
+use crate::keys::{self, AUDIENCE, MAX_ACCOUNT, SCOPE_CHAT};
+
+/// Checks the key: form, signature, time, revocation.
+pub(crate) async fn caller(app: &App, request: &HttpRequest) -> Result<Claims, ApiError> {
+    let header = request.headers().get(AUTHORIZATION).ok_or_else(|| {
+        ApiError::unauthorized("invalid_api_key", "there is no api key: send `Authorization: Bearer KEY`")
+    })?;
+    let token = header.to_str().ok().and_then(bearer).ok_or_else(|| {
+        ApiError::unauthorized("invalid_api_key", "the header Authorization must be `Bearer KEY`")
+    })?;
+    let claims = app.verifier.verify(token, AUDIENCE)?;
+    if claims.sub.is_empty() || claims.sub.len() > MAX_ACCOUNT {
+        let message = format!("the api key's account must have 1 to {MAX_ACCOUNT} bytes");
+        return Err(ApiError::unauthorized("invalid_api_key", message));
+    }
+    if keys::is_revoked(&app.db, &claims.jti).await.map_err(database)? {
+        let message = "the api key was revoked; create a new one";
+        return Err(ApiError::unauthorized("revoked_api_key", message));
+    }
+    Ok(claims)
+}
+
+/// [`caller`], with the scope and the quota that asking for answers needs.
+pub(crate) async fn chat_caller(app: &App, request: &HttpRequest) -> Result<Claims, ApiError> {
+    let claims = caller(app, request).await?;
+    if !claims.allows(SCOPE_CHAT) {
+        return Err(ApiError::forbidden(format!(
+            "the api key lacks the scope `{SCOPE_CHAT}`; create one that has it"
+        ))
+        .with_code("insufficient_scope"));
+    }
+    quota(app, &claims).await?;
+    Ok(claims)
+}
+
+fn bearer(header: &str) -> Option<&str> {
+    let (scheme, token) = header.split_once(' ')?;
+    let token = token.trim();
+    (scheme.eq_ignore_ascii_case("bearer") && !token.is_empty()).then_some(token)
+}
+
+/// Counts the request in the key's current minute.
+async fn quota(app: &App, claims: &Claims) -> Result<(), ApiError> {
+    let limit = app.config.requests_per_minute;
+    if limit == 0 {
+        return Ok(());
+    }
+    let now = clock::now_secs();
+    let counter = format!("gateway.rpm.{}.{}", claims.jti, now / 60);
+    match app.kv.incr(&counter, 1, Duration::from_secs(90)).await {
+        Ok(count) if count > limit => {
+            let message = format!("this api key may send {limit} requests a minute; wait for the next one");
+            let wait = u64::try_from(60 - now.rem_euclid(60)).unwrap_or(60);
+            Err(ApiError::rate_limited(message).retry_after(wait))
+        }
+        Ok(_) => Ok(()),
+        Err(error) => {
+            // Without its counters the gateway serves rather than refuses: money is checked elsewhere.
+            tracing::warn!(%error, "quota is not counted");
+            Ok(())
+        }
+    }
+}

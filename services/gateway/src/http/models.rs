@@ -1,0 +1,39 @@
+//! `GET /v1/models`: what is served.
+
+use actix_web::web::{Data, Path};
+use actix_web::{HttpRequest, HttpResponse};
+use infera_protocol::registry::Model;
+use infera_runtime::http::ApiError;
+use serde_json::{Value, json};
+
+use super::auth;
+use crate::app::App;
+
+pub(crate) async fn list(app: Data<App>, request: HttpRequest) -> Result<HttpResponse, ApiError> {
+    auth::caller(&app, &request).await?;
+    let data: Vec<Value> = app.catalog.iter().map(|served| body(&served.model)).collect();
+    Ok(HttpResponse::Ok().json(json!({ "object": "list", "data": data })))
+}
+
+pub(crate) async fn get(
+    app: Data<App>,
+    request: HttpRequest,
+    id: Path<String>,
+) -> Result<HttpResponse, ApiError> {
+    auth::caller(&app, &request).await?;
+    Ok(HttpResponse::Ok().json(body(&app.served(&id)?.model)))
+}
+
+fn body(model: &Model) -> Value {
+    json!({
+        "id": model.id,
+        "object": "model",
+        "created": model.created_secs,
+        "owned_by": "infera",
+        "infera": {
+            "weights_root": model.weights_root,
+            "context_length": model.context_length,
+            "price_micro": model.price_micro,
+        },
+    })
+}

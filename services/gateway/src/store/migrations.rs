@@ -1,0 +1,106 @@
+//! How the tables come to be, for SQLite and PostgreSQL alike.
+
+use sea_orm_migration::prelude::*;
+
+/// All migrations of the gateway's database, those of inbox and outbox included.
+pub struct Migrator;
+
+#[async_trait::async_trait]
+impl MigratorTrait for Migrator {
+    fn migrations() -> Vec<Box<dyn MigrationTrait>> {
+        vec![infera_bus::inbox::migration(), infera_bus::outbox::migration(), Box::new(Create)]
+    }
+}
+
+struct Create;
+
+impl MigrationName for Create {
+    fn name(&self) -> &str {
+        "gateway_0001_requests"
+    }
+}
+
+#[derive(DeriveIden)]
+enum Requests {
+    Table,
+    Id,
+    Account,
+    IdempotencyKey,
+    BodyHash,
+    Model,
+    PromptTokens,
+    MaxTokens,
+    Stop,
+    SubmittedMs,
+    DeadlineMs,
+    State,
+    Code,
+    Message,
+    Tokens,
+    Finish,
+    Nodes,
+    SimilarityMillionths,
+    Others,
+    ClosedMs,
+}
+
+#[derive(DeriveIden)]
+enum RevokedKeys {
+    Table,
+    Jti,
+    RevokedMs,
+}
+
+#[async_trait::async_trait]
+impl MigrationTrait for Create {
+    async fn up(&self, manager: &SchemaManager) -> Result<(), DbErr> {
+        let requests = Table::create()
+            .table(Requests::Table)
+            .if_not_exists()
+            .col(ColumnDef::new(Requests::Id).uuid().not_null().primary_key())
+            .col(ColumnDef::new(Requests::Account).string().not_null())
+            .col(ColumnDef::new(Requests::IdempotencyKey).string().null())
+            .col(ColumnDef::new(Requests::BodyHash).binary().not_null())
+            .col(ColumnDef::new(Requests::Model).string().not_null())
+            .col(ColumnDef::new(Requests::PromptTokens).big_integer().not_null())
+            .col(ColumnDef::new(Requests::MaxTokens).big_integer().not_null())
+            .col(ColumnDef::new(Requests::Stop).text().not_null())
+            .col(ColumnDef::new(Requests::SubmittedMs).big_integer().not_null())
+            .col(ColumnDef::new(Requests::DeadlineMs).big_integer().not_null())
+            .col(ColumnDef::new(Requests::State).string().not_null())
+            .col(ColumnDef::new(Requests::Code).string().null())
+            .col(ColumnDef::new(Requests::Message).text().null())
+            .col(ColumnDef::new(Requests::Tokens).binary().null())
+            .col(ColumnDef::new(Requests::Finish).string().null())
+            .col(ColumnDef::new(Requests::Nodes).binary().null())
+            .col(ColumnDef::new(Requests::SimilarityMillionths).big_integer().null())
+            .col(ColumnDef::new(Requests::Others).text().null())
+            .col(ColumnDef::new(Requests::ClosedMs).big_integer().null())
+            .to_owned();
+        manager.create_table(requests).await?;
+        // Rows without a key are distinct: both databases take NULLs for unequal.
+        let key = Index::create()
+            .name("requests_key")
+            .table(Requests::Table)
+            .col(Requests::Account)
+            .col(Requests::IdempotencyKey)
+            .unique()
+            .if_not_exists()
+            .to_owned();
+        manager.create_index(key).await?;
+        let age = Index::create()
+            .name("requests_deadline")
+            .table(Requests::Table)
+            .col(Requests::DeadlineMs)
+            .if_not_exists()
+            .to_owned();
+        manager.create_index(age).await?;
+        let revoked = Table::create()
+            .table(RevokedKeys::Table)
+            .if_not_exists()
+            .col(ColumnDef::new(RevokedKeys::Jti).string().not_null().primary_key())
+            .col(ColumnDef::new(RevokedKeys::RevokedMs).big_integer().not_null())
+            .to_owned();
+        manager.create_table(revoked).await
+    }
+}
