@@ -1,0 +1,254 @@
+//! The verifier: the one arbiter. It compares what the drawn nodes revealed and decides.
+//!
+//! ```text
+//! results.collected -> admit -> compare every pair -> judge -> one transaction:
+//!                                  verdicts (request, round), closings (request), findings, outbox
+//!                                                                    |
+//! close.requested  -> closes as failed unless closed                 +-> verdict.<replica>
+//!                                                                    +-> indexer -> index of answers
+//! ```
+//!
+//! Promises:
+//! - One verdict per (request, round) and one closing verdict per request, by primary key. What is
+//!   asked again gets the stored bytes again, whoever asks and however often.
+//! - A verdict follows from the evidence alone; the evidence is kept, in the verdict or beside it.
+//! - What no honest dispatcher sends goes to the dead letters and closes nothing.
+//! - The vector of every delivered answer reaches the index in the end, with public facts only.
+//!
+//! Unequal results never agree yet: they are found and stored as relations, and referees that could
+//! confirm them come later. In the exact class inequality is an alarm.
+
+mod config;
+mod consumer;
+pub mod domain;
+mod error;
+mod http;
+mod indexer;
+mod metrics;
+mod store;
+
+use std::net::SocketAddr;
+use std::path::Path;
+use std::sync::Arc;
+use std::time::Duration;
+
+use infera_bus::outbox::Relay;
+use infera_bus::{Bus, ConsumerSpec, Topology, consume};
+use infera_embed::{Embedder, Index};
+use infera_prompt::Prompt;
+use infera_protocol::registry::Registry;
+use infera_runtime::health::{CheckHandle, Health};
+use infera_runtime::{CancellationToken, db, http as server, shutdown, telemetry};
+use infera_wire::topology::queues;
+use sea_orm::DatabaseConnection;
+use serde::de::DeserializeOwned;
+use tokio::sync::{Notify, oneshot};
+
+use consumer::{Arbiter, Prompts};
+use domain::Rules;
+use indexer::Indexer;
+use metrics::Metrics;
+
+pub use config::{Config, DEFAULTS};
+pub use error::Error;
+
+/// How often dependencies are looked at for `/readyz`.
+const HEALTH_EVERY: Duration = Duration::from_secs(2);
+
+/// What the process gives to the service.
+pub struct Deps {
+    pub bus: Bus,
+    /// Shared with other services of the process; `None` loads `embedder_path`.
+    pub embedder: Option<Embedder>,
+    /// Shared with other services of the process; `None` opens what `[vectors]` names.
+    pub index: Option<Arc<dyn Index>>,
+    /// Gets the HTTP address once it listens.
+    pub bound: Option<oneshot::Sender<SocketAddr>>,
+}
+
+impl Deps {
+    /// A bus, and everything else by the configuration.
+    pub fn new(bus: Bus) -> Self {
+        Self { bus, embedder: None, index: None, bound: None }
+    }
+}
+
+/// Runs the verifier as a process of its own until SIGINT or SIGTERM.
+///
+/// # Errors
+/// [`Error`], one sentence.
+pub async fn serve(config: Config) -> Result<(), Error> {
+    let common = &config.common;
+    let guard =
+        telemetry::init("infera-verifier", common.otlp_endpoint.as_deref(), &common.log_filter, false)?;
+    let bus = Bus::rabbit(common.bus_url.expose(), &common.bus_prefix).await?;
+    let result = run(config, Deps::new(bus.clone()), shutdown::on_signals()).await;
+    bus.close().await;
+    guard.shutdown().await;
+    result
+}
+
+/// Decides until `shutdown`, and finishes what it holds. Must run inside an actix System.
+///
+/// # Errors
+/// [`Error`], one sentence; nothing is half done then.
+pub async fn run(config: Config, deps: Deps, shutdown: CancellationToken) -> Result<(), Error> {
+    config.validate()?;
+    let rules = rules(&config)?;
+    let prompts = prompts(&config, &rules.registry).await?;
+    let embedder = match deps.embedder {
+        Some(embedder) => embedder,
+        None => {
+            let path = config.embedder_path.clone();
+            on_a_thread(move || Embedder::load(&path)).await??
+        }
+    };
+    let index = match deps.index {
+        Some(index) => index,
+        None => infera_embed::open(&config.vectors).await?,
+    };
+    let common = &config.common;
+    let db = db::connect(common.database_url.expose(), common.database_schema.as_deref()).await?;
+    db::migrate::<store::Migrator>(&db).await?;
+    deps.bus.declare(&Topology::network()).await?;
+
+    let health = Health::new("verifier");
+    let metrics = Metrics::new(&health)?;
+    let indexable = Arc::new(Notify::new());
+    let indexer = Indexer {
+        db: db.clone(),
+        rules: rules.clone(),
+        prompts: prompts.clone(),
+        embedder: embedder.clone(),
+        index,
+        metrics: metrics.clone(),
+        wake: indexable.clone(),
+        health: health.check("index"),
+    };
+    let arbiter = Arc::new(Arbiter { rules, prompts, embedder, metrics, indexable });
+    let checks = (health.check("database"), health.check("bus"));
+
+    // Ends everything when one part ends, so that no half of a service stays behind.
+    let stop = shutdown.child_token();
+    let relay = Relay::start(db.clone(), deps.bus.clone(), stop.clone());
+    let watching = actix_rt::spawn(watch(db.clone(), deps.bus.clone(), checks, stop.clone()));
+    let indexing = actix_rt::spawn(indexer.run(stop.clone()));
+    let spec = |queue| ConsumerSpec {
+        bus: deps.bus.clone(),
+        db: db.clone(),
+        queue,
+        prefetch: config.prefetch,
+        relay: Some(relay.clone()),
+    };
+    let collected = arbiter.clone();
+    let consume_collected =
+        consume(spec(queues::VERIFIER_COLLECTED), stop.clone(), async move |tx, envelope| {
+            collected.collected(tx, envelope).await
+        });
+    let consume_close = consume(spec(queues::VERIFIER_CLOSE), stop.clone(), async move |tx, envelope| {
+        arbiter.close(tx, envelope).await
+    });
+    let routes = {
+        let (health, db) = (health.clone(), db.clone());
+        move |config: &mut actix_web::web::ServiceConfig| {
+            config
+                .configure(infera_runtime::health::routes(health.clone()))
+                .configure(http::routes(db.clone()));
+        }
+    };
+    let web = server::serve(routes, &common.http_bind, stop.clone(), deps.bound);
+    let draining = {
+        let (health, stop) = (health.clone(), stop.clone());
+        actix_rt::spawn(async move {
+            stop.cancelled().await;
+            health.set_draining();
+        })
+    };
+    let results = futures::join!(
+        until_end(&stop, async { Ok(consume_collected.await?) }),
+        until_end(&stop, async { Ok(consume_close.await?) }),
+        until_end(&stop, async { Ok(web.await?) }),
+    );
+    relay.stopped().await;
+    for task in [watching, indexing, draining] {
+        let _ = task.await;
+    }
+    results.0.and(results.1).and(results.2)
+}
+
+/// Cancels `stop` when `part` ends, for whatever reason.
+async fn until_end(
+    stop: &CancellationToken,
+    part: impl Future<Output = Result<(), Error>>,
+) -> Result<(), Error> {
+    let result = part.await;
+    stop.cancel();
+    result
+}
+
+async fn watch(
+    db: DatabaseConnection,
+    bus: Bus,
+    (database, broker): (CheckHandle, CheckHandle),
+    stop: CancellationToken,
+) {
+    loop {
+        match db.ping().await {
+            Ok(()) => database.up(),
+            Err(error) => database.down(error.to_string()),
+        }
+        if bus.healthy() {
+            broker.up()
+        } else {
+            broker.down("the broker is not connected")
+        }
+        tokio::select! {
+            () = stop.cancelled() => return,
+            () = tokio::time::sleep(HEALTH_EVERY) => {}
+        }
+    }
+}
+
+fn rules(config: &Config) -> Result<Rules, Error> {
+    let (manifest, registry) = (&config.common.manifest_path, &config.common.registry_path);
+    let rules = Rules { manifest: read("manifest", manifest)?, registry: read("model registry", registry)? };
+    let hash = rules.registry.hash().map_err(|error| file("model registry", registry, error))?;
+    if hash != rules.manifest.registry_hash {
+        let named = rules.manifest.registry_hash;
+        return Err(file(
+            "model registry",
+            registry,
+            format!("its hash is {hash}, the manifest names {named}"),
+        ));
+    }
+    Ok(rules)
+}
+
+fn read<T: DeserializeOwned>(what: &'static str, path: &Path) -> Result<T, Error> {
+    let bytes = std::fs::read(path).map_err(|error| file(what, path, error))?;
+    serde_json::from_slice(&bytes).map_err(|error| file(what, path, error))
+}
+
+fn file(what: &'static str, path: &Path, reason: impl std::fmt::Display) -> Error {
+    Error::File { what, path: path.to_owned(), reason: reason.to_string() }
+}
+
+/// The tokenizers of every model of the registry.
+async fn prompts(config: &Config, registry: &Registry) -> Result<Prompts, Error> {
+    let mut prompts = Prompts::new();
+    for model in &registry.models {
+        let id = model.id.clone();
+        let path = config.models.get(&id).cloned().ok_or_else(|| Error::NoModelFile { model: id.clone() })?;
+        let prompt = on_a_thread(move || Prompt::load(&path)).await?;
+        let prompt = prompt.map_err(|source| Error::Prompt { model: id.clone(), source })?;
+        if prompt.tokenizer_hash() != model.tokenizer_hash.0 {
+            return Err(Error::WrongTokenizer { model: id });
+        }
+        prompts.insert(model.weights_root, Arc::new(prompt));
+    }
+    Ok(prompts)
+}
+
+async fn on_a_thread<T: Send + 'static>(work: impl FnOnce() -> T + Send + 'static) -> Result<T, Error> {
+    tokio::task::spawn_blocking(work).await.map_err(|error| Error::Thread(error.to_string()))
+}

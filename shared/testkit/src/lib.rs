@@ -2,6 +2,7 @@
 //!
 //! - [`cluster`]: RabbitMQ, Redis and PostgreSQL of our own on loopback, started once and shared; keep
 //!   tests apart with [`unique`] names.
+//! - [`evidence`]: requests answered and signed with real keys, up to verdicts and receipts.
 //! - [`otlp::Receiver`]: receives traces as a collector does.
 //! - [`process::Process`], [`anvil::Anvil`]: child processes that end with the test.
 //! - [`eventually`]: polls with a deadline instead of sleeping for luck.
@@ -11,6 +12,7 @@
 
 pub mod anvil;
 mod cluster;
+pub mod evidence;
 pub mod otlp;
 pub mod process;
 mod wait;

@@ -120,7 +120,8 @@ async fn a_qdrant_that_comes_later_is_no_reason_to_stop() {
     let stop = CancellationToken::new();
     let _ends = stop.clone().drop_guard();
     serve::start(Arc::new(exact), &format!("127.0.0.1:{free}"), stop).await.unwrap();
-    infera_testkit::eventually(std::time::Duration::from_secs(20), || index.upsert(&point(1, 0.0))).await;
+    let (index, late) = (&index, &point(1, 0.0));
+    infera_testkit::eventually(std::time::Duration::from_secs(20), || index.upsert(late)).await;
     assert_eq!(index.search(&at(0.0), 1, 0.9).await.unwrap().len(), 1);
 }
 

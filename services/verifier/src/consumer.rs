@@ -1,0 +1,214 @@
+//! `verifier.collected` and `verifier.close`: one transaction each, from which one verdict follows.
+
+use std::collections::HashMap;
+use std::sync::Arc;
+
+use infera_bus::{Envelope, Reject, outbox};
+use infera_embed::{Embedder, similarity_millionths};
+use infera_prompt::Prompt;
+use infera_protocol::agreement::{FULL_SIMILARITY_MILLIONTHS, Relation};
+use infera_protocol::bytes::Hash32;
+use infera_protocol::ids::message_id;
+use infera_runtime::clock;
+use infera_wire::topology::keys;
+use infera_wire::{MAX_BUS_BODY_BYTES, Message, v1};
+use sea_orm::DatabaseTransaction;
+use tokio::sync::Notify;
+use tracing::Instrument;
+use uuid::Uuid;
+
+use crate::domain::{self, Case, EXACT_CLASS, Finding, Judgement, Rejection, Rules};
+use crate::metrics::Metrics;
+use crate::store::{self, verdicts};
+
+/// Tokenizers by the model's weights.
+pub(crate) type Prompts = HashMap<Hash32, Arc<Prompt>>;
+
+/// What both consumers share.
+pub(crate) struct Arbiter {
+    pub rules: Rules,
+    pub prompts: Prompts,
+    pub embedder: Embedder,
+    pub metrics: Metrics,
+    /// Wakes the indexer.
+    pub indexable: Arc<Notify>,
+}
+
+impl Arbiter {
+    /// Handles `results.collected`.
+    pub async fn collected(&self, tx: &DatabaseTransaction, envelope: &Envelope) -> Result<(), Reject> {
+        let timer = self.metrics.decide_seconds.start_timer();
+        let wire: v1::ResultsCollected = self.decode("results.collected", envelope)?;
+        let case = domain::admit(&self.rules, &wire, clock::now_ms()).map_err(|e| self.reject(e))?;
+        drop(wire);
+        let (id, round) = (case.request_id(), case.round_key());
+        if let Some(stored) = store::closing(tx, id).await? {
+            return self.repeat(tx, stored).await;
+        }
+        if let Some(stored) = store::verdict(tx, id, round).await? {
+            return self.repeat(tx, stored).await;
+        }
+        let span = tracing::info_span!(
+            "decide",
+            otel.name = "verifier decide",
+            infera.request.id = %id,
+            infera.attempt = case.evidence.attempt,
+            infera.round = case.round,
+            infera.outcome = tracing::field::Empty,
+        );
+        self.decide(tx, &case).instrument(span).await?;
+        timer.observe_duration();
+        Ok(())
+    }
+
+    async fn decide(&self, tx: &DatabaseTransaction, case: &Case) -> Result<(), Reject> {
+        let findings = self.compare(case).await?;
+        let Judgement { verdict, evidence } =
+            domain::judge(case, MAX_BUS_BODY_BYTES).map_err(|e| self.reject(e))?;
+        let (id, round) = (case.request_id(), case.round_key());
+        tracing::Span::current().record("infera.outcome", domain::outcome_name(&verdict));
+        let row = verdicts::Model {
+            request_id: id,
+            round,
+            outcome: domain::outcome_name(&verdict).to_owned(),
+            model: case.evidence.model.clone(),
+            class: case.evidence.class.clone(),
+            reply_to: case.reply_to.clone(),
+            decided_at_ms: verdict.decided_at_ms,
+            body: verdict.encode_to_vec(),
+            evidence,
+        };
+        if !self.write(tx, row, domain::is_closing(&verdict)).await? {
+            return Ok(());
+        }
+        store::insert_findings(tx, id, round, &findings).await?;
+        if matches!(verdict.outcome, Some(v1::verdict::Outcome::Verified(_))) {
+            store::to_index(tx, id, round, verdict.decided_at_ms).await?;
+            self.indexable.notify_one();
+        }
+        self.report(case, &verdict, &findings);
+        Ok(())
+    }
+
+    /// Handles `close.requested`.
+    pub async fn close(&self, tx: &DatabaseTransaction, envelope: &Envelope) -> Result<(), Reject> {
+        let wire: v1::CloseRequested = self.decode("close.requested", envelope)?;
+        let (submitted, verdict) = domain::close(&wire, clock::now_ms()).map_err(|e| self.reject(e))?;
+        let id = submitted.request.id;
+        if let Some(stored) = store::closing(tx, id).await? {
+            return self.repeat(tx, stored).await;
+        }
+        let row = verdicts::Model {
+            request_id: id,
+            round: domain::CLOSE_ROUND,
+            outcome: domain::outcome_name(&verdict).to_owned(),
+            model: submitted.model,
+            class: String::new(),
+            reply_to: submitted.reply_to,
+            decided_at_ms: verdict.decided_at_ms,
+            body: verdict.encode_to_vec(),
+            evidence: None,
+        };
+        if self.write(tx, row, true).await? {
+            self.metrics.verdicts.with_label_values(&["failed"]).inc();
+            tracing::info!(request_id = %id, code = wire.reason, "request closed");
+        }
+        Ok(())
+    }
+
+    /// Stores a verdict and says it. `false`: another replica closed the request at the same time, and
+    /// its verdict was said instead.
+    async fn write(
+        &self,
+        tx: &DatabaseTransaction,
+        row: verdicts::Model,
+        closing: bool,
+    ) -> Result<bool, Reject> {
+        let (id, round) = (row.request_id, row.round);
+        if closing && !store::close(tx, id, round).await? {
+            let stored = store::closing(tx, id).await?;
+            let stored =
+                stored.ok_or_else(|| Reject::Retry("the closing verdict is not there yet".into()))?;
+            self.repeat(tx, stored).await?;
+            return Ok(false);
+        }
+        let (reply_to, body) = (row.reply_to.clone(), row.body.clone());
+        if !store::insert(tx, row).await? {
+            // Rolled back with everything above; the redelivery finds it.
+            return Err(Reject::Retry("another replica decided this round at the same time".into()));
+        }
+        say(tx, id, round, &reply_to, body).await?;
+        Ok(true)
+    }
+
+    async fn repeat(&self, tx: &DatabaseTransaction, stored: verdicts::Model) -> Result<(), Reject> {
+        self.metrics.repeated.inc();
+        tracing::info!(request_id = %stored.request_id, outcome = stored.outcome, "verdict said again");
+        say(tx, stored.request_id, stored.round, &stored.reply_to, stored.body).await
+    }
+
+    /// Compares all pairs. Texts are embedded only where tokens differ, each once.
+    async fn compare(&self, case: &Case) -> Result<Vec<Finding>, Reject> {
+        let outputs = case.outputs();
+        let mut distinct: Vec<&[u32]> = Vec::new();
+        let place: Vec<usize> = outputs
+            .iter()
+            .map(|(_, output)| match distinct.iter().position(|tokens| *tokens == output.tokens) {
+                Some(place) => place,
+                None => {
+                    distinct.push(&output.tokens);
+                    distinct.len() - 1
+                }
+            })
+            .collect();
+        let vectors = if distinct.len() > 1 {
+            let model = &case.evidence.request.model_root;
+            let prompt = self
+                .prompts
+                .get(model)
+                .ok_or_else(|| Reject::Retry(format!("the tokenizer of model {model} is not loaded")))?;
+            let texts = distinct.iter().map(|tokens| prompt.decode(tokens)).collect();
+            self.embedder.embed(texts).await.map_err(|e| Reject::Retry(e.to_string()))?
+        } else {
+            Vec::new()
+        };
+        let similarity = |i: usize, j: usize| match (vectors.get(place[i]), vectors.get(place[j])) {
+            (Some(a), Some(b)) => similarity_millionths(a, b),
+            _ => FULL_SIMILARITY_MILLIONTHS,
+        };
+        Ok(domain::findings(&self.rules, case, similarity))
+    }
+
+    fn report(&self, case: &Case, verdict: &v1::Verdict, findings: &[Finding]) {
+        let (equal, unconfirmed, disagree) = self.metrics.count(findings);
+        let outcome = domain::outcome_name(verdict);
+        self.metrics.verdicts.with_label_values(&[outcome]).inc();
+        let (request_id, attempt, round) = (case.request_id(), case.evidence.attempt, case.round);
+        tracing::info!(%request_id, attempt, round, outcome, equal, unconfirmed, disagree, "verdict");
+        if case.evidence.class == EXACT_CLASS && findings.iter().any(|f| f.relation != Relation::Equal) {
+            self.metrics.exact_alarms.inc();
+            tracing::warn!(%request_id, attempt, round, unconfirmed, disagree,
+                "results of the exact class are not equal: a faulty node, or the class is not exact");
+        }
+    }
+
+    fn decode<M: Message + Default>(&self, kind: &'static str, envelope: &Envelope) -> Result<M, Reject> {
+        infera_wire::decode(kind, &envelope.body).map_err(|e| self.reject(Rejection::Wire(e)))
+    }
+
+    fn reject(&self, rejection: Rejection) -> Reject {
+        self.metrics.rejected.inc();
+        Reject::DeadLetter(rejection.to_string())
+    }
+}
+
+async fn say(
+    tx: &DatabaseTransaction,
+    request_id: Uuid,
+    round: i64,
+    reply_to: &str,
+    body: Vec<u8>,
+) -> Result<(), Reject> {
+    let id = message_id("verdict", request_id, round.unsigned_abs());
+    Ok(outbox::enqueue_bytes(tx, &keys::verdict(reply_to), id, body).await?)
+}

@@ -1,0 +1,303 @@
+//! What the verifier decides, as pure functions: no clock, no database, no network.
+//!
+//! ```text
+//! ResultsCollected -> admit -> Case -> findings (every pair) -> judge -> Verdict
+//! ```
+//!
+//! - Admission refuses what no honest dispatcher sends: a key that the manifest does not name, a draw
+//!   that does not follow, a commitment that nobody signed. It is garbage and closes nothing.
+//! - A verdict follows from the evidence alone, so that whoever holds it comes to the same.
+
+use infera_protocol::agreement::{
+    Decision, Disagreement, FULL_SIMILARITY_MILLIONTHS, Relation, compare, decide, quorum,
+};
+use infera_protocol::assignment::{beta, order_nodes};
+use infera_protocol::bytes::NodeId;
+use infera_protocol::evidence::{Evidence, EvidenceError};
+use infera_protocol::registry::{Manifest, Registry};
+use infera_protocol::request::{MAX_REPLICAS, Output};
+use infera_wire::convert::{self, Submitted};
+use infera_wire::{Message, WireError, v1};
+use uuid::Uuid;
+
+/// The class in which honest results are equal (protocol section 7).
+pub const EXACT_CLASS: &str = "exact";
+/// Round key of a close request, before every round of every attempt.
+pub const CLOSE_ROUND: i64 = 0;
+/// Most rounds of an attempt: they share an integer with the attempt.
+const MAX_ROUND: u32 = 0xff;
+
+/// By what the verifier judges.
+#[derive(Debug, Clone)]
+pub struct Rules {
+    pub manifest: Manifest,
+    pub registry: Registry,
+}
+
+/// Why collected results are no evidence. They go to the dead letters.
+#[derive(Debug, Clone, PartialEq, thiserror::Error)]
+pub enum Rejection {
+    #[error(transparent)]
+    Wire(#[from] WireError),
+    #[error("{0} is not a dispatcher of this network")]
+    Dispatcher(NodeId),
+    #[error(transparent)]
+    Evidence(#[from] EvidenceError),
+    #[error("no model of the registry is `{0}` with these weights")]
+    Model(String),
+    #[error("the price is {actual} per token, the registry says {expected}")]
+    Price { actual: u64, expected: u64 },
+    #[error("attempt {attempt}, round {round}: rounds count from 1 to {MAX_ROUND}, attempts from 1")]
+    Round { attempt: u32, round: u32 },
+    #[error("{0} results were revealed, at most {MAX_REPLICAS} are asked for")]
+    TooMany(usize),
+    #[error("reply_to `{0}` is not one word of letters, digits, - and _")]
+    ReplyTo(String),
+    #[error("a request closes for `deadline` or `cancelled`, not for `{0}`")]
+    Reason(String),
+}
+
+/// Collected results that hold together.
+#[derive(Debug, Clone)]
+pub struct Case {
+    pub evidence: Evidence,
+    pub reply_to: String,
+    pub round: u32,
+    pub exhausted: bool,
+    /// The model's similarity threshold.
+    pub threshold_millionths: u32,
+}
+
+impl Case {
+    pub fn request_id(&self) -> Uuid {
+        self.evidence.request.id
+    }
+
+    /// What the verdict's primary key holds besides the request.
+    pub fn round_key(&self) -> i64 {
+        round_key(self.evidence.attempt, self.round)
+    }
+
+    /// The revealed outputs, in the order of the draw.
+    pub fn outputs(&self) -> Vec<(NodeId, &Output)> {
+        self.evidence.revealed().map(|(slot, output)| (slot.node, output)).collect()
+    }
+}
+
+/// Attempt and round in one integer, ordered as they happen.
+pub fn round_key(attempt: u32, round: u32) -> i64 {
+    (i64::from(attempt) << 8) | i64::from(round & MAX_ROUND)
+}
+
+/// Checks collected results against the network's roots.
+///
+/// # Errors
+/// [`Rejection`]: no honest dispatcher sent this.
+pub fn admit(rules: &Rules, wire: &v1::ResultsCollected, decided_at_ms: i64) -> Result<Case, Rejection> {
+    let domain = rules.manifest.domain;
+    let calibration = rules.registry.calibration.hash();
+    let evidence = convert::evidence(wire, domain, calibration, decided_at_ms)?;
+    let funded = convert::required("collected.funded", &wire.funded)?;
+    let reply_to = convert::required("funded.submitted", &funded.submitted)?.reply_to.clone();
+    check_reply_to(&reply_to)?;
+    if wire.attempt == 0 || wire.round == 0 || wire.round > MAX_ROUND {
+        return Err(Rejection::Round { attempt: wire.attempt, round: wire.round });
+    }
+    if !rules.manifest.dispatchers.contains(&evidence.dispatcher) {
+        return Err(Rejection::Dispatcher(evidence.dispatcher));
+    }
+    let model = rules
+        .registry
+        .by_id(&evidence.model)
+        .filter(|model| model.weights_root == evidence.request.model_root)
+        .ok_or_else(|| Rejection::Model(evidence.model.clone()))?;
+    if model.price_micro != evidence.price_micro {
+        return Err(Rejection::Price { actual: evidence.price_micro, expected: model.price_micro });
+    }
+    evidence.check_assignment()?;
+    evidence.check_slots()?;
+    evidence.check_post()?;
+    let revealed = evidence.revealed().count();
+    if revealed > MAX_REPLICAS as usize {
+        return Err(Rejection::TooMany(revealed));
+    }
+    let threshold_millionths = model.similarity_threshold_millionths;
+    Ok(Case { evidence, reply_to, round: wire.round, exhausted: wire.exhausted, threshold_millionths })
+}
+
+/// A routing key is made of it.
+fn check_reply_to(reply_to: &str) -> Result<(), Rejection> {
+    let word = |b: u8| b.is_ascii_alphanumeric() || b == b'-' || b == b'_';
+    if !reply_to.is_empty() && reply_to.bytes().all(word) {
+        Ok(())
+    } else {
+        Err(Rejection::ReplyTo(reply_to.to_owned()))
+    }
+}
+
+/// How two results of a case stand to each other.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Finding {
+    pub a: NodeId,
+    pub b: NodeId,
+    pub relation: Relation,
+    /// Of the texts; 1,000,000 where the tokens are equal.
+    pub similarity_millionths: u32,
+}
+
+/// Compares every pair of results, in the order of the draw. `similarity(i, j)` is the cosine of the
+/// texts of the i-th and j-th revealed output; it is asked only where their tokens differ.
+pub fn findings(rules: &Rules, case: &Case, similarity: impl Fn(usize, usize) -> u32) -> Vec<Finding> {
+    let outputs = case.outputs();
+    let mut findings = Vec::new();
+    for (j, (b, output_b)) in outputs.iter().enumerate() {
+        for (i, (a, output_a)) in outputs.iter().enumerate().take(j) {
+            let similarity_millionths = if output_a.tokens == output_b.tokens {
+                FULL_SIMILARITY_MILLIONTHS
+            } else {
+                similarity(i, j)
+            };
+            let relation = compare(
+                &case.evidence.request,
+                &rules.registry.calibration,
+                case.threshold_millionths,
+                output_a,
+                output_b,
+                similarity_millionths,
+            );
+            findings.push(Finding { a: *a, b: *b, relation, similarity_millionths });
+        }
+    }
+    findings
+}
+
+/// The name of a relation, for the database, metrics and the public view.
+pub fn relation_name(relation: Relation) -> &'static str {
+    match relation {
+        Relation::Equal => "equal",
+        Relation::Unconfirmed { .. } => "unconfirmed",
+        Relation::Disagree(Disagreement::Finish) => "finish",
+        Relation::Disagree(Disagreement::Fingerprint) => "fingerprint",
+        Relation::Disagree(Disagreement::Distribution { .. }) => "distribution",
+        Relation::Disagree(Disagreement::NotATie { .. }) => "not_a_tie",
+        Relation::Disagree(Disagreement::Similarity) => "similarity",
+    }
+}
+
+/// The first token in which two results differ, where the relation knows it.
+pub fn parting(relation: Relation) -> Option<usize> {
+    match relation {
+        Relation::Unconfirmed { parting }
+        | Relation::Disagree(Disagreement::Distribution { parting } | Disagreement::NotATie { parting }) => {
+            Some(parting)
+        }
+        _ => None,
+    }
+}
+
+/// A verdict, and the evidence where the message itself does not carry it.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Judgement {
+    pub verdict: v1::Verdict,
+    pub evidence: Option<Vec<u8>>,
+}
+
+/// What follows from the case. A verdict too large for the bus fails the request: it could never be
+/// delivered.
+///
+/// # Errors
+/// [`Rejection::Evidence`] only if the evidence can't be written as JSON.
+pub fn judge(case: &Case, largest_bytes: usize) -> Result<Judgement, Rejection> {
+    let canonical = case.evidence.canonical()?;
+    let verdict = |outcome| v1::Verdict {
+        request_id: case.request_id().as_bytes().to_vec(),
+        reply_to: case.reply_to.clone(),
+        attempt: case.evidence.attempt,
+        round: case.round,
+        account: case.evidence.account.clone(),
+        decided_at_ms: case.evidence.decided_at_ms,
+        outcome: Some(outcome),
+    };
+    let failed = |code: &str, reason: String| {
+        v1::verdict::Outcome::Failed(v1::Failed { code: code.to_owned(), reason })
+    };
+    let results = case.evidence.results();
+    let outcome = match decide(case.evidence.k, &results, case.exhausted) {
+        Decision::Verified { members } => {
+            let full = verdict(v1::verdict::Outcome::Verified(verified(case, &members, canonical.clone())));
+            let bytes = full.encoded_len();
+            if bytes <= largest_bytes {
+                return Ok(Judgement { verdict: full, evidence: None });
+            }
+            let reason = format!("the verdict has {bytes} bytes, at most {largest_bytes} can be sent");
+            failed("evidence_too_large", reason)
+        }
+        Decision::MoreNodes { count } => v1::verdict::Outcome::MoreNodes(v1::MoreNodes { count }),
+        Decision::NoQuorum if results.len() < quorum(case.evidence.k) as usize => {
+            let needed = quorum(case.evidence.k);
+            failed("no_nodes", format!("{} nodes answered, {needed} must agree", results.len()))
+        }
+        Decision::NoQuorum => {
+            failed("no_quorum", format!("no majority of {} results is equal", results.len()))
+        }
+    };
+    Ok(Judgement { verdict: verdict(outcome), evidence: Some(canonical) })
+}
+
+fn verified(case: &Case, members: &[NodeId], evidence: Vec<u8>) -> v1::Verified {
+    let ordered = order_nodes(&beta(&case.evidence.post_signature), members);
+    let delivered = case
+        .evidence
+        .revealed()
+        .find(|(slot, _)| Some(&slot.node) == ordered.first())
+        .map(|(_, output)| output);
+    v1::Verified {
+        evidence,
+        tokens: delivered.map(|output| output.tokens.clone()).unwrap_or_default(),
+        finish: delivered.map_or(v1::Finish::Unspecified, |o| convert::finish_to_wire(o.finish)).into(),
+        nodes: ordered.iter().map(|node| node.to_vec()).collect(),
+        lowest_similarity_millionths: FULL_SIMILARITY_MILLIONTHS,
+        prompt_tokens: u32::try_from(case.evidence.request.prompt.len()).unwrap_or(u32::MAX),
+    }
+}
+
+/// The verdict of a request that is closed before its results were enough.
+///
+/// # Errors
+/// [`Rejection`] where the message is garbage.
+pub fn close(wire: &v1::CloseRequested, decided_at_ms: i64) -> Result<(Submitted, v1::Verdict), Rejection> {
+    let submitted = convert::submitted(convert::required("close.submitted", &wire.submitted)?)?;
+    check_reply_to(&submitted.reply_to)?;
+    let reason = match wire.reason.as_str() {
+        "deadline" => "the deadline passed before enough results agreed",
+        "cancelled" => "the account cancelled the request",
+        other => return Err(Rejection::Reason(other.chars().take(64).collect())),
+    };
+    let verdict = v1::Verdict {
+        request_id: submitted.request.id.as_bytes().to_vec(),
+        reply_to: submitted.reply_to.clone(),
+        attempt: 0,
+        round: 0,
+        account: submitted.account.clone(),
+        decided_at_ms,
+        outcome: Some(v1::verdict::Outcome::Failed(v1::Failed {
+            code: wire.reason.clone(),
+            reason: reason.to_owned(),
+        })),
+    };
+    Ok((submitted, verdict))
+}
+
+/// The name of an outcome, for the database, metrics and the public view.
+pub fn outcome_name(verdict: &v1::Verdict) -> &'static str {
+    match verdict.outcome {
+        Some(v1::verdict::Outcome::Verified(_)) => "verified",
+        Some(v1::verdict::Outcome::MoreNodes(_)) => "more_nodes",
+        Some(v1::verdict::Outcome::Failed(_)) | None => "failed",
+    }
+}
+
+/// Whether nothing follows after this verdict.
+pub fn is_closing(verdict: &v1::Verdict) -> bool {
+    !matches!(verdict.outcome, Some(v1::verdict::Outcome::MoreNodes(_)))
+}

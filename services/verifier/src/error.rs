@@ -1,0 +1,34 @@
+//! Why the verifier does not start or stops. One sentence each, with a remedy.
+
+use std::path::PathBuf;
+
+/// What [`crate::run`] fails with.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    #[error(transparent)]
+    Config(#[from] infera_runtime::config::ConfigError),
+    #[error("{what} {} is not usable: {reason}", path.display())]
+    File { what: &'static str, path: PathBuf, reason: String },
+    #[error("no GGUF file is configured for model `{model}` of the registry: add it to [models]")]
+    NoModelFile { model: String },
+    #[error("the tokenizer of model `{model}` cannot be read: {source}")]
+    Prompt { model: String, source: infera_prompt::PromptError },
+    #[error("the tokenizer in the file of model `{model}` is not the one that the registry lists")]
+    WrongTokenizer { model: String },
+    #[error(transparent)]
+    Embed(#[from] infera_embed::EmbedError),
+    #[error("the index of answers cannot be opened: {0}")]
+    Index(#[from] infera_embed::IndexError),
+    #[error(transparent)]
+    Database(#[from] infera_runtime::db::DbError),
+    #[error(transparent)]
+    Bus(#[from] infera_bus::BusError),
+    #[error(transparent)]
+    Http(#[from] infera_runtime::http::HttpError),
+    #[error("a metric cannot be registered: {0}")]
+    Metrics(#[from] prometheus::Error),
+    #[error(transparent)]
+    Telemetry(#[from] infera_runtime::telemetry::TelemetryError),
+    #[error("a thread was lost: {0}")]
+    Thread(String),
+}

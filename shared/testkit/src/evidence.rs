@@ -1,0 +1,381 @@
+//! Synthetic requests, answered and signed with real keys: what a dispatcher would have collected.
+//!
+//! ```text
+//! Network -> Case::new(&network).answers([..]) -> collected() -> evidence() -> verified(), receipt()
+//! ```
+
+use ed25519_dalek::SigningKey;
+use infera_protocol::agreement::{Calibration, Decision, decide};
+use infera_protocol::assignment::{
+    self, Eligible, assign_message, beta, draw, eligible_root, order_nodes, post_message,
+};
+use infera_protocol::bytes::{Address, Hash32, NodeId};
+use infera_protocol::commitment::{Slot, commitment, commitments_root, decline_digest};
+use infera_protocol::evidence::{Evidence, SlotOutcome};
+use infera_protocol::fingerprint::{Entry, Fingerprint};
+use infera_protocol::hash::keccak;
+use infera_protocol::identity::{Domain, node_id, sign};
+use infera_protocol::receipt::Receipt;
+use infera_protocol::registry::{Manifest, Model, Registry};
+use infera_protocol::request::{Finish, Output, Request};
+use infera_protocol::sampling::SamplingParams;
+use infera_wire::{convert, v1};
+use uuid::Uuid;
+
+/// Log-probability -0.5 as f16 bits, for candidates that are tied.
+const TIED: u16 = 0xb800;
+const SUBMITTED_AT_MS: i64 = 1_790_000_000_000;
+
+/// Manifest, registry and the dispatcher's key.
+#[derive(Clone)]
+pub struct Network {
+    pub manifest: Manifest,
+    pub registry: Registry,
+    pub dispatcher: SigningKey,
+}
+
+impl Network {
+    /// A network with one model, `synthetic`, whose weights nobody has.
+    pub fn new() -> Self {
+        Self::serving(vec![model("synthetic", Hash32([0x11; 32]))])
+    }
+
+    /// A network that serves `models`.
+    pub fn serving(models: Vec<Model>) -> Self {
+        let calibration = Calibration { near_tie_milli: 500, fingerprint_milli: 100 };
+        let registry = Registry { models, calibration };
+        let dispatcher = SigningKey::from_bytes(&[0xd1; 32]);
+        let manifest = Manifest {
+            network: "infera-synthetic".to_owned(),
+            domain: Domain { chain_id: 31_337, contract: Address([0xc0; 20]) },
+            rpc_url: "http://127.0.0.1:8545".to_owned(),
+            dispatchers: vec![node_id(&dispatcher)],
+            registry_hash: registry.hash().expect("a registry is JSON"),
+        };
+        Self { manifest, registry, dispatcher }
+    }
+
+    /// Writes `network.json` and `models.json` into `dir`, as services read them.
+    pub fn write(&self, dir: &std::path::Path) {
+        let write = |name: &str, json: serde_json::Result<Vec<u8>>| {
+            std::fs::write(dir.join(name), json.expect("it is JSON")).expect("the file can be written");
+        };
+        write("network.json", serde_json::to_vec(&self.manifest));
+        write("models.json", serde_json::to_vec(&self.registry));
+    }
+}
+
+impl Default for Network {
+    fn default() -> Self {
+        Self::new()
+    }
+}
+
+/// A registry entry with usual values.
+pub fn model(id: &str, weights_root: Hash32) -> Model {
+    Model {
+        id: id.to_owned(),
+        weights_root,
+        tokenizer_hash: Hash32([0x22; 32]),
+        template_hash: Hash32([0x33; 32]),
+        end_tokens: vec![2],
+        vocab_size: 49_152,
+        context_length: 2_048,
+        similarity_threshold_millionths: 600_000,
+        price_micro: 2,
+        created_secs: 1_790_000_000,
+    }
+}
+
+/// An output with a fingerprint of two tied candidates for every token: the token and the next id.
+pub fn output(tokens: &[u32], finish: Finish) -> Output {
+    let fingerprints = tokens.iter().flat_map(|token| fingerprint(&[*token, token ^ 1])).collect();
+    Output { tokens: tokens.to_vec(), fingerprints, finish }
+}
+
+/// An encoded fingerprint whose candidates are all tied.
+pub fn fingerprint(tokens: &[u32]) -> Vec<u8> {
+    let entries = tokens.iter().map(|token| Entry { token: *token, logprob: TIED }).collect();
+    Fingerprint::new(entries).expect("1 to 8 distinct candidates").encode()
+}
+
+/// What a drawn node did.
+#[derive(Debug, Clone, PartialEq)]
+pub enum Answer {
+    /// Committed and revealed this.
+    Output(Output),
+    NoCommit,
+    /// Committed to this, never revealed.
+    NoReveal(Output),
+    /// Committed to the first, revealed the second.
+    Mismatch(Output, Output),
+    Declined,
+    Disconnected,
+}
+
+impl Answer {
+    /// These tokens, ended by an end token of [`model`].
+    pub fn tokens(tokens: &[u32]) -> Self {
+        Self::Output(output(tokens, Finish::Eos))
+    }
+}
+
+/// One request and what the drawn nodes answered. Change the fields at will before
+/// [`Case::collected`] signs everything.
+#[derive(Clone)]
+pub struct Case {
+    pub network: Network,
+    pub request: Request,
+    pub account: String,
+    pub model: String,
+    pub k: u32,
+    pub reply_to: String,
+    pub salt: Hash32,
+    pub submitted_at_ms: i64,
+    pub attempt: u32,
+    pub round: u32,
+    pub epoch: u64,
+    pub class: String,
+    /// Nodes of the eligible set, each of its own operator.
+    pub nodes: u8,
+    /// In the order of the draw.
+    pub answers: Vec<Answer>,
+    pub exhausted: bool,
+}
+
+impl Case {
+    /// A fresh request for the network's first model, three equal answers of 5 eligible nodes.
+    pub fn new(network: &Network) -> Self {
+        let model = network.registry.models.first().expect("the network serves a model");
+        let id = Uuid::now_v7();
+        Self {
+            network: network.clone(),
+            request: Request {
+                id,
+                model_root: model.weights_root,
+                prompt: vec![1, 4093, 198, 57],
+                sampling: SamplingParams::greedy(),
+                max_tokens: 16,
+                stop: Vec::new(),
+                seed: 7,
+            },
+            account: "alice".to_owned(),
+            model: model.id.clone(),
+            k: 3,
+            reply_to: "gw-1".to_owned(),
+            salt: keccak(&[id.as_bytes()]),
+            submitted_at_ms: SUBMITTED_AT_MS,
+            attempt: 1,
+            round: 1,
+            epoch: 179_000_000,
+            class: "exact".to_owned(),
+            nodes: 5,
+            answers: vec![Answer::tokens(&[504, 2]); 3],
+            exhausted: false,
+        }
+    }
+
+    /// With these answers, in the order of the draw.
+    #[must_use]
+    pub fn answers(mut self, answers: impl Into<Vec<Answer>>) -> Self {
+        self.answers = answers.into();
+        self
+    }
+
+    /// What the gateway published.
+    pub fn submitted(&self) -> v1::RequestSubmitted {
+        v1::RequestSubmitted {
+            request: Some(convert::request_to_wire(&self.request)),
+            account: self.account.clone(),
+            model: self.model.clone(),
+            k: self.k,
+            reply_to: self.reply_to.clone(),
+            stream: false,
+            submitted_at_ms: self.submitted_at_ms,
+            deadline_ms: self.submitted_at_ms + 120_000,
+            salt: self.salt.to_vec(),
+            bid_micro: 0,
+        }
+    }
+
+    /// What settlement published.
+    pub fn funded(&self) -> v1::RequestFunded {
+        let price_micro =
+            self.network.registry.by_id(&self.model).expect("the registry lists the model").price_micro;
+        v1::RequestFunded {
+            submitted: Some(self.submitted()),
+            held_micro: 1_000_000,
+            price_micro,
+            funded_at_ms: self.submitted_at_ms + 5,
+        }
+    }
+
+    /// The frozen set.
+    pub fn eligible(&self) -> Vec<Eligible> {
+        let nodes = (1..=self.nodes).map(|n| Eligible {
+            node: node_id(&key(n)),
+            operator: operator(n),
+            weight: u32::from(n % 3) + 1,
+        });
+        assignment::freeze(nodes.collect())
+    }
+
+    /// What the dispatcher publishes, signed by it and by the nodes.
+    pub fn collected(&self) -> v1::ResultsCollected {
+        let domain = self.network.manifest.domain;
+        let request_hash = self.request.hash(&domain);
+        let eligible = self.eligible();
+        let root = eligible_root(&eligible);
+        let assign = assign_message(&domain, self.request.id, &request_hash, self.attempt, self.epoch, &root);
+        let assign_signature = sign(&self.network.dispatcher, &assign);
+        let drawn = draw(&beta(&assign_signature), &eligible);
+        assert!(self.answers.len() <= drawn.len(), "more answers than nodes: raise `nodes`");
+        let slots: Vec<v1::SlotResult> =
+            self.answers.iter().zip(&drawn).map(|(answer, node)| self.slot(node, answer)).collect();
+        let commitments: Vec<(NodeId, Hash32)> = slots
+            .iter()
+            .filter_map(|slot| {
+                let commit = slot.commit.as_ref()?;
+                let digest = Hash32::try_from(commit.commitment.as_slice()).expect("32 bytes");
+                Some((NodeId::try_from(slot.node.as_slice()).expect("32 bytes"), digest))
+            })
+            .collect();
+        let post = post_message(&domain, &request_hash, self.attempt, &commitments_root(&commitments));
+        v1::ResultsCollected {
+            funded: Some(self.funded()),
+            attempt: self.attempt,
+            round: self.round,
+            epoch: self.epoch,
+            class: self.class.clone(),
+            eligible: eligible.iter().map(convert::eligible_to_wire).collect(),
+            dispatcher: node_id(&self.network.dispatcher).to_vec(),
+            assign_signature: assign_signature.to_vec(),
+            post_signature: sign(&self.network.dispatcher, &post).to_vec(),
+            slots,
+            collected_at_ms: self.submitted_at_ms + 900,
+            exhausted: self.exhausted,
+        }
+    }
+
+    fn slot(&self, node: &Eligible, answer: &Answer) -> v1::SlotResult {
+        let domain = self.network.manifest.domain;
+        let place = Slot { request_hash: self.request.hash(&domain), attempt: self.attempt, node: node.node };
+        let key = (1..=self.nodes).map(key).find(|key| node_id(key) == node.node).expect("a node of ours");
+        let salt = keccak(&[b"slot salt", &node.node.0]);
+        let id = self.request.id.as_bytes().to_vec();
+        let commit = |output: &Output| {
+            let digest = commitment(&domain, &place, output, &salt);
+            Some(v1::Commit {
+                request_id: id.clone(),
+                attempt: self.attempt,
+                commitment: digest.to_vec(),
+                signature: sign(&key, &digest).to_vec(),
+            })
+        };
+        let reveal = |output: &Output| {
+            Some(v1::Reveal {
+                request_id: id.clone(),
+                attempt: self.attempt,
+                tokens: output.tokens.clone(),
+                fingerprints: output.fingerprints.clone(),
+                finish: convert::finish_to_wire(output.finish).into(),
+                salt: salt.to_vec(),
+            })
+        };
+        let (outcome, commit, reveal) = match answer {
+            Answer::Output(output) => (SlotOutcome::Revealed, commit(output), reveal(output)),
+            Answer::NoCommit => (SlotOutcome::NoCommit, None, None),
+            Answer::NoReveal(output) => (SlotOutcome::NoReveal, commit(output), None),
+            Answer::Mismatch(said, shown) => (SlotOutcome::Mismatch, commit(said), reveal(shown)),
+            Answer::Declined => (SlotOutcome::Declined, None, None),
+            Answer::Disconnected => (SlotOutcome::Disconnected, None, None),
+        };
+        let decline_signature = match answer {
+            Answer::Declined => sign(&key, &decline_digest(&domain, &place, "full")).to_vec(),
+            _ => Vec::new(),
+        };
+        v1::SlotResult {
+            node: node.node.to_vec(),
+            operator: node.operator.to_vec(),
+            outcome: convert::outcome_to_wire(outcome).into(),
+            commit,
+            reveal,
+            decline_signature,
+            detail: String::new(),
+        }
+    }
+
+    /// The evidence of a verdict that falls one second after submission.
+    pub fn evidence(&self) -> Evidence {
+        let calibration = self.network.registry.calibration.hash();
+        let domain = self.network.manifest.domain;
+        convert::evidence(&self.collected(), domain, calibration, self.submitted_at_ms + 1_000)
+            .expect("a case is well formed")
+    }
+
+    /// The closing verdict of a case whose answers have a quorum.
+    pub fn verified(&self) -> v1::Verdict {
+        let evidence = self.evidence();
+        let Decision::Verified { members } = decide(self.k, &evidence.results(), true) else {
+            panic!("the answers have no quorum");
+        };
+        let nodes = order_nodes(&beta(&evidence.post_signature), &members);
+        let (_, delivered) =
+            evidence.revealed().find(|(slot, _)| slot.node == nodes[0]).expect("a member revealed");
+        v1::Verdict {
+            request_id: self.request.id.as_bytes().to_vec(),
+            reply_to: self.reply_to.clone(),
+            attempt: self.attempt,
+            round: self.round,
+            account: self.account.clone(),
+            decided_at_ms: evidence.decided_at_ms,
+            outcome: Some(v1::verdict::Outcome::Verified(v1::Verified {
+                evidence: evidence.canonical().expect("evidence is JSON"),
+                tokens: delivered.tokens.clone(),
+                finish: convert::finish_to_wire(delivered.finish).into(),
+                nodes: nodes.iter().map(|node| node.to_vec()).collect(),
+                lowest_similarity_millionths: 1_000_000,
+                prompt_tokens: u32::try_from(self.request.prompt.len()).expect("a short prompt"),
+            })),
+        }
+    }
+
+    /// A closing verdict that fails the request.
+    pub fn failed(&self, code: &str) -> v1::Verdict {
+        v1::Verdict {
+            request_id: self.request.id.as_bytes().to_vec(),
+            reply_to: self.reply_to.clone(),
+            attempt: self.attempt,
+            round: self.round,
+            account: self.account.clone(),
+            decided_at_ms: self.submitted_at_ms + 1_000,
+            outcome: Some(v1::verdict::Outcome::Failed(v1::Failed {
+                code: code.to_owned(),
+                reason: "synthetic".to_owned(),
+            })),
+        }
+    }
+
+    /// The receipt that follows from the evidence.
+    pub fn receipt(&self) -> Receipt {
+        Receipt::build(&self.evidence()).expect("the answers have a quorum")
+    }
+
+    /// What settlement tells the explorer.
+    pub fn receipt_issued(&self) -> v1::ReceiptIssued {
+        let receipt = serde_json::to_vec(&self.receipt()).expect("a receipt is JSON");
+        v1::ReceiptIssued { receipt, model: self.model.clone() }
+    }
+}
+
+/// The key of the n-th node.
+pub fn key(n: u8) -> SigningKey {
+    SigningKey::from_bytes(&keccak(&[b"synthetic node", &[n]]).0)
+}
+
+/// The operator of the n-th node.
+pub fn operator(n: u8) -> Address {
+    let mut bytes = [0xa0; 20];
+    bytes[19] = n;
+    Address(bytes)
+}
