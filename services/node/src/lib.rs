@@ -1,3 +1,160 @@
-//! The worker of the network.
+//! The GPU worker: connects out to a dispatcher, proves who it is, computes what it is leased, and earns.
+//!
+//! ```text
+//!  dispatcher ──lease──> session ──job──> engine (own thread, libtorch)
+//!             <─deltas──         <─tokens─
+//!             <─commit── after the journal has it on disk
+//!             ──reveal?─> the journal's bytes
+//! ```
+//!
+//! Promises:
+//! - One answer per slot (request, attempt): the commitment is on disk before it is sent, and after a crash or a lost
+//!   connection the same bytes are sent again. A node that keeps this can't be caught equivocating.
+//! - A lease that can't be served is declined, signed, at once.
+//! - No inbound port: the one connection goes out, so home routers are no matter.
+//! - Keys are made on this machine and stay on it, readable by their owner alone.
 
+mod args;
 pub mod engine;
+mod fault;
+mod identity;
+mod journal;
+mod session;
+mod slots;
+
+use std::{io, path::Path, process::ExitCode, sync::Arc, time::Duration};
+
+use infera_protocol::{bytes::Hash32, registry::Manifest};
+use infera_runtime::{CancellationToken, shutdown, telemetry};
+
+pub use args::Args;
+pub use fault::Fault;
+
+use engine::{Engine, EngineConfig};
+use identity::Identity;
+use slots::Slots;
+
+/// Pause before the first reconnect, and the longest one.
+const FIRST_PAUSE: Duration = Duration::from_millis(200);
+const LONGEST_PAUSE: Duration = Duration::from_secs(15);
+
+/// Why a node does not run, one sentence each.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    #[error("cannot read {what} {path}: {reason}")]
+    File { what: &'static str, path: String, reason: String },
+    #[error("the engine does not start: {0}")]
+    Engine(#[from] engine::EngineError),
+    #[error("keys: {0}")]
+    Identity(String),
+    #[error("the journal of commitments: {0}")]
+    Journal(io::Error),
+    #[error("cannot start: {0}")]
+    Start(String),
+}
+
+/// BLAKE3 of a weights file, as the registry lists it.
+///
+/// # Errors
+/// The file can't be read.
+pub fn weights_root(path: &Path) -> io::Result<Hash32> {
+    let mut hasher = blake3::Hasher::new();
+    hasher.update_reader(std::fs::File::open(path)?)?;
+    Ok(Hash32(*hasher.finalize().as_bytes()))
+}
+
+/// Runs a node until a signal; 0 after a clean drain.
+pub fn main(args: Args) -> ExitCode {
+    shutdown::end_with_supervisor();
+    let outcome = tokio::runtime::Builder::new_multi_thread()
+        .worker_threads(2)
+        .enable_all()
+        .build()
+        .map_err(|e| e.to_string())
+        .and_then(|runtime| runtime.block_on(process(args)));
+    match outcome {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(message) => {
+            eprintln!("infera-node: {message}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+async fn process(args: Args) -> Result<(), String> {
+    let guard = telemetry::init("infera-node", args.otlp.as_deref(), &args.log_filter, !args.log_text)
+        .map_err(|e| e.to_string())?;
+    let result = run(args, shutdown::on_signals()).await;
+    guard.shutdown().await;
+    result.map_err(|e| e.to_string())
+}
+
+/// Runs a node until `shutdown`, then drains: no new leases, open slots are committed and revealed.
+///
+/// # Errors
+/// [`Error`]; a dispatcher that is away is none.
+pub async fn run(args: Args, shutdown: CancellationToken) -> Result<(), Error> {
+    let manifest = read_manifest(&args.manifest)?;
+    let identity = Identity::load_or_create(&args, &manifest)?;
+    let weights = args.model.clone();
+    let root = blocking(move || weights_root(&weights)).await?.map_err(|e| Error::File {
+        what: "the model",
+        path: args.model.display().to_string(),
+        reason: e.to_string(),
+    })?;
+    let config = EngineConfig {
+        model_path: args.model.clone(),
+        class: args.class,
+        slots: usize::from(args.slots),
+        threads: usize::from(args.threads),
+        max_context: args.max_context as usize,
+        memory_limit: args.memory_limit_mib.map(|mib| mib.saturating_mul(1024 * 1024)),
+    };
+    let end_tokens = engine::prompt(&config)?.end_tokens().to_vec();
+    let engine = blocking(move || Engine::start(config)).await??;
+    let journal = journal::Journal::open(&args.data.join("slots")).map_err(Error::Journal)?;
+    tracing::info!(
+        node = %identity.node(),
+        operator = %identity.operator(),
+        model = %root,
+        class = args.class.name(),
+        slots = args.slots,
+        "node is ready"
+    );
+    let slots = Arc::new(Slots::new(
+        engine,
+        identity,
+        journal,
+        slots::Setting { model_root: root, end_tokens, fault: args.fault },
+    ));
+    let mut pause = FIRST_PAUSE;
+    while !shutdown.is_cancelled() {
+        let welcomed = session::run(&args, &slots, &shutdown).await;
+        if welcomed {
+            pause = FIRST_PAUSE;
+        }
+        // Jitter keeps a crowd of nodes from coming back in one moment.
+        let jittered = pause.mul_f64(rand::random_range(0.5..1.5));
+        tokio::select! {
+            () = tokio::time::sleep(jittered) => {}
+            () = shutdown.cancelled() => {}
+        }
+        pause = (pause * 2).min(LONGEST_PAUSE);
+    }
+    tracing::info!("node has ended");
+    Ok(())
+}
+
+async fn blocking<T: Send + 'static>(work: impl FnOnce() -> T + Send + 'static) -> Result<T, Error> {
+    tokio::task::spawn_blocking(work).await.map_err(|e| Error::Start(e.to_string()))
+}
+
+fn read_manifest(path: &Path) -> Result<Manifest, Error> {
+    let failed = |reason: String| Error::File {
+        what: "the network's manifest",
+        path: path.display().to_string(),
+        reason,
+    };
+    let text = std::fs::read(path).map_err(|e| failed(e.to_string()))?;
+    serde_json::from_slice(&text).map_err(|e| failed(e.to_string()))
+}

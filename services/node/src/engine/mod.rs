@@ -274,6 +274,12 @@ impl Engine {
         self.slots.saturating_sub(self.active.lock().len())
     }
 
+    /// Tokens that the model knows.
+    #[must_use]
+    pub fn vocabulary(&self) -> usize {
+        self.vocabulary
+    }
+
     /// Bytes that were stated before loading.
     #[must_use]
     pub fn memory(&self) -> MemoryNeed {

@@ -1,0 +1,60 @@
+//! What a node's operator may choose.
+
+use std::path::PathBuf;
+
+use crate::{engine::Class, fault::Fault};
+
+/// The command line of `infera node`.
+#[derive(Debug, Clone, clap::Parser)]
+pub struct Args {
+    /// Folder of the node's keys and its journal of commitments
+    #[arg(long, default_value = ".infera-node")]
+    pub data: PathBuf,
+    /// The dispatcher, as ws://host:port
+    #[arg(long, default_value = "ws://127.0.0.1:8083")]
+    pub dispatcher: String,
+    /// The network's manifest: which chain and contract this node works for
+    #[arg(long, default_value = ".infera/network.json")]
+    pub manifest: PathBuf,
+    /// The GGUF file to serve
+    #[arg(long)]
+    pub model: PathBuf,
+    /// Numerics class
+    #[arg(long, default_value = "exact", value_parser = class)]
+    pub class: Class,
+    /// Requests at once
+    #[arg(long, default_value_t = 4, value_parser = clap::value_parser!(u8).range(1..=64))]
+    pub slots: u8,
+    /// Threads of libtorch; more than free cores makes it slower
+    #[arg(long, default_value_t = 1, value_parser = clap::value_parser!(u8).range(1..))]
+    pub threads: u8,
+    /// Most tokens of a request, prompt and answer together
+    #[arg(long, default_value_t = 2048, value_parser = clap::value_parser!(u32).range(1..=131_072))]
+    pub max_context: u32,
+    /// Most memory that the model may need, MiB; default: no limit
+    #[arg(long)]
+    pub memory_limit_mib: Option<u64>,
+    /// The operator's secp256k1 key, 32 bytes as 0x hex; default: operator.key in the data folder, made if missing
+    #[arg(long)]
+    pub operator_key: Option<PathBuf>,
+    /// Misbehave, to test the network
+    #[arg(long, value_enum)]
+    pub fault: Option<Fault>,
+    /// Send traces to this OTLP collector (gRPC), as http://127.0.0.1:4317
+    #[arg(long)]
+    pub otlp: Option<String>,
+    /// Which log lines are written
+    #[arg(long, default_value = "info", env = "INFERA_NODE__LOG_FILTER")]
+    pub log_filter: String,
+    /// Write logs as text, not as JSON
+    #[arg(long)]
+    pub log_text: bool,
+}
+
+fn class(text: &str) -> Result<Class, String> {
+    match text {
+        "exact" => Ok(Class::Exact),
+        "fast" => Ok(Class::Fast),
+        other => Err(format!("there is no class `{other}`: choose exact or fast")),
+    }
+}

@@ -1,0 +1,144 @@
+//! The keys of a node and its operator, made on this machine.
+
+use std::{
+    fs::{self, File},
+    io::Write,
+    os::unix::fs::OpenOptionsExt,
+    path::Path,
+};
+
+use ed25519_dalek::SigningKey;
+use infera_protocol::{
+    bytes::{Address, EvmSignature, Hash32, NodeId, Signature},
+    identity::{Domain, HelloClaims, NodeBinding, evm_address, hello_digest, node_id, sign},
+    registry::Manifest,
+};
+use infera_runtime::clock;
+use infera_wire::v1;
+use k256::ecdsa::SigningKey as EvmKey;
+
+use crate::{Args, Error};
+
+/// How long a binding lasts; a new one is signed at every start.
+const BINDING_MS: i64 = 30 * 24 * 3_600 * 1_000;
+
+/// Who this node is, and on which network.
+pub struct Identity {
+    key: SigningKey,
+    pub domain: Domain,
+    operator: Address,
+    binding: NodeBinding,
+    binding_signature: EvmSignature,
+    release_hash: Hash32,
+}
+
+impl Identity {
+    /// Loads the node's, signer's and operator's keys, makes those that are missing, and signs the binding.
+    ///
+    /// # Errors
+    /// A key file that can't be read or written, or is no key.
+    pub fn load_or_create(args: &Args, manifest: &Manifest) -> Result<Self, Error> {
+        fs::create_dir_all(&args.data)
+            .map_err(|e| Error::Identity(format!("cannot write {}: {e}", args.data.display())))?;
+        let key = SigningKey::from_bytes(&secret(&args.data.join("node.key"))?);
+        let signer = evm_key(&args.data.join("signer.key"))?;
+        let operator_path = args.operator_key.clone().unwrap_or_else(|| args.data.join("operator.key"));
+        let operator = evm_key(&operator_path)?;
+        let binding = NodeBinding {
+            node: node_id(&key),
+            signer: evm_address(&signer),
+            expiry_ms: clock::now_ms() + BINDING_MS,
+        };
+        let binding_signature =
+            binding.sign(&manifest.domain, &operator).map_err(|e| Error::Identity(e.to_string()))?;
+        Ok(Self {
+            key,
+            domain: manifest.domain,
+            operator: evm_address(&operator),
+            binding,
+            binding_signature,
+            release_hash: release_hash()?,
+        })
+    }
+
+    pub fn node(&self) -> NodeId {
+        self.binding.node
+    }
+
+    pub fn operator(&self) -> Address {
+        self.operator
+    }
+
+    pub fn sign(&self, digest: &Hash32) -> Signature {
+        sign(&self.key, digest)
+    }
+
+    /// The answer to a challenge.
+    pub fn hello(&self, nonce: &[u8; 32], weights_root: Hash32, class: &str, slots: u32) -> v1::Hello {
+        let claims = HelloClaims {
+            node: self.node(),
+            operator: self.operator,
+            binding: self.binding,
+            release_hash: self.release_hash,
+            weights_root,
+            class: class.to_owned(),
+            slots,
+        };
+        let signature = self.sign(&hello_digest(&self.domain, nonce, &claims));
+        v1::Hello {
+            node: claims.node.to_vec(),
+            operator: claims.operator.to_vec(),
+            signer: self.binding.signer.to_vec(),
+            binding_expiry_ms: self.binding.expiry_ms,
+            binding_signature: self.binding_signature.to_vec(),
+            release_hash: self.release_hash.to_vec(),
+            weights_root: weights_root.to_vec(),
+            class: claims.class,
+            slots,
+            version: env!("CARGO_PKG_VERSION").to_owned(),
+            signature: signature.to_vec(),
+        }
+    }
+}
+
+/// BLAKE3 of the running executable.
+fn release_hash() -> Result<Hash32, Error> {
+    let path = std::env::current_exe().map_err(|e| Error::Start(e.to_string()))?;
+    crate::weights_root(&path).map_err(|e| Error::File {
+        what: "the running executable",
+        path: path.display().to_string(),
+        reason: e.to_string(),
+    })
+}
+
+fn evm_key(path: &Path) -> Result<EvmKey, Error> {
+    EvmKey::from_slice(&secret(path)?).map_err(|_| {
+        Error::Identity(format!("{} is no secp256k1 key: remove it, and a new one is made", path.display()))
+    })
+}
+
+/// 32 secret bytes as 0x hex, made with mode 0600 if the file is not there.
+fn secret(path: &Path) -> Result<[u8; 32], Error> {
+    let failed = |reason: String| Error::Identity(format!("{}: {reason}", path.display()));
+    match fs::read_to_string(path) {
+        Ok(text) => text
+            .trim()
+            .parse::<Hash32>()
+            .map(|bytes| bytes.0)
+            .map_err(|e| failed(format!("{e}; remove the file, and a new key is made"))),
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => {
+            let bytes: [u8; 32] = rand::random();
+            let mut file = File::options()
+                .write(true)
+                .create_new(true)
+                .mode(0o600)
+                .open(path)
+                .map_err(|e| failed(e.to_string()))?;
+            file.write_all(Hash32(bytes).to_string().as_bytes())
+                .and_then(|()| file.sync_all())
+                .map_err(|e| failed(e.to_string()))?;
+            Ok(bytes)
+        }
+        Err(error) => Err(failed(error.to_string())),
+    }
+}
