@@ -37,7 +37,7 @@ pub(crate) enum Ticket {
     /// At most once: settled by being delivered.
     Transient,
     Memory(memory::Ticket),
-    Rabbit(rabbit::Ticket),
+    Rabbit(Box<rabbit::Ticket>),
 }
 
 impl Delivery {

@@ -73,6 +73,14 @@ pub async fn pending<C: ConnectionTrait>(db: &C) -> Result<u64, DbErr> {
     store::pending(db).await
 }
 
+/// Dead letters of an in-process bus that nobody has handled.
+///
+/// # Errors
+/// The database's.
+pub async fn dead_letters<C: ConnectionTrait>(db: &C) -> Result<u64, DbErr> {
+    store::dead_letters(db).await
+}
+
 /// Creates the tables `outbox` and `outbox_dead`; put it into the service's migrator.
 pub fn migration() -> Box<dyn MigrationTrait> {
     Box::new(schema::Create)

@@ -218,7 +218,7 @@ impl Worker {
     async fn bury(&mut self, published: &Published) -> Result<(), DbErr> {
         let dead: Vec<DeadLetter> = published.buried.iter().map(|b| b.dead.clone()).collect();
         let now = clock::now_ms();
-        store::bury(&mut self.db, &published.key, &published.envelope, &dead, now).await
+        store::bury(&self.db, &published.key, &published.envelope, &dead, now).await
     }
 
     fn forget(&mut self, published: &Published) {
@@ -227,7 +227,7 @@ impl Worker {
     }
 
     async fn handled(&mut self, id: Uuid, queue: &str) {
-        if let Err(error) = store::unbury(&mut self.db, id, queue).await {
+        if let Err(error) = store::unbury(&self.db, id, queue).await {
             tracing::warn!(%error, %id, "a handled dead letter comes back at the next start");
         }
     }
@@ -256,7 +256,7 @@ impl Worker {
     async fn renew(&mut self) {
         if self.shared && !self.in_flight.is_empty() {
             let until = clock::now_ms() + LEASE_MS;
-            if let Err(error) = store::renew(&mut self.db, self.owner, until).await {
+            if let Err(error) = store::renew(&self.db, self.owner, until).await {
                 tracing::warn!(%error, "outbox leases are not renewed");
             }
         }

@@ -27,6 +27,10 @@ pub(super) async fn pending<C: ConnectionTrait>(db: &C) -> Result<u64, DbErr> {
     outbox::Entity::find().count(db).await
 }
 
+pub(super) async fn dead_letters<C: ConnectionTrait>(db: &C) -> Result<u64, DbErr> {
+    dead::Entity::find().count(db).await
+}
+
 /// Takes up to `limit` rows, oldest first, that no relay has: `owner` has them until `until_ms`. Relays
 /// that ask at the same time get different rows.
 pub(super) async fn claim<C: ConnectionTrait>(

@@ -246,12 +246,12 @@ impl Pump {
                     delivery_count: message::delivery_count(&raw.properties),
                     delivery_limit: *delivery_limit,
                     dead_letter: dead.then(|| message::dead_letter(&raw.properties, &self.shared.names)),
-                    ticket: delivery::Ticket::Rabbit(Ticket {
+                    ticket: delivery::Ticket::Rabbit(Box::new(Ticket {
                         shared: self.shared.clone(),
                         queue: queue.clone(),
                         properties: raw.properties,
                         acker: raw.acker,
-                    }),
+                    })),
                 };
                 // The channel holds as many as the prefetch, so there is room. A subscriber that is
                 // gone drops it, which gives it back.
