@@ -34,15 +34,15 @@ impl Catalog {
     /// # Errors
     /// One sentence: a file that is missing, or that is not what the registry lists.
     pub fn load(config: &Config) -> Result<Self, Error> {
-        let registry: Registry = read("registry_path", &config.registry_path)?;
-        if !config.manifest_path.as_os_str().is_empty() {
-            let manifest: Manifest = read("manifest_path", &config.manifest_path)?;
+        let registry: Registry = read("registry_path", &config.common.registry_path)?;
+        if !config.common.manifest_path.as_os_str().is_empty() {
+            let manifest: Manifest = read("manifest_path", &config.common.manifest_path)?;
             let hash = registry.hash().map_err(|error| Error::Models(error.to_string()))?;
             if hash != manifest.registry_hash {
                 return Err(Error::Models(format!(
                     "{} has the hash {hash}, but the manifest {} names {}: fetch the registry in force",
-                    config.registry_path.display(),
-                    config.manifest_path.display(),
+                    config.common.registry_path.display(),
+                    config.common.manifest_path.display(),
                     manifest.registry_hash
                 )));
             }

@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use infera_protocol::request::{MAX_REPLICAS, MAX_TOKENS, MIN_REPLICAS};
-use infera_runtime::config::{ConfigError, Secret, load};
+use infera_runtime::config::{Common, ConfigError, load};
 use serde::{Deserialize, Serialize};
 
 /// The commented defaults.
@@ -15,20 +15,8 @@ pub const DEFAULTS: &str = include_str!("gateway.toml");
 #[derive(Debug, Clone, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Config {
-    pub http_bind: String,
-    pub database_url: Secret,
-    #[serde(default)]
-    pub database_schema: Option<String>,
-    pub bus_url: Secret,
-    pub bus_prefix: String,
-    #[serde(default)]
-    pub kv_url: Option<Secret>,
-    #[serde(default)]
-    pub otlp_endpoint: Option<String>,
-    pub log_filter: String,
-    pub manifest_path: PathBuf,
-    pub registry_path: PathBuf,
-    pub jwks_path: PathBuf,
+    #[serde(flatten)]
+    pub common: Common,
     #[serde(default)]
     pub replica: Option<String>,
     pub receipts_url: String,
@@ -80,7 +68,7 @@ impl Config {
         within("keep_hours", self.keep_hours, 1, 24 * 365)?;
         within("prefetch", self.prefetch.into(), 1, 4096)?;
         within("max_waiting", self.max_waiting as u64, 1, 1_000_000)?;
-        if self.database_url.is_empty() {
+        if self.common.database_url.is_empty() {
             return bad("`database_url` must be set to sqlite://... or postgres://...".into());
         }
         if let Some(replica) = &self.replica
@@ -107,6 +95,12 @@ impl Config {
 
     pub(crate) fn deadline_ms(&self) -> i64 {
         i64::try_from(self.deadline_secs).unwrap_or(i64::MAX / 2000).saturating_mul(1000)
+    }
+}
+
+impl AsRef<Common> for Config {
+    fn as_ref(&self) -> &Common {
+        &self.common
     }
 }
 
@@ -139,14 +133,23 @@ mod tests {
         assert!(error(|c| c.heartbeat_secs = 11).contains("`heartbeat_secs`"));
         assert!(error(|c| c.replica = Some("a.b".into())).contains("`replica`"));
         assert!(error(|c| c.receipts_url = "localhost".into()).contains("`receipts_url`"));
-        assert!(error(|c| c.database_url = Secret::default()).contains("`database_url`"));
+        assert!(error(|c| c.common.database_url = "".into()).contains("`database_url`"));
         assert!(error(|c| c.drain_secs = 9).contains("`drain_secs`"));
+    }
+
+    #[test]
+    fn a_key_that_is_none_is_refused() {
+        let file = std::env::temp_dir().join(format!("gateway-{}.toml", uuid::Uuid::now_v7()));
+        std::fs::write(&file, "replica_count = 3").unwrap();
+        let error = load::<Config>("gateway_unknown", DEFAULTS, Some(&file)).unwrap_err().to_string();
+        std::fs::remove_file(&file).unwrap();
+        assert!(error.contains("replica_count"), "{error}");
     }
 
     #[test]
     fn secrets_are_not_shown() {
         let mut config = defaults();
-        config.database_url = "postgres://u:hunter2@h/d".into();
+        config.common.database_url = "postgres://u:hunter2@h/d".into();
         assert!(!format!("{config:?}").contains("hunter2"));
     }
 }

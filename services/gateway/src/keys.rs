@@ -2,7 +2,6 @@
 //! keys were revoked.
 
 use infera_runtime::clock;
-use infera_runtime::jwt::{Claims, KeyError, Signer};
 use sea_orm::sea_query::OnConflict;
 use sea_orm::{ConnectionTrait, DbErr, EntityTrait, QueryOrder, QueryTrait, Set};
 
@@ -14,15 +13,6 @@ pub const AUDIENCE: &str = "infera";
 pub const SCOPE_CHAT: &str = "chat";
 /// Longest account name, bytes: what fits every message of the bus.
 pub const MAX_ACCOUNT: usize = infera_wire::convert::MAX_NAME_BYTES;
-
-/// Issues a key for `account` that may chat for `ttl_secs`; returns it with its claims (`jti` revokes it).
-///
-/// # Errors
-/// [`KeyError::Sign`].
-pub fn issue(signer: &Signer, account: &str, ttl_secs: i64) -> Result<(String, Claims), KeyError> {
-    let claims = Claims::new(account, AUDIENCE, &[SCOPE_CHAT], ttl_secs);
-    Ok((signer.issue(&claims)?, claims))
-}
 
 /// Revokes the key with the id `jti` (its claim of that name): from now on it gets 401. Repeating it
 /// changes nothing. The tables must be there (`infera_runtime::db::migrate::<Migrator>`).

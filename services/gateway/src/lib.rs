@@ -54,7 +54,7 @@ use tokio::sync::oneshot;
 use tokio::task::JoinHandle;
 use uuid::Uuid;
 
-pub use config::Config;
+pub use config::{Config, DEFAULTS};
 pub use error::Error;
 pub use http::MAX_BODY;
 pub use store::Migrator;
@@ -83,9 +83,14 @@ pub struct Deps {
 /// [`Error`], one sentence.
 pub async fn start(file: Option<&Path>) -> Result<(), Error> {
     let config = Config::load(file)?;
-    let guard = telemetry::init("infera-gateway", config.otlp_endpoint.as_deref(), &config.log_filter, true)?;
-    let bus = Bus::rabbit(config.bus_url.expose(), &config.bus_prefix).await?;
-    let kv = match &config.kv_url {
+    let guard = telemetry::init(
+        "infera-gateway",
+        config.common.otlp_endpoint.as_deref(),
+        &config.common.log_filter,
+        true,
+    )?;
+    let bus = Bus::rabbit(config.common.bus_url.expose(), &config.common.bus_prefix).await?;
+    let kv = match &config.common.kv_url {
         Some(url) => Kv::redis(url.expose()).await?,
         None => Kv::memory(),
     };
@@ -105,9 +110,10 @@ pub async fn run(config: Config, deps: Deps, shutdown: CancellationToken) -> Res
     let Deps { bus, kv, bound } = deps;
     let health = Health::new("gateway");
     let metrics = Metrics::register(&health)?;
-    let verifier = Verifier::from_jwks_file(&config.jwks_path)?;
+    let verifier = Verifier::from_jwks_file(&config.common.jwks_path)?;
     let catalog = load_catalog(&config).await?;
-    let db = db::connect(config.database_url.expose(), config.database_schema.as_deref()).await?;
+    let db =
+        db::connect(config.common.database_url.expose(), config.common.database_schema.as_deref()).await?;
     db::migrate::<Migrator>(&db).await?;
     bus.declare(&Topology::network()).await?;
 
@@ -130,7 +136,7 @@ pub async fn run(config: Config, deps: Deps, shutdown: CancellationToken) -> Res
     ));
 
     tracing::info!(replica, models = config.models.len(), "gateway starts");
-    let bind = config.http_bind.clone();
+    let bind = config.common.http_bind.clone();
     let app = App {
         config,
         replica,
