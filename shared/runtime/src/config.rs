@@ -44,7 +44,7 @@ pub fn load<T: DeserializeOwned>(
     if let Some(path) = file {
         let text = std::fs::read_to_string(path)
             .map_err(|source| ConfigError::File { path: path.to_owned(), source })?;
-        // Parsed here rather than by name, so that the message names the file as it was given.
+        check_toml(service, path, &text)?;
         figment = figment.merge(Toml::string(&text));
     }
     let prefix = env_prefix(service);
@@ -68,13 +68,23 @@ pub fn env_prefix(service: &str) -> String {
     format!("INFERA_{}__", service.to_uppercase().replace('-', "_"))
 }
 
+/// TOML's own message is a drawing over several lines; this is one sentence.
+fn check_toml(service: &str, path: &Path, text: &str) -> Result<(), ConfigError> {
+    text.parse::<toml::Table>().map(drop).map_err(|error| {
+        let before = error.span().and_then(|span| text.get(..span.start)).unwrap_or_default();
+        let line = before.matches('\n').count() + 1;
+        ConfigError::invalid(service, format!("{} line {line}: {}", path.display(), error.message()))
+    })
+}
+
 fn explain(error: &figment::Error, file: Option<&Path>, prefix: &str) -> String {
     let key = error.path.join(".");
-    let from_env = error.metadata.as_ref().is_some_and(|m| m.name.contains("environment"));
-    let place = match (from_env, file) {
-        (true, _) => format!("the environment ({prefix}...)"),
-        (false, Some(path)) => format!("{} or the defaults", path.display()),
-        (false, None) => "the defaults".to_owned(),
+    let file = file.map_or("the defaults".to_owned(), |path| format!("{} or the defaults", path.display()));
+    // A flattened table loses where its keys came from.
+    let place = match error.metadata.as_ref().map(|metadata| metadata.name.contains("environment")) {
+        Some(true) => format!("the environment, {prefix}..."),
+        Some(false) => file,
+        None => format!("the environment, {prefix}..., or {file}"),
     };
     if key.is_empty() {
         format!("{} (in {place})", error.kind)

@@ -6,6 +6,7 @@ use std::time::Instant;
 
 use actix_web::body::{BodySize, BoxBody, MessageBody};
 use actix_web::dev::{ServiceRequest, ServiceResponse};
+use actix_web::error::InternalError;
 use actix_web::http::Method;
 use actix_web::http::header::{HeaderName, HeaderValue};
 use actix_web::middleware::Next;
@@ -108,7 +109,7 @@ impl Drop for Active {
 /// gives errors without a JSON body ours.
 ///
 /// # Errors
-/// Never: errors of handlers become responses here, so that they are counted and carry the id too.
+/// Those of other middlewares, with our body and the id; handlers' errors are responses already.
 pub async fn request_id<B>(request: ServiceRequest, next: Next<B>) -> Result<ServiceResponse<BoxBody>, Error>
 where
     B: MessageBody + 'static,
@@ -119,17 +120,17 @@ where
     let health = request.app_data::<web::Data<Health>>().cloned();
     let span = root_span(&request, &id, method, &route);
     request.extensions_mut().insert(id.clone());
-    let http_request = request.request().clone();
 
     let active = Active::start(health.as_ref());
     let started = Instant::now();
-    let response = match next.call(request).instrument(span.clone()).await {
-        Ok(response) => response.map_into_boxed_body(),
-        Err(error) => ServiceResponse::from_err(error, http_request),
-    };
+    // No clone of the request may be held here: the router needs it for itself.
+    let result = next.call(request).instrument(span.clone()).await;
     drop(active);
 
-    let status = response.status();
+    let status = match &result {
+        Ok(response) => response.status(),
+        Err(error) => error.as_response_error().status_code(),
+    };
     span.record("http.response.status_code", status.as_u16());
     if status.is_server_error() {
         span.record("otel.status_code", "ERROR");
@@ -139,7 +140,21 @@ where
             .with_label_values(&[method, &route, status.as_str()])
             .observe(started.elapsed().as_secs_f64());
     }
-    Ok(finish(response, &id, span))
+    match result {
+        Ok(response) => Ok(finish(response.map_into_boxed_body(), &id, span)),
+        Err(error) => Err(with_id(&error, &id)),
+    }
+}
+
+/// An error that a middleware or a guard returned, with our body and the id.
+fn with_id(error: &Error, id: &RequestId) -> Error {
+    let status = error.as_response_error().status_code();
+    let body = error.as_error::<ApiError>().cloned().unwrap_or_else(|| ApiError::of_status(status));
+    let mut response = body.error_response();
+    if let Ok(value) = HeaderValue::from_str(&id.0) {
+        response.headers_mut().insert(REQUEST_ID, value);
+    }
+    InternalError::from_response(body, response).into()
 }
 
 fn root_span(request: &ServiceRequest, id: &RequestId, method: &str, route: &str) -> Span {

@@ -237,9 +237,11 @@ impl Verifier {
         validation.set_issuer(&[ISSUER]);
         validation.validate_nbf = true;
         validation.leeway = LEEWAY_SECS;
-        jsonwebtoken::decode::<Claims>(token, key, &validation)
-            .map(|data| data.claims)
-            .map_err(|error| refusal(&error))
+        // First as any JSON, so that the checks above name the claim that is wrong.
+        let claims = jsonwebtoken::decode::<serde_json::Value>(token, key, &validation)
+            .map_err(|error| refusal(&error))?
+            .claims;
+        serde_json::from_value(claims).map_err(|_| JwtError::Malformed)
     }
 }
 
@@ -257,7 +259,6 @@ fn refusal(error: &jsonwebtoken::errors::Error) -> JwtError {
         | ErrorKind::InvalidAlgorithmName
         | ErrorKind::MissingAlgorithm
         | ErrorKind::UnsupportedAlgorithm => JwtError::Algorithm,
-        // Claims that are signed but have a wrong form (a string in exp, a missing sub) end here too.
         _ => JwtError::Malformed,
     }
 }
