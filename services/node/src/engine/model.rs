@@ -123,10 +123,6 @@ impl Model {
         Ok(Self { shape, embedding, layers: layers?, norm, head, cos, sin })
     }
 
-    pub fn shape(&self) -> &Shape {
-        &self.shape
-    }
-
     /// An empty cache for at most `capacity` tokens.
     pub fn cache(&self, capacity: usize) -> Result<Cache, TchError> {
         let s = &self.shape;
@@ -202,23 +198,9 @@ impl Model {
         let new = |t: &Tensor| t.f_narrow(0, 0, n)?.f_transpose(0, 1);
         cache.0.f_narrow(1, at, n)?.f_copy_(&new(k)?)?;
         cache.1.f_narrow(1, at, n)?.f_copy_(&new(v)?)?;
-        let keys = cache.0.f_narrow(1, 0, at + n)?.f_unsqueeze(0)?;
-        let values = cache.1.f_narrow(1, 0, at + n)?.f_unsqueeze(0)?;
-        let queries = q
-            .f_narrow(0, 0, n)?
-            .f_view([n, kv, group, head])?
-            .f_permute([1, 2, 0, 3])?
-            .f_reshape([1, kv, group * n, head])?;
-        let out = Tensor::f_scaled_dot_product_attention(
-            &queries,
-            &keys,
-            &values,
-            Some(mask),
-            0.0,
-            false,
-            None,
-            false,
-        )?;
+        let queries = q.f_narrow(0, 0, n)?.f_view([n, kv, group, head])?;
+        let queries = queries.f_permute([1, 2, 0, 3])?.f_reshape([1, kv, group * n, head])?;
+        let out = attention(&queries, cache, at + n, Some(mask))?;
         out.f_reshape([kv, group, n, head])?.f_permute([2, 0, 1, 3])?.f_reshape([n, kv * group * head])
     }
 
@@ -234,12 +216,7 @@ impl Model {
         let (kv, group, head) = (s.kv_heads as i64, (s.heads / s.kv_heads) as i64, s.head as i64);
         cache.0.f_select(1, at)?.f_copy_(k)?;
         cache.1.f_select(1, at)?.f_copy_(v)?;
-        let keys = cache.0.f_narrow(1, 0, at + 1)?.f_unsqueeze(0)?;
-        let values = cache.1.f_narrow(1, 0, at + 1)?.f_unsqueeze(0)?;
-        let queries = q.f_reshape([1, kv, group, head])?;
-        let none: Option<&Tensor> = None;
-        let out =
-            Tensor::f_scaled_dot_product_attention(&queries, &keys, &values, none, 0.0, false, None, false)?;
+        let out = attention(&q.f_reshape([1, kv, group, head])?, cache, at + 1, None)?;
         out.f_reshape([1, kv * group * head])
     }
 
@@ -296,6 +273,30 @@ impl Model {
             })
             .collect()
     }
+}
+
+/// `q` [1, kv heads, queries, head] against the first `length` tokens of a cache; the same shape comes back.
+///
+/// With fewer than [`ROWS`] queries libtorch would split the keys among its threads, and the sums would depend on their
+/// number: such a block is filled up.
+fn attention(
+    q: &Tensor,
+    cache: &(Tensor, Tensor),
+    length: i64,
+    mask: Option<&Tensor>,
+) -> Result<Tensor, TchError> {
+    let keys = cache.0.f_narrow(1, 0, length)?.f_unsqueeze(0)?;
+    let values = cache.1.f_narrow(1, 0, length)?.f_unsqueeze(0)?;
+    let queries = q.size()[2];
+    let missing = ROWS as i64 - queries;
+    if missing <= 0 {
+        return Tensor::f_scaled_dot_product_attention(q, &keys, &values, mask, 0.0, false, None, false);
+    }
+    let q = q.f_constant_pad_nd([0, 0, 0, missing])?;
+    let mask = mask.map(|m| m.f_constant_pad_nd([0, 0, 0, missing])).transpose()?;
+    let out =
+        Tensor::f_scaled_dot_product_attention(&q, &keys, &values, mask.as_ref(), 0.0, false, None, false)?;
+    out.f_narrow(2, 0, queries)
 }
 
 /// `x` [rows, heads, head]: the first half of each head turned against the second.
