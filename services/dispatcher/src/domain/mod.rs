@@ -280,10 +280,18 @@ impl State {
         }
     }
 
-    /// Slots for a model and the requests for it that are held here.
+    /// Slots for a model and the requests for it that are held here. What a request that has not begun
+    /// will take is not free.
     pub fn model_slots(&self, model: &Hash32) -> (ModelSlots, Vec<Uuid>) {
-        let held = self.requests.iter().filter(|(_, held)| held.offer.model() == *model);
-        (self.nodes.model_slots(model), held.map(|(id, _)| *id).collect())
+        let mut slots = self.nodes.model_slots(model);
+        let mut ids = Vec::new();
+        for (id, held) in self.requests.iter().filter(|(_, held)| held.offer.model() == *model) {
+            ids.push(*id);
+            if matches!(held.phase, Phase::Storing | Phase::Waiting { .. }) {
+                slots.free = slots.free.saturating_sub(held.offer.funded.submitted.k);
+            }
+        }
+        (slots, ids)
     }
 
     /// Applies what happened at `now` (ms) and says what is to be done, in order. A rejection may
