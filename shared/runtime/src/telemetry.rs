@@ -67,7 +67,19 @@ pub struct TelemetryGuard {
 /// the thread that waits for the flush.)
 struct Exporter {
     provider: SdkTracerProvider,
-    runtime: Runtime,
+    /// Only kept alive.
+    _runtime: Background,
+}
+
+/// A runtime that may be dropped anywhere: a plain drop would block, which tokio refuses inside another.
+struct Background(Option<Runtime>);
+
+impl Drop for Background {
+    fn drop(&mut self) {
+        if let Some(runtime) = self.0.take() {
+            runtime.shutdown_background();
+        }
+    }
 }
 
 /// Sets up logs, and traces when `otlp_endpoint` (`http://HOST:PORT`, gRPC) is given. Once per process.
@@ -120,7 +132,8 @@ fn exporter(service_name: &str, endpoint: &str) -> Result<Exporter, TelemetryErr
         .enable_all()
         .build()
         .map_err(TelemetryError::Runtime)?;
-    let _entered = runtime.enter();
+    let runtime = Background(Some(runtime));
+    let entered = runtime.0.as_ref().map(Runtime::enter);
     let span_exporter = SpanExporter::builder()
         .with_tonic()
         .with_endpoint(endpoint)
@@ -137,8 +150,8 @@ fn exporter(service_name: &str, endpoint: &str) -> Result<Exporter, TelemetryErr
         .with_resource(Resource::builder().with_service_name(service_name.to_owned()).build())
         .with_span_processor(BatchSpanProcessor::builder(span_exporter).with_batch_config(batch).build())
         .build();
-    drop(_entered);
-    Ok(Exporter { provider, runtime })
+    drop(entered);
+    Ok(Exporter { provider, _runtime: runtime })
 }
 
 impl TelemetryGuard {
@@ -156,7 +169,7 @@ impl TelemetryGuard {
     /// 8 s, and blocks no other task.
     pub async fn shutdown(mut self) {
         let Some(exporter) = self.exporter.take() else { return };
-        let done = tokio::task::spawn_blocking(move || end(exporter)).await;
+        let done = tokio::task::spawn_blocking(move || end(&exporter)).await;
         if let Err(error) = done {
             tracing::warn!(%error, "the last traces are lost");
         }
@@ -167,15 +180,13 @@ impl Drop for TelemetryGuard {
     /// For early returns: does what `shutdown` does, but blocks.
     fn drop(&mut self) {
         if let Some(exporter) = self.exporter.take() {
-            end(exporter);
+            end(&exporter);
         }
     }
 }
 
-fn end(exporter: Exporter) {
+fn end(exporter: &Exporter) {
     if let Err(error) = exporter.provider.shutdown_with_timeout(SHUTDOWN_TIMEOUT) {
         tracing::warn!(%error, "the last traces are lost");
     }
-    // A plain drop would block, which tokio refuses inside a runtime.
-    exporter.runtime.shutdown_background();
 }

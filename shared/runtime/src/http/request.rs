@@ -7,8 +7,8 @@ use std::time::Instant;
 use actix_web::body::{BodySize, BoxBody, MessageBody};
 use actix_web::dev::{ServiceRequest, ServiceResponse};
 use actix_web::error::InternalError;
-use actix_web::http::Method;
 use actix_web::http::header::{HeaderName, HeaderValue};
+use actix_web::http::{Method, StatusCode};
 use actix_web::middleware::Next;
 use actix_web::web::Bytes;
 use actix_web::{Error, FromRequest, HttpMessage, HttpRequest, ResponseError, dev::Payload, web};
@@ -124,7 +124,13 @@ where
     let active = Active::start(health.as_ref());
     let started = Instant::now();
     // No clone of the request may be held here: the router needs it for itself.
-    let result = next.call(request).instrument(span.clone()).await;
+    let mut result =
+        next.call(request).instrument(span.clone()).await.map(ServiceResponse::map_into_boxed_body);
+    if let Ok(response) = &mut result
+        && is_wrong_method(response, &route)
+    {
+        *response.response_mut().status_mut() = StatusCode::METHOD_NOT_ALLOWED;
+    }
     drop(active);
 
     let status = match &result {
@@ -141,7 +147,7 @@ where
             .observe(started.elapsed().as_secs_f64());
     }
     match result {
-        Ok(response) => Ok(finish(response.map_into_boxed_body(), &id, span)),
+        Ok(response) => Ok(finish(response, &id, span)),
         Err(error) => Err(with_id(&error, &id)),
     }
 }
@@ -198,6 +204,15 @@ fn finish(response: ServiceResponse<BoxBody>, id: &RequestId, span: Span) -> Ser
         BodySize::Stream => BoxBody::new(SpanBody { body, span }),
         BodySize::None | BodySize::Sized(_) => body,
     })
+}
+
+/// True when a route has this path but not this method, which actix answers with a bare 404: the path is
+/// then known, but nothing has consumed it.
+fn is_wrong_method(response: &ServiceResponse<BoxBody>, route: &str) -> bool {
+    response.status() == StatusCode::NOT_FOUND
+        && route != UNMATCHED
+        && is_bare_error(response)
+        && !response.request().match_info().unprocessed().is_empty()
 }
 
 /// True for the errors that actix itself makes: no body, or one in plain text.
