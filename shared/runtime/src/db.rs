@@ -4,7 +4,8 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use sea_orm::sqlx::sqlite::{SqliteJournalMode, SqliteSynchronous};
-use sea_orm::{ConnectOptions, ConnectionTrait, Database, DatabaseConnection, DbErr};
+use sea_orm::sqlx::{AssertSqlSafe, Connection, Executor, PgConnection};
+use sea_orm::{ConnectOptions, Database, DatabaseConnection, DbErr};
 use sea_orm_migration::MigratorTrait;
 
 /// Connections in a PostgreSQL pool: eight services of eight stay under PostgreSQL's default of 100.
@@ -37,9 +38,9 @@ pub enum DbError {
     DiskFull { url: String },
     /// Nobody answers, or it refuses.
     #[error(
-        "the database {url} cannot be reached: {source}; is it running, and are user and password right?"
+        "the database {url} cannot be reached: {reason}; is it running, and are user and password right?"
     )]
-    Unreachable { url: String, source: DbErr },
+    Unreachable { url: String, reason: String },
     /// A migration failed; the database is as it was before it.
     #[error("the database's tables cannot be brought up to date: {0}")]
     Migrate(DbErr),
@@ -82,7 +83,10 @@ pub async fn migrate<M: MigratorTrait>(db: &DatabaseConnection) -> Result<(), Db
 
 /// True when `error` says that the disk is full: SQLite's code 13, PostgreSQL's class 53100.
 pub fn is_disk_full(error: &DbErr) -> bool {
-    let text = error.to_string();
+    says_disk_full(&error.to_string())
+}
+
+fn says_disk_full(text: &str) -> bool {
     text.contains("database or disk is full")
         || text.contains("No space left on device")
         || text.contains("53100")
@@ -122,28 +126,36 @@ async fn postgres(url: &str, schema: Option<&str>) -> Result<DatabaseConnection,
         if !is_schema_name(schema) {
             return Err(DbError::Schema { schema: schema.to_owned() });
         }
-        create_schema(url, schema).await?;
         options.set_schema_search_path(schema);
     }
+    probe(url, schema).await?;
     open(options, url).await
 }
 
-/// `CREATE SCHEMA IF NOT EXISTS` on a connection of its own: the pool's have it as search path.
-/// Two processes that start together race inside PostgreSQL itself, hence the look before and after.
-async fn create_schema(url: &str, schema: &str) -> Result<(), DbError> {
-    let mut options = ConnectOptions::new(url);
-    options.max_connections(1).acquire_timeout(POSTGRES_ACQUIRE).sqlx_logging(false);
-    let db = open(options, url).await?;
-    let created = db.execute_unprepared(&format!("CREATE SCHEMA IF NOT EXISTS {schema}")).await;
-    let result = match created {
-        Err(error) if !error.to_string().contains("pg_namespace_nspname_index") => {
-            Err(DbError::Unreachable { url: redact(url), source: error })
+/// Asks for one connection and creates the schema on it. The pool would repeat a refused connection until
+/// its time is over, and then say only that.
+async fn probe(url: &str, schema: Option<&str>) -> Result<(), DbError> {
+    let work = async {
+        let mut connection = PgConnection::connect(url).await?;
+        if let Some(schema) = schema {
+            let sql = format!("CREATE SCHEMA IF NOT EXISTS {schema}");
+            let created = connection.execute(AssertSqlSafe(sql)).await;
+            // Two processes that start together race inside PostgreSQL: the loser finds the winner's schema.
+            if let Err(error) = created
+                && !error.to_string().contains("pg_namespace_nspname_index")
+            {
+                return Err(error);
+            }
         }
-        _ => Ok(()),
+        connection.close().await
     };
-    // The schema is there either way; failing to say goodbye changes nothing.
-    let _ = db.close().await;
-    result
+    let unreachable = |reason: String| DbError::Unreachable { url: redact(url), reason };
+    match tokio::time::timeout(POSTGRES_ACQUIRE, work).await {
+        Err(_) => Err(unreachable(format!("no answer within {} s", POSTGRES_ACQUIRE.as_secs()))),
+        Ok(Err(error)) if says_disk_full(&error.to_string()) => Err(DbError::DiskFull { url: redact(url) }),
+        Ok(Err(error)) => Err(unreachable(error.to_string())),
+        Ok(Ok(())) => Ok(()),
+    }
 }
 
 async fn open(options: ConnectOptions, url: &str) -> Result<DatabaseConnection, DbError> {
@@ -151,7 +163,7 @@ async fn open(options: ConnectOptions, url: &str) -> Result<DatabaseConnection, 
         if is_disk_full(&source) {
             DbError::DiskFull { url: redact(url) }
         } else {
-            DbError::Unreachable { url: redact(url), source }
+            DbError::Unreachable { url: redact(url), reason: source.to_string() }
         }
     })
 }

@@ -100,7 +100,8 @@ mod tests {
 
     #[test]
     fn reads_quoted_and_exported_lines() {
-        let vars = parse_env("# a comment = x\nexport A='1'\n B=\"amqp://u:p@h/%2f?x=y\" \n\nC=3\nnonsense\n");
+        let vars =
+            parse_env("# a comment = x\nexport A='1'\n B=\"amqp://u:p@h/%2f?x=y\" \n\nC=3\nnonsense\n");
         let get = |name: &str| vars.get(name).map(String::as_str);
         assert_eq!((get("A"), get("B"), get("C")), (Some("1"), Some("amqp://u:p@h/%2f?x=y"), Some("3")));
         assert_eq!(vars.len(), 3);

@@ -4,6 +4,7 @@
 //!   tests apart with [`unique`] names.
 //! - [`evidence`]: requests answered and signed with real keys, up to verdicts and receipts.
 //! - [`otlp::Receiver`]: receives traces as a collector does.
+//! - [`synthetic::SyntheticNode`]: speaks the protocol of nodes over a real WebSocket.
 //! - [`process::Process`], [`anvil::Anvil`]: child processes that end with the test.
 //! - [`eventually`]: polls with a deadline instead of sleeping for luck.
 //!
@@ -15,6 +16,7 @@ mod cluster;
 pub mod evidence;
 pub mod otlp;
 pub mod process;
+pub mod synthetic;
 mod wait;
 
 pub use cluster::{Cluster, cluster};

@@ -107,7 +107,7 @@ async fn what_cannot_be_reached_is_named_without_its_password() {
     let url = format!("postgres://user:hunter2@127.0.0.1:{}/db", free_port());
     let error = db::connect(&url, Some("x")).await.unwrap_err().to_string();
     assert!(error.contains("cannot be reached") && error.contains("127.0.0.1"), "{error}");
-    assert!(!error.contains("hunter2"), "{error}");
+    assert!(error.contains("refused") && !error.contains("hunter2"), "{error}");
 
     let error = db::connect("mysql://user:hunter2@h/db", None).await.unwrap_err();
     assert!(matches!(error, DbError::Url { .. }));
