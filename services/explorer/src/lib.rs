@@ -1,0 +1,226 @@
+//! The explorer: what the network verified, for everybody to read.
+//!
+//! ```text
+//! receipt        -> receipts, participants     \
+//!                                               +-> /v1/history, /v1/export, /v1/search, pages
+//! batch.anchored -> batches, anchors           /              |
+//!                                       index of answers <----+  (the verifier writes it)
+//! ```
+//!
+//! Promises:
+//! - A read model: every row follows from a message, and a message that comes twice changes nothing.
+//!   Receipt and anchor may come in either order.
+//! - What is shown is the receipt as it was issued, byte by byte. Texts are nowhere: receipts hold
+//!   hashes, and the index holds vectors.
+//! - Everything here is public and nothing is trusted: each receipt's page says how to check it.
+//!
+//! Semantic search embeds the question with the verifier's model and searches the index that the
+//! verifier writes. Both name the same place in `[vectors]`: a collection of Qdrant, or a
+//! database of its own with the exact index, which both processes open. `infera up` gives both
+//! services the same handle. It is a database of its own and not a table of the verifier's, so that
+//! no service reads another's tables.
+
+mod config;
+mod consumer;
+mod error;
+mod format;
+mod http;
+mod metrics;
+mod params;
+mod query;
+mod store;
+
+use std::net::SocketAddr;
+use std::path::Path;
+use std::sync::Arc;
+use std::time::Duration;
+
+use infera_bus::{Bus, ConsumerSpec, Topology, consume};
+use infera_embed::{Embedder, Index};
+use infera_protocol::registry::Manifest;
+use infera_runtime::health::{CheckHandle, Health};
+use infera_runtime::{CancellationToken, db, http as server, shutdown, telemetry};
+use infera_wire::topology::queues;
+use sea_orm::DatabaseConnection;
+use tokio::sync::{Semaphore, oneshot};
+
+use consumer::Reader;
+use http::Explorer;
+use metrics::Metrics;
+
+pub use config::{Config, DEFAULTS};
+pub use error::Error;
+
+/// How often dependencies are looked at for `/readyz`.
+const HEALTH_EVERY: Duration = Duration::from_secs(2);
+
+/// What the process gives to the service.
+pub struct Deps {
+    pub bus: Bus,
+    /// Shared with other services of the process; `None` loads `embedder_path`.
+    pub embedder: Option<Embedder>,
+    /// Shared with other services of the process; `None` opens what `[vectors]` names.
+    pub index: Option<Arc<dyn Index>>,
+    /// Gets the HTTP address once it listens.
+    pub bound: Option<oneshot::Sender<SocketAddr>>,
+}
+
+impl Deps {
+    /// A bus, and everything else by the configuration.
+    pub fn new(bus: Bus) -> Self {
+        Self { bus, embedder: None, index: None, bound: None }
+    }
+}
+
+/// Runs the explorer as a process of its own until SIGINT or SIGTERM.
+///
+/// # Errors
+/// [`Error`], one sentence.
+pub async fn serve(config: Config) -> Result<(), Error> {
+    let common = &config.common;
+    let guard =
+        telemetry::init("infera-explorer", common.otlp_endpoint.as_deref(), &common.log_filter, false)?;
+    let bus = Bus::rabbit(common.bus_url.expose(), &common.bus_prefix).await?;
+    let result = run(config, Deps::new(bus.clone()), shutdown::on_signals()).await;
+    bus.close().await;
+    guard.shutdown().await;
+    result
+}
+
+/// Serves until `shutdown`, and finishes what it holds. Must run inside an actix System.
+///
+/// # Errors
+/// [`Error`], one sentence; nothing is half done then.
+pub async fn run(config: Config, deps: Deps, shutdown: CancellationToken) -> Result<(), Error> {
+    config.validate()?;
+    let manifest = manifest(&config.common.manifest_path)?;
+    let embedder = match deps.embedder {
+        Some(embedder) => embedder,
+        None => {
+            let path = config.embedder_path.clone();
+            let loading = tokio::task::spawn_blocking(move || Embedder::load(&path));
+            loading.await.map_err(|error| Error::Thread(error.to_string()))??
+        }
+    };
+    let index = match deps.index {
+        Some(index) => index,
+        None => infera_embed::open(&config.vectors).await?,
+    };
+    let common = &config.common;
+    let db = db::connect(common.database_url.expose(), common.database_schema.as_deref()).await?;
+    db::migrate::<store::Migrator>(&db).await?;
+    deps.bus.declare(&Topology::network()).await?;
+
+    let health = Health::new("explorer");
+    let metrics = Metrics::new(&health)?;
+    let checks =
+        Checks { database: health.check("database"), bus: health.check("bus"), index: health.check("index") };
+    let explorer = Arc::new(Explorer {
+        db: db.clone(),
+        embedder,
+        index: index.clone(),
+        metrics: metrics.clone(),
+        searches: Semaphore::new(config.max_searches),
+        exports: Arc::new(Semaphore::new(config.max_exports)),
+        min_score: config.min_score,
+        receipts_url: config.receipts_url.clone(),
+        rpc_url: manifest.rpc_url,
+        network: manifest.network,
+    });
+    let reader = Arc::new(Reader { domain: manifest.domain, metrics });
+
+    // Ends everything when one part ends, so that no half of a service stays behind.
+    let stop = shutdown.child_token();
+    let watching = actix_rt::spawn(watch(db.clone(), deps.bus.clone(), index, checks, stop.clone()));
+    let spec = |queue| ConsumerSpec {
+        bus: deps.bus.clone(),
+        db: db.clone(),
+        queue,
+        prefetch: config.prefetch,
+        relay: None,
+    };
+    let receipts = reader.clone();
+    let consume_receipts =
+        consume(spec(queues::EXPLORER_RECEIPT), stop.clone(), async move |tx, envelope| {
+            receipts.receipt(tx, envelope).await
+        });
+    let consume_anchored =
+        consume(spec(queues::EXPLORER_ANCHORED), stop.clone(), async move |tx, envelope| {
+            reader.anchored(tx, envelope).await
+        });
+    let routes = {
+        let health = health.clone();
+        move |config: &mut actix_web::web::ServiceConfig| {
+            config
+                .configure(infera_runtime::health::routes(health.clone()))
+                .configure(http::routes(explorer.clone()));
+        }
+    };
+    let web = server::serve(routes, &common.http_bind, stop.clone(), deps.bound);
+    let draining = {
+        let (health, stop) = (health.clone(), stop.clone());
+        actix_rt::spawn(async move {
+            stop.cancelled().await;
+            health.set_draining();
+        })
+    };
+    let results = futures::join!(
+        until_end(&stop, async { Ok(consume_receipts.await?) }),
+        until_end(&stop, async { Ok(consume_anchored.await?) }),
+        until_end(&stop, async { Ok(web.await?) }),
+    );
+    for task in [watching, draining] {
+        let _ = task.await;
+    }
+    results.0.and(results.1).and(results.2)
+}
+
+/// Cancels `stop` when `part` ends, for whatever reason.
+async fn until_end(
+    stop: &CancellationToken,
+    part: impl Future<Output = Result<(), Error>>,
+) -> Result<(), Error> {
+    let result = part.await;
+    stop.cancel();
+    result
+}
+
+struct Checks {
+    database: CheckHandle,
+    bus: CheckHandle,
+    index: CheckHandle,
+}
+
+async fn watch(
+    db: DatabaseConnection,
+    bus: Bus,
+    index: Arc<dyn Index>,
+    checks: Checks,
+    stop: CancellationToken,
+) {
+    loop {
+        match db.ping().await {
+            Ok(()) => checks.database.up(),
+            Err(error) => checks.database.down(error.to_string()),
+        }
+        match index.ping().await {
+            Ok(()) => checks.index.up(),
+            Err(error) => checks.index.down(error.to_string()),
+        }
+        if bus.healthy() {
+            checks.bus.up()
+        } else {
+            checks.bus.down("the broker is not connected")
+        }
+        tokio::select! {
+            () = stop.cancelled() => return,
+            () = tokio::time::sleep(HEALTH_EVERY) => {}
+        }
+    }
+}
+
+fn manifest(path: &Path) -> Result<Manifest, Error> {
+    let unusable = |reason: String| Error::Manifest { path: path.to_owned(), reason };
+    let bytes = std::fs::read(path).map_err(|error| unusable(error.to_string()))?;
+    serde_json::from_slice(&bytes).map_err(|error| unusable(error.to_string()))
+}

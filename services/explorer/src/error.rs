@@ -1,0 +1,28 @@
+//! Why the explorer does not start or stops. One sentence each, with a remedy.
+
+use std::path::PathBuf;
+
+/// What [`crate::run`] fails with.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    #[error(transparent)]
+    Config(#[from] infera_runtime::config::ConfigError),
+    #[error("the manifest {} is not usable: {reason}", path.display())]
+    Manifest { path: PathBuf, reason: String },
+    #[error(transparent)]
+    Embed(#[from] infera_embed::EmbedError),
+    #[error("the index of answers cannot be opened: {0}")]
+    Index(#[from] infera_embed::IndexError),
+    #[error(transparent)]
+    Database(#[from] infera_runtime::db::DbError),
+    #[error(transparent)]
+    Bus(#[from] infera_bus::BusError),
+    #[error(transparent)]
+    Http(#[from] infera_runtime::http::HttpError),
+    #[error("a metric cannot be registered: {0}")]
+    Metrics(#[from] prometheus::Error),
+    #[error(transparent)]
+    Telemetry(#[from] infera_runtime::telemetry::TelemetryError),
+    #[error("a thread was lost: {0}")]
+    Thread(String),
+}
