@@ -1,11 +1,11 @@
 //! `consume`: once per transaction, whatever is redelivered; garbage stops nothing.
 
-use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use infera_bus::outbox::Relay;
-use infera_bus::{BusError, ConsumerSpec, Envelope, Reject, consume, outbox};
+use infera_bus::{BusError, ConsumerSpec, Envelope, Reject, consume, consume_then, outbox};
 use infera_runtime::CancellationToken;
 use infera_testkit::eventually;
 use sea_orm::DatabaseTransaction;
@@ -14,7 +14,8 @@ use tokio::task::JoinHandle;
 use uuid::Uuid;
 
 use crate::support::{
-    DEADLINE, DELIVERY_LIMIT, Store, World, effect, effects, envelope, next, on_all, within,
+    Adapter, DEADLINE, DELIVERY_LIMIT, Engine, Proxy, Store, World, effect, effects, envelope, next, on_all,
+    within,
 };
 
 on_all!(
@@ -192,8 +193,8 @@ async fn shutdown_finishes_what_was_begun(world: World, store: Store) {
 /// A consumer can be spawned on a multi-threaded runtime too: its future is `Send` if the handler's is.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_consumer_can_be_spawned() {
-    let world = World::new(crate::support::Adapter::InProcess).await;
-    let store = Store::new(crate::support::Engine::Sqlite).await;
+    let world = World::new(Adapter::InProcess).await;
+    let store = Store::new(Engine::Sqlite).await;
     let stop = CancellationToken::new();
     let spec = ConsumerSpec {
         bus: world.bus.clone(),
@@ -212,4 +213,55 @@ async fn a_consumer_can_be_spawned() {
     stop.cancel();
     within("the consumer's end", task).await.unwrap().unwrap();
     assert_eq!(effects(&store.db).await, ["spawned"]);
+}
+
+/// An outage longer than all redeliveries would take costs the message none of them.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_database_that_is_away_is_waited_for() {
+    let proxy = Proxy::of_postgres().await;
+    let world = World::new(Adapter::InProcess).await;
+    let store = Store::behind(proxy.address).await;
+    let handler = async |tx: &DatabaseTransaction, envelope: &Envelope| Ok(effect(tx, &envelope.body).await?);
+    let consumer = Consumer::start(&world, &store, handler);
+    within("the confirm", world.publish("order.placed", &envelope("before"))).await.unwrap().unwrap();
+    proxy.set_open(false);
+    let publishing = world.publish("order.placed", &envelope("during"));
+    eventually(DEADLINE, || async { proxy.refused() > 12 }).await;
+    assert!(!publishing.is_finished());
+    proxy.set_open(true);
+    within("the confirm", publishing).await.unwrap().unwrap();
+    assert_eq!(effects(&store.db).await, ["before", "during"]);
+    consumer.stop().await;
+}
+
+/// The hook runs after the commit, also for a message that was processed before.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_hook_sees_what_was_committed() {
+    let world = World::new(Adapter::InProcess).await;
+    let store = Store::new(Engine::Sqlite).await;
+    let stop = CancellationToken::new();
+    let spec = ConsumerSpec {
+        bus: world.bus.clone(),
+        db: store.db.clone(),
+        queue: "orders",
+        prefetch: 1,
+        relay: None,
+    };
+    let seen = Mutex::new(Vec::new());
+    let handler = async |tx: &DatabaseTransaction, envelope: &Envelope| Ok(effect(tx, &envelope.body).await?);
+    let committed = async |_: &Envelope| {
+        let now = effects(&store.db).await;
+        seen.lock().unwrap().push(now);
+    };
+    let message = envelope("x");
+    let publishing = async {
+        for _ in 0..2 {
+            within("the confirm", world.publish("order.placed", &message)).await.unwrap().unwrap();
+        }
+        stop.cancel();
+    };
+    let consuming = consume_then(spec, stop.clone(), handler, committed);
+    let (consumed, ()) = tokio::join!(consuming, publishing);
+    consumed.unwrap();
+    assert_eq!(*seen.lock().unwrap(), [["x"], ["x"]]);
 }

@@ -158,6 +158,19 @@ impl Store {
             Engine::Sqlite => (infera_testkit::sqlite_url(&dir), None),
             Engine::Postgres => (cluster().pg_url.clone(), Some(unique("bus"))),
         };
+        Self::at(engine, url, schema, dir).await
+    }
+
+    /// A schema of its own behind another address of the same PostgreSQL.
+    pub async fn behind(address: std::net::SocketAddr) -> Self {
+        let (user, rest) = cluster().pg_url.split_once('@').unwrap();
+        let (_, database) = rest.split_once('/').unwrap();
+        let url = format!("{user}@{address}/{database}");
+        let dir = TempDir::new().unwrap();
+        Self::at(Engine::Postgres, url, Some(unique("bus")), dir).await
+    }
+
+    async fn at(engine: Engine, url: String, schema: Option<String>, dir: TempDir) -> Self {
         let db = open(&url, schema.as_deref()).await;
         Self { engine, db, url, schema, _dir: dir }
     }
@@ -211,4 +224,58 @@ pub async fn effects(db: &DatabaseConnection) -> Vec<String> {
     let sql = Query::select().column("body").from("effects").order_by("body", Order::Asc).to_owned();
     let rows = db.query_all(&sql).await.unwrap();
     rows.iter().map(|row| row.try_get("", "body").unwrap()).collect()
+}
+
+/// Stands between a client and a server, and can cut them off from each other.
+pub struct Proxy {
+    pub address: std::net::SocketAddr,
+    state: std::sync::Arc<ProxyState>,
+}
+
+struct ProxyState {
+    open: tokio::sync::watch::Sender<bool>,
+    refused: std::sync::atomic::AtomicUsize,
+}
+
+impl Proxy {
+    /// In front of the test cluster's PostgreSQL.
+    pub async fn of_postgres() -> Self {
+        let (_, rest) = cluster().pg_url.split_once('@').unwrap();
+        let target = rest.split_once('/').unwrap().0.to_owned();
+        let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let address = listener.local_addr().unwrap();
+        let state = std::sync::Arc::new(ProxyState {
+            open: tokio::sync::watch::Sender::new(true),
+            refused: Default::default(),
+        });
+        let of_task = state.clone();
+        tokio::spawn(async move {
+            loop {
+                let (mut client, _) = listener.accept().await.unwrap();
+                let mut open = of_task.open.subscribe();
+                if !*open.borrow_and_update() {
+                    of_task.refused.fetch_add(1, std::sync::atomic::Ordering::SeqCst);
+                    continue;
+                }
+                let mut server = tokio::net::TcpStream::connect(&target).await.unwrap();
+                tokio::spawn(async move {
+                    tokio::select! {
+                        _ = tokio::io::copy_bidirectional(&mut client, &mut server) => {}
+                        _ = open.changed() => {}
+                    }
+                });
+            }
+        });
+        Self { address, state }
+    }
+
+    /// Ends all connections and refuses new ones, or takes them again.
+    pub fn set_open(&self, open: bool) {
+        self.state.open.send_replace(open);
+    }
+
+    /// Connections refused so far.
+    pub fn refused(&self) -> usize {
+        self.state.refused.load(std::sync::atomic::Ordering::SeqCst)
+    }
 }
