@@ -1,1 +1,7 @@
-fn main() {}
+//! The `infera` command.
+
+use std::process::ExitCode;
+
+fn main() -> ExitCode {
+    infera::main()
+}

@@ -1,15 +1,19 @@
 //! What the `main` of a deployed service does: configuration, telemetry, the shared ports, then the
 //! service until a signal ends it. `infera up` does the same for all services in one process.
 
-use std::{fmt::Display, future::Future, path::PathBuf, process::ExitCode};
+use std::{
+    fmt::Display,
+    future::Future,
+    path::{Path, PathBuf},
+    process::ExitCode,
+};
 
 use infera_runtime::{
     CancellationToken,
-    config::{self, Common},
+    config::{Common, ConfigError},
     kv::Kv,
     shutdown, telemetry,
 };
-use serde::de::DeserializeOwned;
 
 use crate::{Bus, Topology};
 
@@ -42,33 +46,34 @@ impl Ports {
     }
 }
 
-/// Runs `body` with what `<service> [--config FILE]` gives; 0 after a clean drain, 1 after an error,
-/// 2 for wrong arguments.
-pub fn main<C, F, Fut, E>(service: &'static str, defaults_toml: &'static str, body: F) -> ExitCode
+/// Runs `body` with what `infera-<service> [FILE]` gives (FILE is a TOML configuration); 0 after a clean
+/// drain, 1 after an error, 2 for wrong arguments. `common` is the shared part of the configuration.
+pub fn main<C, F, Fut, E>(
+    service: &'static str,
+    load: fn(Option<&Path>) -> Result<C, ConfigError>,
+    common: fn(&C) -> Common,
+    body: F,
+) -> ExitCode
 where
-    C: DeserializeOwned + AsRef<Common>,
     F: FnOnce(C, Ports, CancellationToken) -> Fut,
     Fut: Future<Output = Result<(), E>>,
     E: Display,
 {
     shutdown::end_with_supervisor();
-    let file = match config_file(std::env::args().skip(1)) {
-        Ok(file) => file,
-        Err(usage) => {
-            eprintln!("infera-{service}: {usage}");
-            return ExitCode::from(2);
-        }
-    };
+    let mut args = std::env::args_os().skip(1);
+    let file = args.next().map(PathBuf::from);
+    if args.next().is_some() || file.as_ref().is_some_and(|f| f.to_string_lossy().starts_with('-')) {
+        eprintln!(
+            "usage: infera-{service} [FILE]: a TOML configuration; without it, defaults and the environment"
+        );
+        return ExitCode::from(2);
+    }
     let outcome = actix_rt::System::new().block_on(async {
-        let config: C = config::load(service, defaults_toml, file.as_deref()).map_err(|e| e.to_string())?;
-        let common = config.as_ref().clone();
-        let guard = telemetry::init(
-            &format!("infera-{service}"),
-            common.otlp_endpoint.as_deref(),
-            &common.log_filter,
-            true,
-        )
-        .map_err(|e| e.to_string())?;
+        let config = load(file.as_deref()).map_err(|e| e.to_string())?;
+        let common = common(&config);
+        let name = format!("infera-{service}");
+        let guard = telemetry::init(&name, common.otlp_endpoint.as_deref(), &common.log_filter, true)
+            .map_err(|e| e.to_string())?;
         let token = shutdown::on_signals();
         let result = match Ports::connect(&common).await {
             Ok(ports) => {
@@ -87,29 +92,6 @@ where
         Err(error) => {
             eprintln!("infera-{service}: {error}");
             ExitCode::FAILURE
-        }
-    }
-}
-
-fn config_file(mut args: impl Iterator<Item = String>) -> Result<Option<PathBuf>, String> {
-    match (args.next().as_deref(), args.next(), args.next()) {
-        (None, _, _) => Ok(None),
-        (Some("--config"), Some(path), None) => Ok(Some(PathBuf::from(path))),
-        _ => Err("usage: --config FILE (TOML); without it, defaults and the environment".into()),
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::config_file;
-
-    #[test]
-    fn arguments() {
-        let parse = |args: &[&str]| config_file(args.iter().map(ToString::to_string));
-        assert_eq!(parse(&[]), Ok(None));
-        assert_eq!(parse(&["--config", "a.toml"]), Ok(Some("a.toml".into())));
-        for bad in [&["--config"][..], &["a.toml"], &["--config", "a", "b"]] {
-            assert!(parse(bad).is_err(), "{bad:?}");
         }
     }
 }

@@ -1,0 +1,165 @@
+//! The command line.
+
+use std::path::PathBuf;
+
+use clap::{Args, Parser, Subcommand, ValueEnum};
+
+#[derive(Debug, Parser)]
+#[command(
+    name = "infera",
+    version,
+    about = "Verified answers of open language models, computed on idle GPUs"
+)]
+pub struct Cli {
+    #[command(subcommand)]
+    pub command: Command,
+}
+
+#[derive(Debug, Subcommand)]
+pub enum Command {
+    /// Run a whole network on this machine
+    Up(UpArgs),
+    /// End the network that `infera up` started; its data stays
+    Down(DataArgs),
+    /// Run a node: this machine answers requests and earns
+    Node(infera_node::Args),
+    /// Make and revoke API keys
+    Keys(KeysArgs),
+    /// Show the models of the network, or the registry entry of a model file
+    Models(ModelsArgs),
+    /// Check a receipt, trusting no service
+    Verify(VerifyArgs),
+    /// List verified requests
+    History(HistoryArgs),
+    /// Show the configuration that a service runs with; secrets are left out
+    Config(ConfigArgs),
+    /// Run all services in this process (what `infera up` starts)
+    #[command(hide = true)]
+    Network(DataArgs),
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum Profile {
+    /// One process for all services; nothing to install
+    Embedded,
+    /// A process per service on private RabbitMQ, Redis and PostgreSQL
+    Cluster,
+}
+
+impl Profile {
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Embedded => "embedded",
+            Self::Cluster => "cluster",
+        }
+    }
+}
+
+#[derive(Debug, Clone, Args)]
+pub struct UpArgs {
+    #[arg(long, value_enum, default_value = "embedded")]
+    pub profile: Profile,
+    /// Return once all is ready; `infera down` ends it
+    #[arg(long)]
+    pub detach: bool,
+    /// Folder of all data
+    #[arg(long, default_value = ".infera", env = "INFERA_DATA")]
+    pub data: PathBuf,
+    /// Nodes to start, each of an operator of its own
+    #[arg(long, default_value_t = 4, value_parser = clap::value_parser!(u16).range(0..=16))]
+    pub nodes: u16,
+    /// Make a node misbehave: NUMBER=MODE, as 4=garbage; may be repeated
+    #[arg(long = "node-fault", value_name = "NUMBER=MODE")]
+    pub node_faults: Vec<String>,
+    /// First of the ten ports that are used on 127.0.0.1
+    #[arg(long, default_value_t = 8080, env = "INFERA_PORT_BASE", value_parser = clap::value_parser!(u16).range(1024..=65000))]
+    pub port_base: u16,
+    /// Send traces to this OTLP collector (gRPC), as http://127.0.0.1:4317
+    #[arg(long, env = "INFERA_OTLP_ENDPOINT")]
+    pub otlp: Option<String>,
+    /// Set on the copy that --detach leaves behind
+    #[arg(long, hide = true)]
+    pub detached: bool,
+}
+
+#[derive(Debug, Clone, Args)]
+pub struct DataArgs {
+    /// Folder of the network's data
+    #[arg(long, default_value = ".infera", env = "INFERA_DATA")]
+    pub data: PathBuf,
+}
+
+#[derive(Debug, Args)]
+pub struct KeysArgs {
+    #[command(subcommand)]
+    pub command: KeysCommand,
+}
+
+#[derive(Debug, Subcommand)]
+pub enum KeysCommand {
+    /// Print a new API key of an account
+    Create {
+        #[command(flatten)]
+        data: DataArgs,
+        #[arg(long, default_value = "demo")]
+        account: String,
+        /// Days until it expires
+        #[arg(long, default_value_t = 30, value_parser = clap::value_parser!(u16).range(1..=3650))]
+        days: u16,
+    },
+    /// Revoke an API key: the key itself, or its `jti`
+    Revoke {
+        #[command(flatten)]
+        data: DataArgs,
+        key: String,
+    },
+}
+
+#[derive(Debug, Args)]
+pub struct ModelsArgs {
+    #[command(flatten)]
+    pub data: DataArgs,
+    /// A GGUF file whose registry entry is computed and printed
+    #[arg(long)]
+    pub inspect: Option<PathBuf>,
+}
+
+#[derive(Debug, Args)]
+pub struct VerifyArgs {
+    /// The receipt document, as `GET /v1/receipts/{id}` answers it; `-` reads standard input
+    pub receipt: PathBuf,
+    /// JSON-RPC endpoint of the chain; default: the one that the manifest names
+    #[arg(long)]
+    pub rpc: Option<String>,
+    /// The network's manifest; default: network.json in the data folder
+    #[arg(long)]
+    pub manifest: Option<PathBuf>,
+    /// The model registry; default: models.json beside the manifest
+    #[arg(long)]
+    pub registry: Option<PathBuf>,
+    #[command(flatten)]
+    pub data: DataArgs,
+    /// Print the checks as JSON
+    #[arg(long)]
+    pub json: bool,
+}
+
+#[derive(Debug, Args)]
+pub struct HistoryArgs {
+    #[command(flatten)]
+    pub data: DataArgs,
+    /// At most this many, newest first
+    #[arg(long, default_value_t = 20, value_parser = clap::value_parser!(u16).range(1..=200))]
+    pub limit: u16,
+    /// Search for answers that mean something like this
+    #[arg(long)]
+    pub search: Option<String>,
+}
+
+#[derive(Debug, Args)]
+pub struct ConfigArgs {
+    #[command(flatten)]
+    pub data: DataArgs,
+    /// gateway, settlement, mempool, dispatcher, verifier or explorer
+    pub service: String,
+}

@@ -1,0 +1,129 @@
+//! `infera verify`: every field of a receipt recomputed, its root compared with the chain's.
+
+use std::{fs, io::Read, path::Path, process::ExitCode};
+
+use alloy::primitives::{Address, B256};
+use infera_protocol::{
+    document::{Check, MAX_DOCUMENT_BYTES, Outcome, Report, check},
+    registry::{Manifest, Registry},
+};
+use infera_settlement::chain::ChainReader;
+use serde::de::DeserializeOwned;
+
+use crate::{cli::VerifyArgs, say};
+
+/// Exit status of a receipt in which nothing is wrong, but which is not on the chain yet.
+const PENDING: u8 = 3;
+/// Exit status of a receipt that fails a check.
+const FAILED: u8 = 1;
+
+/// Exit status 0: everything that the document allows to check holds; 1: a check failed; 3: not anchored yet.
+pub fn verify(args: &VerifyArgs) -> Result<ExitCode, String> {
+    let manifest_path = args.manifest.clone().unwrap_or_else(|| args.data.data.join("network.json"));
+    let registry_path = args.registry.clone().unwrap_or_else(|| manifest_path.with_file_name("models.json"));
+    let manifest: Manifest = read_json(&manifest_path, "manifest")?;
+    let registry: Registry = read_json(&registry_path, "registry")?;
+    let bytes = read_document(&args.receipt)?;
+    let mut report = check(&bytes, &manifest, &registry);
+    let rpc = args.rpc.as_deref().unwrap_or(&manifest.rpc_url);
+    if let Some(outcome) = crate::block_on(on_chain(&report, &manifest, rpc))?? {
+        report.checks.push(Check { name: "chain", outcome });
+    }
+    print(&report, args.json)?;
+    let anchored = report.document.as_ref().is_some_and(|d| d.anchor.is_some());
+    Ok(if report.failed() {
+        ExitCode::from(FAILED)
+    } else if anchored {
+        ExitCode::SUCCESS
+    } else {
+        ExitCode::from(PENDING)
+    })
+}
+
+fn read_json<T: DeserializeOwned>(path: &Path, what: &str) -> Result<T, String> {
+    let text = fs::read(path).map_err(|e| {
+        format!(
+            "cannot read the {what} {}: {e}; name it with --{what}, or the data folder with --data",
+            path.display()
+        )
+    })?;
+    serde_json::from_slice(&text).map_err(|e| format!("{} is not a {what}: {e}", path.display()))
+}
+
+fn read_document(path: &Path) -> Result<Vec<u8>, String> {
+    let limit = MAX_DOCUMENT_BYTES as u64 + 1;
+    let mut bytes = Vec::new();
+    let read = if path == Path::new("-") {
+        std::io::stdin().lock().take(limit).read_to_end(&mut bytes)
+    } else {
+        fs::File::open(path).and_then(|file| file.take(limit).read_to_end(&mut bytes))
+    };
+    read.map_err(|e| format!("cannot read the receipt {}: {e}", path.display()))?;
+    Ok(bytes)
+}
+
+/// None where the document has nothing to look up. An unreachable chain is an error of the command, not
+/// of the receipt.
+async fn on_chain(report: &Report, manifest: &Manifest, rpc: &str) -> Result<Option<Outcome>, String> {
+    let Some(document) = &report.document else { return Ok(None) };
+    let Some(anchor) = &document.anchor else { return Ok(None) };
+    let contract = Address::from(manifest.domain.contract.0);
+    let reader = ChainReader::connect(rpc, contract)
+        .await
+        .map_err(|e| format!("{e}; name another endpoint with --rpc"))?;
+    if reader.chain_id() != manifest.domain.chain_id {
+        return Ok(Some(Outcome::Failed(format!(
+            "{rpc} is chain {}, the manifest names chain {}",
+            reader.chain_id(),
+            manifest.domain.chain_id
+        ))));
+    }
+    let root = reader.batch(anchor.sequence).await.map_err(|e| e.to_string())?;
+    let outcome = match root {
+        Some(root) if root.0 == anchor.receipts_root.0 => {
+            let leaf = B256::from(document.receipt.leaf().0);
+            let proof = anchor.proof.iter().map(|hash| B256::from(hash.0)).collect();
+            match reader.verify_receipt(anchor.sequence, leaf, proof).await.map_err(|e| e.to_string())? {
+                true => Outcome::Passed,
+                false => Outcome::Failed("the contract does not accept the proof".into()),
+            }
+        }
+        Some(root) => Outcome::Failed(format!("batch {} has the root {root} on the chain", anchor.sequence)),
+        None => Outcome::Failed(format!("batch {} is not on the chain", anchor.sequence)),
+    };
+    Ok(Some(outcome))
+}
+
+fn print(report: &Report, json: bool) -> Result<(), String> {
+    if json {
+        say(serde_json::to_string_pretty(&report.checks).map_err(|e| e.to_string())?);
+        return Ok(());
+    }
+    for Check { name, outcome } in &report.checks {
+        match outcome {
+            Outcome::Passed => say(format_args!("  ok       {name}")),
+            Outcome::Failed(reason) => say(format_args!("  FAILED   {name}: {reason}")),
+            Outcome::NotChecked(reason) => say(format_args!("  skipped  {name}: {reason}")),
+        }
+    }
+    let Some(document) = &report.document else {
+        say("not a receipt of this network");
+        return Ok(());
+    };
+    let receipt = &document.receipt;
+    say(if report.failed() {
+        format!("receipt {} is NOT valid", receipt.id)
+    } else {
+        let place = document.anchor.as_ref().map_or_else(
+            || "not anchored yet".to_owned(),
+            |anchor| format!("anchored in batch {} on chain {}", anchor.sequence, receipt.chain_id),
+        );
+        format!(
+            "receipt {} holds: {} of {} nodes agreed, {place}",
+            receipt.id,
+            receipt.verified.len(),
+            receipt.k
+        )
+    });
+    Ok(())
+}

@@ -1,0 +1,150 @@
+//! What a network must do, on either column.
+
+use std::{collections::HashSet, time::Duration};
+
+use infera_testkit::{eventually, otlp::Receiver};
+use serde_json::Value;
+
+use crate::network::Network;
+
+#[tokio::test]
+async fn embedded() {
+    everything("embedded").await;
+}
+
+#[tokio::test]
+async fn cluster() {
+    everything("cluster").await;
+}
+
+async fn everything(profile: &'static str) {
+    let traces = Receiver::start().await;
+    let network = Network::start(profile, &["--otlp", &traces.endpoint()]);
+    let answers = network.openai_client();
+    let receipt = answers["plain"]["receipt"].as_str().unwrap().to_owned();
+    receipts_prove_themselves(&network, &receipt).await;
+    the_books_balance(&network).await;
+    history_is_there(&network, &receipt).await;
+    one_trace_per_request(&network, &traces).await;
+    a_second_start_goes_on(&network, &receipt).await;
+}
+
+async fn receipts_prove_themselves(network: &Network, id: &str) {
+    let document = network.anchored_receipt(id).await;
+    let (status, printed) = network.verify(&document);
+    assert_eq!(status, Some(0), "{printed}");
+    assert!(printed.contains("3 of 3 nodes agreed"), "{printed}");
+    // Every byte is changed in the protocol's own tests; here, with the chain, a few of each region, and the
+    // one field that only the chain can check.
+    let text = String::from_utf8(document.clone()).unwrap();
+    let sequence = text.find("\"sequence\":").unwrap() + 11;
+    for at in (0..document.len()).step_by(document.len() / 12).chain([sequence]) {
+        let mut changed = document.clone();
+        changed[at] ^= 1;
+        let (status, printed) = network.verify(&changed);
+        assert_eq!(status, Some(1), "byte {at} was changed: {printed}");
+    }
+    // A stranger sees the receipt, and neither prompt nor answers.
+    let url = format!("{}/v1/receipts/{id}", network.url("settlement_url"));
+    let public = network.http.get(url).send().await.unwrap().bytes().await.unwrap();
+    let (status, printed) = network.verify(&public);
+    assert_eq!(status, Some(0), "{printed}");
+    assert_eq!(serde_json::from_slice::<Value>(&public).unwrap()["evidence"], Value::Null);
+}
+
+pub async fn the_books_balance(network: &Network) {
+    let audit = network.get(&format!("{}/v1/ledger/audit", network.url("settlement_url"))).await;
+    assert_eq!(audit["balanced"], true, "{audit}");
+    assert_eq!(audit["sum_micro"], 0, "{audit}");
+}
+
+async fn history_is_there(network: &Network, id: &str) {
+    let explorer = network.url("explorer_url");
+    let row = eventually(Duration::from_secs(30), || async {
+        let response = network.http.get(format!("{explorer}/v1/history/{id}")).send().await.ok()?;
+        let row: Value = response.json().await.ok()?;
+        (row["status"] == "anchored").then_some(row)
+    })
+    .await;
+    assert_eq!(row["receipt"]["verified"].as_array().unwrap().len(), 3, "{row}");
+    let operators: HashSet<_> =
+        row["receipt"]["verified"].as_array().unwrap().iter().map(|v| v["operator"].to_string()).collect();
+    assert_eq!(operators.len(), 3, "{row}");
+    let found = network.get(&format!("{explorer}/v1/search?q=the+capital+of+France+is+Paris&limit=5")).await;
+    assert!(!found["data"].as_array().unwrap().is_empty(), "{found}");
+    let page =
+        network.http.get(format!("{explorer}/receipts/{id}")).send().await.unwrap().text().await.unwrap();
+    assert!(page.contains(id) && page.contains("infera verify"));
+}
+
+/// One request, one trace: every service and three nodes have a span in it, and every span but the first
+/// has its parent in it.
+async fn one_trace_per_request(network: &Network, traces: &Receiver) {
+    let id =
+        format!("{:032x}", 0x5eed_0000_0000_0000_0000_0000_0000_0000_u128 + u128::from(std::process::id()));
+    let body = serde_json::json!({
+        "model": network.url("model"), "temperature": 0, "max_tokens": 4,
+        "messages": [{"role": "user", "content": "Hi"}],
+    });
+    let response = network
+        .http
+        .post(format!("{}/chat/completions", network.url("base_url")))
+        .bearer_auth(network.key())
+        .header("traceparent", format!("00-{id}-00f067aa0ba902b7-01"))
+        .json(&body)
+        .send()
+        .await
+        .unwrap();
+    assert!(response.status().is_success());
+    let wanted = [
+        "settlement.submitted process",
+        "mempool.funded process",
+        "dispatcher attempt",
+        "node generate",
+        "verifier.collected process",
+        "settlement.verdict process",
+        "mempool.verdict process",
+        "gateway.verdict process",
+        "explorer.receipt process",
+    ];
+    let of_trace = |spans: &[infera_testkit::otlp::Span]| -> Vec<infera_testkit::otlp::Span> {
+        spans.iter().filter(|span| span.trace_id == id).cloned().collect()
+    };
+    let complete = |spans: &[infera_testkit::otlp::Span]| {
+        let spans = of_trace(spans);
+        wanted.iter().all(|name| spans.iter().any(|span| span.name == *name))
+            && spans.iter().filter(|span| span.name == "node generate").count() == 3
+            && spans.iter().any(|span| span.parent.as_deref() == Some("00f067aa0ba902b7"))
+            && spans.iter().all(|span| {
+                span.parent.as_deref() == Some("00f067aa0ba902b7")
+                    || spans.iter().any(|other| Some(&other.span_id) == span.parent.as_ref())
+            })
+    };
+    let spans = of_trace(&traces.wait_for(complete, Duration::from_secs(60)).await);
+    let ancestors = |name: &str| {
+        let mut span = spans.iter().find(|span| span.name == name).unwrap();
+        let mut names = vec![span.name.clone()];
+        while let Some(parent) = spans.iter().find(|other| Some(&other.span_id) == span.parent.as_ref()) {
+            names.push(parent.name.clone());
+            span = parent;
+        }
+        names
+    };
+    let way = ancestors("node generate");
+    assert!(way.contains(&"dispatcher attempt".to_owned()), "{way:?}");
+    assert!(way.contains(&"mempool.funded process".to_owned()), "{way:?}");
+    assert!(way.contains(&"settlement.submitted process".to_owned()), "{way:?}");
+    assert!(ancestors("explorer.receipt process").contains(&"verifier.collected process".to_owned()));
+}
+
+async fn a_second_start_goes_on(network: &Network, id: &str) {
+    let key = network.key();
+    network.down();
+    network.up();
+    assert_eq!(network.key(), key);
+    let (status, printed) = network.verify(&network.anchored_receipt(id).await);
+    assert_eq!(status, Some(0), "{printed}");
+    let answer = network.ask("What is the capital of Italy?", "after-restart").await.unwrap();
+    assert_eq!(answer["infera"]["verdict"], "verified", "{answer}");
+    the_books_balance(network).await;
+}
