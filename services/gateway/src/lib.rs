@@ -77,30 +77,6 @@ pub struct Deps {
     pub bound: Option<oneshot::Sender<SocketAddr>>,
 }
 
-/// Runs a process of its own: loads the configuration from `file`, connects, serves until a signal.
-///
-/// # Errors
-/// [`Error`], one sentence.
-pub async fn start(file: Option<&Path>) -> Result<(), Error> {
-    let config = Config::load(file)?;
-    let guard = telemetry::init(
-        "infera-gateway",
-        config.common.otlp_endpoint.as_deref(),
-        &config.common.log_filter,
-        true,
-    )?;
-    let bus = Bus::rabbit(config.common.bus_url.expose(), &config.common.bus_prefix).await?;
-    let kv = match &config.common.kv_url {
-        Some(url) => Kv::redis(url.expose()).await?,
-        None => Kv::memory(),
-    };
-    let deps = Deps { bus: bus.clone(), kv, bound: None };
-    let result = run(config, deps, shutdown::on_signals()).await;
-    bus.close().await;
-    guard.shutdown().await;
-    result
-}
-
 /// Serves until `shutdown` is cancelled and everything is drained. Must run inside an actix System.
 ///
 /// # Errors

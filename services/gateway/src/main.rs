@@ -2,14 +2,11 @@
 
 use std::process::ExitCode;
 
-#[actix_rt::main]
-async fn main() -> ExitCode {
-    let file = std::env::args_os().nth(1).map(std::path::PathBuf::from);
-    match infera_gateway::start(file.as_deref()).await {
-        Ok(()) => ExitCode::SUCCESS,
-        Err(error) => {
-            eprintln!("infera-gateway: {error}");
-            ExitCode::FAILURE
-        }
-    }
+use infera_bus::service;
+use infera_gateway::{Config, Deps, run};
+
+fn main() -> ExitCode {
+    service::main("gateway", Config::load, |config| &config.common, |config, ports, stop| {
+        run(config, Deps { bus: ports.bus, kv: ports.kv, bound: None }, stop)
+    })
 }

@@ -115,8 +115,11 @@ const SERVED: [&str; 16] = [
     "n",
 ];
 
+/// Whether a value has the type of its parameter.
+type Fits = fn(&Value) -> bool;
+
 /// Accepted and without effect on the answer: bookkeeping of OpenAI's own service.
-const HARMLESS: [(&str, fn(&Value) -> bool, &str); 7] = [
+const HARMLESS: [(&str, Fits, &str); 7] = [
     ("user", Value::is_string, "a string"),
     ("metadata", Value::is_object, "an object"),
     ("store", Value::is_boolean, "a boolean"),

@@ -86,11 +86,9 @@ impl Merge {
 
     /// Notes a delta; false if it can change nothing.
     fn follow(&mut self, delta: Delta) -> bool {
-        if !self.attempts.contains_key(&delta.attempt) {
-            self.attempts.insert(delta.attempt, Attempt::default());
-            while self.attempts.len() > MAX_ATTEMPTS {
-                self.attempts.pop_first();
-            }
+        self.attempts.entry(delta.attempt).or_default();
+        while self.attempts.len() > MAX_ATTEMPTS {
+            self.attempts.pop_first();
         }
         let max_tokens = self.max_tokens;
         // The attempt is gone if it is older than those that are followed.
