@@ -7,7 +7,6 @@ use infera_protocol::bytes::NodeId;
 use infera_runtime::config::ConfigError;
 use infera_runtime::db::DbError;
 use infera_runtime::http::HttpError;
-use infera_runtime::kv::KvError;
 
 /// One sentence each, with the remedy.
 #[derive(Debug, thiserror::Error)]
@@ -18,8 +17,6 @@ pub enum Error {
     Db(#[from] DbError),
     #[error(transparent)]
     Bus(#[from] BusError),
-    #[error(transparent)]
-    Kv(#[from] KvError),
     #[error(transparent)]
     Http(#[from] HttpError),
     #[error("{what} {} cannot be read: {reason}", path.display())]

@@ -38,7 +38,6 @@ use std::time::Duration;
 
 use actix::Actor;
 use infera_bus::{Bus, Topology};
-use infera_runtime::config::Common;
 use infera_runtime::health::{self, CheckHandle, Health};
 use infera_runtime::kv::Kv;
 use infera_runtime::{CancellationToken, clock, db};
@@ -65,21 +64,6 @@ pub struct Deps {
     pub kv: Kv,
     /// Gets the HTTP address once it listens.
     pub bound: Option<oneshot::Sender<SocketAddr>>,
-}
-
-impl Deps {
-    /// Connects to what a deployed service uses: RabbitMQ, and Redis where `kv_url` is set.
-    ///
-    /// # Errors
-    /// [`Error::Bus`], [`Error::Kv`].
-    pub async fn connect(common: &Common) -> Result<Self, Error> {
-        let bus = Bus::rabbit(common.bus_url.expose(), &common.bus_prefix).await?;
-        let kv = match &common.kv_url {
-            Some(url) => Kv::redis(url.expose()).await?,
-            None => Kv::memory(),
-        };
-        Ok(Self { bus, kv, bound: None })
-    }
 }
 
 /// Runs until `shutdown`. Must be awaited inside an actix System.

@@ -1,18 +1,15 @@
-//! `infera-dispatcher [CONFIG.toml]`
+//! The dispatcher as a process of its own: `infera-dispatcher [CONFIG.toml]`.
 
-use std::path::PathBuf;
+use std::process::ExitCode;
 
+use infera_bus::service;
 use infera_dispatcher::{Config, Deps, run};
-use infera_runtime::{shutdown, telemetry};
 
-#[actix_rt::main]
-async fn main() -> Result<(), Box<dyn std::error::Error>> {
-    let config = Config::load(std::env::args_os().nth(1).map(PathBuf::from).as_deref())?;
-    let common = &config.common;
-    let guard =
-        telemetry::init("infera-dispatcher", common.otlp_endpoint.as_deref(), &common.log_filter, true)?;
-    let deps = Deps::connect(common).await?;
-    let result = run(config, deps, shutdown::on_signals()).await;
-    guard.shutdown().await;
-    Ok(result?)
+fn main() -> ExitCode {
+    service::main(
+        "dispatcher",
+        Config::load,
+        |config| &config.common,
+        |config, ports, stop| run(config, Deps { bus: ports.bus, kv: ports.kv, bound: None }, stop),
+    )
 }

@@ -148,6 +148,16 @@ pub async fn keep_equivocation<C: ConnectionTrait>(
     Ok(())
 }
 
+/// How many proofs of equivocation are kept about a request.
+///
+/// # Errors
+/// The database's.
+pub async fn equivocations_of<C: ConnectionTrait>(db: &C, request: Uuid) -> Result<usize, DbErr> {
+    let kept =
+        equivocations::Entity::find().filter(equivocations::Column::Request.eq(request)).all(db).await?;
+    Ok(kept.len())
+}
+
 /// Forgets attempts that were last touched before `before_ms`; returns how many.
 ///
 /// # Errors
