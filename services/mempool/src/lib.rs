@@ -36,7 +36,6 @@ use std::time::Duration;
 use actix::Actor;
 use infera_bus::outbox::Relay;
 use infera_bus::{Bus, ConsumerSpec, Topology};
-use infera_runtime::config::Common;
 use infera_runtime::health::{self, CheckHandle, Health};
 use infera_runtime::{CancellationToken, clock, db};
 use infera_wire::topology::queues;
@@ -60,17 +59,6 @@ pub struct Deps {
     pub bus: Bus,
     /// Gets the HTTP address once it listens.
     pub bound: Option<oneshot::Sender<SocketAddr>>,
-}
-
-impl Deps {
-    /// Connects to what a deployed service uses: RabbitMQ.
-    ///
-    /// # Errors
-    /// [`Error::Bus`].
-    pub async fn connect(common: &Common) -> Result<Self, Error> {
-        let bus = Bus::rabbit(common.bus_url.expose(), &common.bus_prefix).await?;
-        Ok(Self { bus, bound: None })
-    }
 }
 
 /// Runs until `shutdown`. Must be awaited inside an actix System.

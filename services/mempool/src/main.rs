@@ -1,17 +1,15 @@
-//! `infera-mempool [CONFIG.toml]`
+//! The mempool as a process of its own: `infera-mempool [CONFIG.toml]`.
 
-use std::path::PathBuf;
+use std::process::ExitCode;
 
+use infera_bus::service;
 use infera_mempool::{Config, Deps, run};
-use infera_runtime::{shutdown, telemetry};
 
-#[actix_rt::main]
-async fn main() -> Result<(), Box<dyn std::error::Error>> {
-    let config = Config::load(std::env::args_os().nth(1).map(PathBuf::from).as_deref())?;
-    let common = &config.common;
-    let guard = telemetry::init("infera-mempool", common.otlp_endpoint.as_deref(), &common.log_filter, true)?;
-    let deps = Deps::connect(common).await?;
-    let result = run(config, deps, shutdown::on_signals()).await;
-    guard.shutdown().await;
-    Ok(result?)
+fn main() -> ExitCode {
+    service::main(
+        "mempool",
+        Config::load,
+        |config| &config.common,
+        |config, ports, stop| run(config, Deps { bus: ports.bus, bound: None }, stop),
+    )
 }
