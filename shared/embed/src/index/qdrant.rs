@@ -45,7 +45,7 @@ impl Qdrant {
     }
 
     async fn ready(&self) -> Result<(), IndexError> {
-        self.created.get_or_try_init(|| self.create()).await.map(|()| ())
+        self.created.get_or_try_init(|| self.create()).await.copied()
     }
 
     async fn create(&self) -> Result<(), IndexError> {

@@ -66,3 +66,23 @@ fn a_missing_or_broken_file_is_named() {
     let broken = Embedder::load(dir.path()).unwrap_err();
     assert!(broken.to_string().contains("model.safetensors"), "{broken}");
 }
+
+#[derive(serde::Deserialize)]
+struct Reference {
+    text: String,
+    vector: Vec<f32>,
+}
+
+/// `tests/reference.py` recorded these with another implementation, in f64.
+#[test]
+fn a_second_implementation_agrees() {
+    let references: Vec<Reference> = serde_json::from_str(include_str!("reference.json")).unwrap();
+    assert_eq!(references.len(), 3);
+    let embedder = embedder();
+    for reference in references {
+        let vector = embedder.embed_blocking(&reference.text).unwrap();
+        assert_eq!(vector.len(), reference.vector.len());
+        let furthest = vector.iter().zip(&reference.vector).map(|(a, b)| (a - b).abs()).fold(0.0, f32::max);
+        assert!(furthest < 1e-5, "{:?} differs by {furthest}", reference.text);
+    }
+}
