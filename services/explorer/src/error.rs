@@ -21,8 +21,6 @@ pub enum Error {
     Http(#[from] infera_runtime::http::HttpError),
     #[error("a metric cannot be registered: {0}")]
     Metrics(#[from] prometheus::Error),
-    #[error(transparent)]
-    Telemetry(#[from] infera_runtime::telemetry::TelemetryError),
     #[error("a thread was lost: {0}")]
     Thread(String),
 }

@@ -39,7 +39,7 @@ use infera_bus::{Bus, ConsumerSpec, Topology, consume};
 use infera_embed::{Embedder, Index};
 use infera_protocol::registry::Manifest;
 use infera_runtime::health::{CheckHandle, Health};
-use infera_runtime::{CancellationToken, db, http as server, shutdown, telemetry};
+use infera_runtime::{CancellationToken, db, http as server};
 use infera_wire::topology::queues;
 use sea_orm::DatabaseConnection;
 use tokio::sync::{Semaphore, oneshot};
@@ -70,21 +70,6 @@ impl Deps {
     pub fn new(bus: Bus) -> Self {
         Self { bus, embedder: None, index: None, bound: None }
     }
-}
-
-/// Runs the explorer as a process of its own until SIGINT or SIGTERM.
-///
-/// # Errors
-/// [`Error`], one sentence.
-pub async fn serve(config: Config) -> Result<(), Error> {
-    let common = &config.common;
-    let guard =
-        telemetry::init("infera-explorer", common.otlp_endpoint.as_deref(), &common.log_filter, false)?;
-    let bus = Bus::rabbit(common.bus_url.expose(), &common.bus_prefix).await?;
-    let result = run(config, Deps::new(bus.clone()), shutdown::on_signals()).await;
-    bus.close().await;
-    guard.shutdown().await;
-    result
 }
 
 /// Serves until `shutdown`, and finishes what it holds. Must run inside an actix System.

@@ -38,7 +38,7 @@ use infera_embed::{Embedder, Index};
 use infera_prompt::Prompt;
 use infera_protocol::registry::Registry;
 use infera_runtime::health::{CheckHandle, Health};
-use infera_runtime::{CancellationToken, db, http as server, shutdown, telemetry};
+use infera_runtime::{CancellationToken, db, http as server};
 use infera_wire::topology::queues;
 use sea_orm::DatabaseConnection;
 use serde::de::DeserializeOwned;
@@ -71,21 +71,6 @@ impl Deps {
     pub fn new(bus: Bus) -> Self {
         Self { bus, embedder: None, index: None, bound: None }
     }
-}
-
-/// Runs the verifier as a process of its own until SIGINT or SIGTERM.
-///
-/// # Errors
-/// [`Error`], one sentence.
-pub async fn serve(config: Config) -> Result<(), Error> {
-    let common = &config.common;
-    let guard =
-        telemetry::init("infera-verifier", common.otlp_endpoint.as_deref(), &common.log_filter, false)?;
-    let bus = Bus::rabbit(common.bus_url.expose(), &common.bus_prefix).await?;
-    let result = run(config, Deps::new(bus.clone()), shutdown::on_signals()).await;
-    bus.close().await;
-    guard.shutdown().await;
-    result
 }
 
 /// Decides until `shutdown`, and finishes what it holds. Must run inside an actix System.

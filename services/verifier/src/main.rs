@@ -1,17 +1,12 @@
-//! The verifier as a process of its own.
+//! The verifier as a process of its own: `infera-verifier [CONFIG.toml]`.
 
-use infera_verifier::{Config, serve};
+use std::process::ExitCode;
 
-fn main() -> std::process::ExitCode {
-    let file = std::env::args_os().nth(1).map(std::path::PathBuf::from);
-    let result = Config::load(file.as_deref())
-        .map_err(|error| error.to_string())
-        .and_then(|config| actix_rt::System::new().block_on(serve(config)).map_err(|e| e.to_string()));
-    match result {
-        Ok(()) => std::process::ExitCode::SUCCESS,
-        Err(error) => {
-            eprintln!("infera-verifier: {error}");
-            std::process::ExitCode::FAILURE
-        }
-    }
+use infera_bus::service;
+use infera_verifier::{Config, Deps, run};
+
+fn main() -> ExitCode {
+    service::main("verifier", Config::load, |config| &config.common, |config, ports, stop| {
+        run(config, Deps::new(ports.bus), stop)
+    })
 }
