@@ -212,5 +212,5 @@ pub fn submitted_bytes(submitted: &Submitted) -> (Uuid, Vec<u8>) {
 
 pub fn verdict_bytes(verdict: &v1::Verdict) -> (Uuid, Vec<u8>) {
     let id = Uuid::from_slice(&verdict.request_id).unwrap();
-    (message_id("verdict", id, 1), verdict.encode_to_vec())
+    (message_id("verdict", id, verdict.round.into()), verdict.encode_to_vec())
 }

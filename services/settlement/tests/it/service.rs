@@ -8,7 +8,10 @@ use infera_runtime::{
     config::Secret,
     jwt::{Claims, Signer},
 };
-use infera_settlement::{Config, Deps, Error, config::Credit};
+use infera_settlement::{
+    Config, Deps, Error,
+    config::{AUDIENCE, Credit},
+};
 use infera_testkit::{TempDir, cluster, eventually, sqlite_url, unique};
 use infera_wire::topology::kind;
 use uuid::Uuid;
@@ -69,7 +72,7 @@ impl Place {
     }
 
     pub fn key(&self, account: &str) -> String {
-        self.signer.issue(&Claims::new(account, "gateway", &["chat"], 600)).unwrap()
+        self.signer.issue(&Claims::new(account, AUDIENCE, &["chat"], 600)).unwrap()
     }
 
     pub async fn start(&self) -> Service {
