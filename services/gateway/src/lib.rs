@@ -37,7 +37,6 @@ pub mod store;
 mod wait;
 
 use std::net::SocketAddr;
-use std::path::Path;
 use std::time::Duration;
 
 use actix::{Actor, Addr};
@@ -47,7 +46,7 @@ use infera_bus::{Bus, BusError, ConsumerSpec, Topology};
 use infera_runtime::health::Health;
 use infera_runtime::jwt::Verifier;
 use infera_runtime::kv::Kv;
-use infera_runtime::{CancellationToken, clock, db, shutdown, telemetry};
+use infera_runtime::{CancellationToken, clock, db};
 use infera_wire::topology::queues;
 use sea_orm::DatabaseConnection;
 use tokio::sync::oneshot;

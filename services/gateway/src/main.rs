@@ -6,7 +6,10 @@ use infera_bus::service;
 use infera_gateway::{Config, Deps, run};
 
 fn main() -> ExitCode {
-    service::main("gateway", Config::load, |config| &config.common, |config, ports, stop| {
-        run(config, Deps { bus: ports.bus, kv: ports.kv, bound: None }, stop)
-    })
+    service::main(
+        "gateway",
+        Config::load,
+        |config| &config.common,
+        |config, ports, stop| run(config, Deps { bus: ports.bus, kv: ports.kv, bound: None }, stop),
+    )
 }

@@ -77,6 +77,9 @@ pub struct UpArgs {
     /// Send traces to this OTLP collector (gRPC), as http://127.0.0.1:4317
     #[arg(long, env = "INFERA_OTLP_ENDPOINT")]
     pub otlp: Option<String>,
+    /// Keep the vectors of answers in this Qdrant (gRPC), as http://127.0.0.1:6334; default: in the database
+    #[arg(long, env = "INFERA_QDRANT_URL")]
+    pub qdrant: Option<String>,
     /// Set on the copy that --detach leaves behind
     #[arg(long, hide = true)]
     pub detached: bool,

@@ -7,7 +7,7 @@ use std::{
 };
 
 /// Names of the services, in the order in which a request meets them.
-pub const SERVICES: [&str; 5] = ["gateway", "settlement", "mempool", "dispatcher", "verifier"];
+pub const SERVICES: [&str; 6] = ["gateway", "settlement", "mempool", "dispatcher", "verifier", "explorer"];
 
 /// Paths below the data folder.
 #[derive(Debug, Clone)]

@@ -3,9 +3,10 @@
 use std::{process::ExitCode, thread};
 
 use infera_bus::{Bus, Topology};
+use infera_embed::Embedder;
 use infera_runtime::{CancellationToken, kv::Kv, shutdown, telemetry};
 
-use crate::{cli::DataArgs, layout::Layout};
+use crate::{cli::DataArgs, layout::Layout, services::embedder};
 
 /// What the services of one process share.
 #[derive(Clone)]
@@ -13,6 +14,7 @@ struct Shared {
     layout: Layout,
     bus: Bus,
     kv: Kv,
+    embedder: Embedder,
     shutdown: CancellationToken,
 }
 
@@ -31,7 +33,8 @@ pub fn network(args: &DataArgs) -> Result<ExitCode, String> {
         .map_err(said)?;
         let bus = Bus::in_process();
         bus.declare(&Topology::network()).await.map_err(|e| e.to_string())?;
-        let shared = Shared { layout, bus, kv: Kv::memory(), shutdown: shutdown::on_signals() };
+        let embedder = Embedder::load(&embedder()).map_err(said)?;
+        let shared = Shared { layout, bus, kv: Kv::memory(), embedder, shutdown: shutdown::on_signals() };
         let outcome = serve(&shared).await;
         shared.bus.close().await;
         guard.shutdown().await;
@@ -75,7 +78,7 @@ async fn serve(shared: &Shared) -> Result<(), String> {
 }
 
 async fn run(service: &'static str, shared: Shared) -> Result<(), String> {
-    let Shared { layout, bus, kv, shutdown } = shared;
+    let Shared { layout, bus, kv, embedder, shutdown } = shared;
     let file = layout.config(service);
     let file = Some(file.as_path());
     match service {
@@ -101,9 +104,14 @@ async fn run(service: &'static str, shared: Shared) -> Result<(), String> {
         }
         "verifier" => {
             let config = infera_verifier::Config::load(file).map_err(said)?;
-            infera_verifier::run(config, infera_verifier::Deps::new(bus), shutdown).await.map_err(said)
+            let deps = infera_verifier::Deps { embedder: Some(embedder), ..infera_verifier::Deps::new(bus) };
+            infera_verifier::run(config, deps, shutdown).await.map_err(said)
         }
-        _ => Ok(()),
+        _ => {
+            let config = infera_explorer::Config::load(file).map_err(said)?;
+            let deps = infera_explorer::Deps { embedder: Some(embedder), ..infera_explorer::Deps::new(bus) };
+            infera_explorer::run(config, deps, shutdown).await.map_err(said)
+        }
     }
 }
 

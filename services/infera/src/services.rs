@@ -56,6 +56,7 @@ pub struct Setting<'a> {
     pub ports: Ports,
     pub profile: Profile,
     pub otlp: Option<&'a str>,
+    pub qdrant: Option<&'a str>,
     /// AMQP_URL, REDIS_URL and PG_URL of the private servers, in the cluster profile.
     pub servers: BTreeMap<String, String>,
 }
@@ -87,6 +88,25 @@ impl Setting<'_> {
         table
     }
 
+    /// The one place that the verifier writes to and the explorer searches.
+    fn vectors(&self) -> toml::Table {
+        let mut table = toml::Table::new();
+        match self.profile {
+            Profile::Embedded => {
+                let url = format!("sqlite://{}?mode=rwc", self.layout.database("vectors").display());
+                table.insert("database_url".into(), url.into());
+            }
+            Profile::Cluster => {
+                let url = self.servers.get("PG_URL").cloned().unwrap_or_default();
+                table.insert("database_url".into(), url.into());
+            }
+        }
+        if let Some(qdrant) = self.qdrant {
+            table.insert("qdrant_url".into(), qdrant.into());
+        }
+        table
+    }
+
     /// Writes the configuration files of all services.
     pub fn write_services(&self, settler_key: &str) -> Result<(), String> {
         let model = text(&chat_model());
@@ -110,8 +130,11 @@ impl Setting<'_> {
         let mut verifier = self.common("verifier");
         verifier.insert("models".into(), models.into());
         verifier.insert("embedder_path".into(), text(&embedder()).into());
+        verifier.insert("vectors".into(), self.vectors().into());
         let mut explorer = self.common("explorer");
         explorer.insert("embedder_path".into(), text(&embedder()).into());
+        explorer.insert("receipts_url".into(), self.ports.url("settlement").into());
+        explorer.insert("vectors".into(), self.vectors().into());
         let tables = [
             ("gateway", gateway),
             ("settlement", settlement),
@@ -160,6 +183,7 @@ pub fn dump(args: &ConfigArgs) -> Result<ExitCode, String> {
         "mempool" => show(infera_mempool::Config::load(file)),
         "dispatcher" => show(infera_dispatcher::Config::load(file)),
         "verifier" => show(infera_verifier::Config::load(file)),
+        "explorer" => show(infera_explorer::Config::load(file)),
         other => Err(format!("there is no service `{other}`: name one of {}", SERVICES.join(", "))),
     }
 }

@@ -36,7 +36,7 @@ use infera_protocol::{
     registry::{Manifest, Registry},
 };
 use infera_runtime::{
-    CancellationToken, clock, db, health::Health, http::serve, jwt::Verifier, shutdown, telemetry,
+    CancellationToken, clock, db, health::Health, http::serve, jwt::Verifier,
 };
 use infera_wire::topology::queues;
 use sea_orm::{DatabaseConnection, TransactionTrait};
@@ -131,23 +131,6 @@ pub async fn run(config: Config, deps: Deps, shutdown: CancellationToken) -> Res
     stop.cancel();
     relay.stopped().await;
     result.map(drop)
-}
-
-/// The service as a process of its own: configuration from `file` and the environment, RabbitMQ, ended by a signal.
-///
-/// # Errors
-/// [`Error`], one sentence.
-pub async fn process(file: Option<&Path>) -> Result<(), Error> {
-    let config = Config::load(file)?;
-    let common = &config.common;
-    let endpoint = common.otlp_endpoint.as_deref();
-    let telemetry = telemetry::init("infera-settlement", endpoint, &common.log_filter, true)
-        .map_err(|error| Error::Task(error.to_string()))?;
-    let bus = Bus::rabbit(common.bus_url.expose(), &common.bus_prefix).await?;
-    let result = run(config, Deps { bus: bus.clone(), bound: None }, shutdown::on_signals()).await;
-    bus.close().await;
-    telemetry.shutdown().await;
-    result
 }
 
 /// The network's manifest and registry, which must belong together.

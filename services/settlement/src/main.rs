@@ -1,14 +1,12 @@
-//! The settlement service as a process of its own: `infera-settlement [CONFIG.toml]`.
+//! The settlement as a process of its own: `infera-settlement [CONFIG.toml]`.
 
-use std::{path::PathBuf, process::ExitCode};
+use std::process::ExitCode;
+
+use infera_bus::service;
+use infera_settlement::{Config, Deps, run};
 
 fn main() -> ExitCode {
-    let file = std::env::args_os().nth(1).map(PathBuf::from);
-    match actix_rt::System::new().block_on(infera_settlement::process(file.as_deref())) {
-        Ok(()) => ExitCode::SUCCESS,
-        Err(error) => {
-            eprintln!("infera-settlement: {error}");
-            ExitCode::FAILURE
-        }
-    }
+    service::main("settlement", Config::load, |config| &config.common, |config, ports, stop| {
+        run(config, Deps { bus: ports.bus, bound: None }, stop)
+    })
 }

@@ -51,7 +51,7 @@ impl Ports {
 pub fn main<C, F, Fut, E>(
     service: &'static str,
     load: fn(Option<&Path>) -> Result<C, ConfigError>,
-    common: fn(&C) -> Common,
+    common: fn(&C) -> &Common,
     body: F,
 ) -> ExitCode
 where
@@ -70,7 +70,7 @@ where
     }
     let outcome = actix_rt::System::new().block_on(async {
         let config = load(file.as_deref()).map_err(|e| e.to_string())?;
-        let common = common(&config);
+        let common = common(&config).clone();
         let name = format!("infera-{service}");
         let guard = telemetry::init(&name, common.otlp_endpoint.as_deref(), &common.log_filter, true)
             .map_err(|e| e.to_string())?;

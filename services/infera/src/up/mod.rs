@@ -131,7 +131,14 @@ async fn on_chain(
     let keys = bootstrap::keys(layout)?;
     bootstrap::chain(layout, &keys, devnet.rpc_url()).await?;
     devnet.save().await.map_err(|e| e.to_string())?;
-    let setting = Setting { layout, ports, profile: args.profile, otlp: args.otlp.as_deref(), servers };
+    let setting = Setting {
+        layout,
+        ports,
+        profile: args.profile,
+        otlp: args.otlp.as_deref(),
+        qdrant: args.qdrant.as_deref(),
+        servers,
+    };
     setting.write_services(&keys.settler)?;
     let nodes = nodes::specs(&setting, args)?;
 
@@ -336,6 +343,7 @@ fn detach(layout: &Layout, args: &UpArgs) -> Result<ExitCode, String> {
     command.args(["--nodes", &args.nodes.to_string(), "--port-base", &args.port_base.to_string()]);
     command.args(args.node_faults.iter().flat_map(|fault| ["--node-fault", fault]));
     command.args(args.otlp.iter().flat_map(|otlp| ["--otlp", otlp]));
+    command.args(args.qdrant.iter().flat_map(|qdrant| ["--qdrant", qdrant]));
     let _ = fs::remove_file(layout.up_json());
     let mut child = command
         .stdin(Stdio::null())

@@ -2,8 +2,8 @@
 //!
 //! Jobs join and leave between steps. A step is at most one piece of a prompt (128 tokens) and one token for every
 //! sequence that is past its prompt, in groups of four rows. Where a prompt is cut depends on the prompt alone, and a
-//! sequence's numbers do not depend on its neighbours in the class `Exact`; so a job gives the same tokens and the same
-//! fingerprints alone and in company.
+//! sequence's numbers do not depend on its neighbours; so a job gives the same tokens and the same fingerprints, bit for
+//! bit, alone and in company and with any number of threads. What that takes: `Linear::forward` and `model::attention`.
 //!
 //! ```text
 //!   generate(job) --bounded channel--> thread { prefill piece | decode step | draw } --events--> receiver of the job
@@ -51,7 +51,8 @@ pub const MAX_THREADS: usize = 256;
 pub enum Class {
     /// f32 throughout: honest nodes agree token by token.
     Exact,
-    /// 4-bit matrices with bf16 activations: two to three times as fast, equal only up to near-ties.
+    /// 4-bit matrices with bf16 inputs: twice as fast in a sixth of the memory. As independent of neighbours and
+    /// threads as `Exact`, but measured on one kind of processor only: between kinds, expect equality up to near-ties.
     Fast,
 }
 

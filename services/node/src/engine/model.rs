@@ -52,6 +52,9 @@ pub(super) struct Step<'a> {
     pub cache: &'a mut Cache,
 }
 
+/// What a layer does with queries, keys and values of all rows: the attention of the real ones.
+type Attend<'a> = dyn FnMut(usize, &Tensor, &Tensor, &Tensor) -> Result<Tensor, TchError> + 'a;
+
 fn vector(gguf: &Gguf, file: &File, name: &str, size: usize) -> Result<Tensor, EngineError> {
     Ok(Tensor::f_from_slice(&Raw::read(gguf, file, name, 1, size)?.dequantise())?)
 }
@@ -221,12 +224,7 @@ impl Model {
     }
 
     /// All layers over some rows. `attend(layer, q, k, v)` gets all rows and gives the real ones.
-    fn layers(
-        &self,
-        tokens: &[u32],
-        positions: &[i64],
-        attend: &mut dyn FnMut(usize, &Tensor, &Tensor, &Tensor) -> Result<Tensor, TchError>,
-    ) -> Result<Tensor, TchError> {
+    fn layers(&self, tokens: &[u32], positions: &[i64], attend: &mut Attend<'_>) -> Result<Tensor, TchError> {
         let s = &self.shape;
         let rows = tokens.len().next_multiple_of(ROWS);
         let padding = (rows - tokens.len()) as i64;

@@ -169,7 +169,7 @@ impl Linear {
     /// In f32, a row's result is the same bit for bit whatever stands in the other rows, wherever it stands among them
     /// and however many threads compute, as long as `m` is a multiple of [`ROWS`]: the kernels of MKL then walk the
     /// inputs in one order. Exactly [`ROWS`] rows, the shape of decoding, are computed from the other side, which reads
-    /// the weights faster. `tests/it/exact.rs` holds this to account.
+    /// the weights faster. `tests/it/engine.rs` holds this to account.
     pub fn forward(&self, x: &Tensor) -> Result<Tensor, tch::TchError> {
         match self {
             Self::F32(w) if x.size()[0] == ROWS as i64 => {
@@ -180,5 +180,76 @@ impl Linear {
                 .f_to_kind(Kind::BFloat16)?
                 .f_internal_weight_int4pack_mm_for_cpu(packed, GROUP as i64, scales_and_zeros),
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use tch::Device;
+
+    fn raw(kind: GgmlType, rows: usize, cols: usize, bytes: Vec<u8>) -> Raw {
+        Raw { rows, cols, kind, bytes }
+    }
+
+    fn f16_bytes(x: f32) -> [u8; 2] {
+        f16::from_f32(x).to_le_bytes()
+    }
+
+    /// A block with d = 0.5, m = -3 and the nibbles 0, 1, .. 15, 0, 1, .. 15.
+    fn q4_block(kind: GgmlType) -> Vec<u8> {
+        let mut block = f16_bytes(0.5).to_vec();
+        if kind == GgmlType::Q4_1 {
+            block.extend(f16_bytes(-3.0));
+        }
+        block.extend((0..16u8).map(|i| i | (i << 4)));
+        block
+    }
+
+    #[test]
+    fn blocks_hold_the_low_nibbles_first() {
+        let q: Vec<f32> = (0..32).map(|i| (i % 16) as f32).collect();
+        let got = raw(GgmlType::Q4_1, 1, 32, q4_block(GgmlType::Q4_1)).dequantise();
+        assert_eq!(got, q.iter().map(|q| q * 0.5 - 3.0).collect::<Vec<_>>());
+        let got = raw(GgmlType::Q4_0, 1, 32, q4_block(GgmlType::Q4_0)).dequantise();
+        assert_eq!(got, q.iter().map(|q| (q - 8.0) * 0.5).collect::<Vec<_>>());
+        let mut block = f16_bytes(0.25).to_vec();
+        block.extend((0..32i8).map(|i| (i - 16).to_le_bytes()[0]));
+        let got = raw(GgmlType::Q8_0, 1, 32, block).dequantise();
+        assert_eq!(got, (0..32).map(|i| (i as f32 - 16.0) * 0.25).collect::<Vec<_>>());
+        let halves: Vec<u8> = [1.5, -2.0].iter().flat_map(|x| f16_bytes(*x)).collect();
+        assert_eq!(raw(GgmlType::F16, 1, 2, halves).dequantise(), [1.5, -2.0]);
+    }
+
+    #[test]
+    fn four_bits_multiply_as_the_dequantised_matrix() {
+        let _guard = tch::no_grad_guard();
+        // Numbers that bf16 holds exactly, so that nothing but the order of sums may differ.
+        for kind in [GgmlType::Q4_0, GgmlType::Q4_1] {
+            let matrix = || raw(kind, 32, 64, q4_block(kind).repeat(64));
+            let x = Tensor::arange(4 * 64, (Kind::Float, Device::Cpu)).view([4, 64]).remainder(7) - 3;
+            let plain = Linear::f32(&[matrix()]).unwrap().forward(&x).unwrap();
+            let packed = Linear::int4(&[matrix()]).unwrap();
+            assert!(matches!(packed, Linear::Int4 { .. }));
+            let packed = packed.forward(&x).unwrap().to_kind(Kind::Float);
+            let far = (&plain - &packed).abs().max().double_value(&[]);
+            // Results are bf16: 8 bits of up to 512.
+            assert!(far <= 1.0, "{kind:?}: {far}");
+        }
+    }
+
+    #[test]
+    fn other_storage_is_multiplied_in_f32() {
+        let ones: Vec<u8> = f16_bytes(1.0).repeat(16 * 32);
+        let linear = Linear::int4(&[raw(GgmlType::F16, 16, 32, ones)]).unwrap();
+        assert!(matches!(linear, Linear::F32(_)));
+    }
+
+    #[test]
+    fn rows_of_heads_are_sorted_into_halves() {
+        // Two heads of four rows, one number each.
+        let bytes: Vec<u8> = (0..8).flat_map(|i| (i as f32).to_le_bytes()).collect();
+        let got = raw(GgmlType::F32, 8, 1, bytes).unpermute(2).dequantise();
+        assert_eq!(got, [0.0, 2.0, 1.0, 3.0, 4.0, 6.0, 5.0, 7.0]);
     }
 }

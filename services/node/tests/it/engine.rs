@@ -81,10 +81,10 @@ fn jobs(prompt: &Prompt) -> Vec<Job> {
     let mut jobs: Vec<Job> = QUESTIONS
         .iter()
         .enumerate()
-        .map(|(i, q)| job(prompt, q, if i % 2 == 0 { 0.0 } else { 0.8 }, 24))
+        .map(|(i, q)| job(prompt, q, if i % 2 == 0 { 0.0 } else { 0.8 }, 16))
         .collect();
-    jobs.push(job(prompt, &long_question(), 0.8, 12));
-    jobs.push(job(prompt, QUESTIONS[0], 0.8, 24));
+    jobs.push(job(prompt, &long_question(), 0.8, 8));
+    jobs.push(job(prompt, QUESTIONS[0], 0.8, 16));
     jobs
 }
 
@@ -122,23 +122,33 @@ fn answers_that_the_capital_of_france_is_paris() {
     }
 }
 
-#[test]
-fn exact_results_do_not_depend_on_company_order_or_threads() {
-    let _one = ONE_AT_A_TIME.lock();
+/// Tokens and fingerprints, bit for bit. Only the first run is compared with others of its class: classes differ.
+fn is_independent_of_company_order_and_threads(class: Class) {
     let prompt = Prompt::load(&model_path()).unwrap();
     let jobs = jobs(&prompt);
-    let engine = Engine::start(config(Class::Exact, 1)).unwrap();
+    let engine = Engine::start(config(class, 1)).unwrap();
     let expected = alone(&engine, &jobs);
     assert_same(&together(&engine, &jobs), &expected, "in company");
+    drop(engine);
+    let engine = Engine::start(config(class, 2)).unwrap();
     let turned: Vec<Job> = jobs.iter().rev().cloned().collect();
     let mut answers = together(&engine, &turned);
     answers.reverse();
-    assert_same(&answers, &expected, "in another order");
-    drop(engine);
-    let engine = Engine::start(config(Class::Exact, 2)).unwrap();
-    assert_same(&alone(&engine, &jobs), &expected, "with two threads");
-    assert_same(&together(&engine, &jobs), &expected, "in company with two threads");
+    assert_same(&answers, &expected, "in another order with two threads");
+    assert_same(&alone(&engine, &jobs[..2]), &expected[..2], "alone with two threads");
     assert_ne!(expected[0].tokens, expected[6].tokens, "the temperature matters");
+}
+
+#[test]
+fn exact_results_do_not_depend_on_company_order_or_threads() {
+    let _one = ONE_AT_A_TIME.lock();
+    is_independent_of_company_order_and_threads(Class::Exact);
+}
+
+#[test]
+fn fast_results_do_not_depend_on_company_order_or_threads() {
+    let _one = ONE_AT_A_TIME.lock();
+    is_independent_of_company_order_and_threads(Class::Fast);
 }
 
 #[test]
@@ -166,7 +176,7 @@ fn joining_late_changes_nothing() {
 fn ends_as_section_5_says() {
     let _one = ONE_AT_A_TIME.lock();
     let prompt = Prompt::load(&model_path()).unwrap();
-    let engine = Engine::start(config(Class::Exact, 1)).unwrap();
+    let engine = Engine::start(config(Class::Fast, 1)).unwrap();
     let base = job(&prompt, QUESTIONS[0], 0.0, 32);
     let whole = collect(engine.generate(base.clone()).unwrap());
     let cut = collect(engine.generate(Job { max_tokens: 3, ..base.clone() }).unwrap());
