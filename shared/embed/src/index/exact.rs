@@ -1,6 +1,8 @@
 //! Exact search: every vector in a table is compared. Right for up to some 100,000 answers (a scan
 //! reads 1.5 KB a row); beyond that use Qdrant.
 
+use std::time::Duration;
+
 use async_trait::async_trait;
 use infera_runtime::db;
 use sea_orm::sea_query::OnConflict;
@@ -17,6 +19,8 @@ use crate::error::IndexError;
 
 /// Rows read at a time.
 const PAGE: u64 = 1_024;
+const MIGRATE_ATTEMPTS: u32 = 8;
+const MIGRATE_PAUSE: Duration = Duration::from_millis(50);
 
 mod vectors {
     use sea_orm::entity::prelude::*;
@@ -57,7 +61,17 @@ impl Exact {
     /// [`IndexError::Open`].
     pub async fn open(url: &str, schema: Option<&str>) -> Result<Self, IndexError> {
         let connection = db::connect(url, schema).await?;
-        db::migrate::<Migrator>(&connection).await?;
+        for attempt in 1.. {
+            match db::migrate::<Migrator>(&connection).await {
+                Ok(()) => break,
+                // Verifier and explorer start together, and one of them is second to create the table.
+                Err(error) if attempt < MIGRATE_ATTEMPTS => {
+                    tracing::debug!(%error, "the index's table is being created by another process");
+                    tokio::time::sleep(MIGRATE_PAUSE * attempt).await;
+                }
+                Err(error) => return Err(error.into()),
+            }
+        }
         Ok(Self::new(connection))
     }
 }

@@ -79,6 +79,23 @@ async fn exact_reads_more_than_a_page() {
     assert_eq!(found[0].request_id, Uuid::from_u128(1_029));
 }
 
+#[tokio::test(flavor = "multi_thread")]
+async fn many_may_open_it_at_once() {
+    let dir = TempDir::new().unwrap();
+    let (sqlite, schema) = (sqlite_url(&dir), unique("vectors"));
+    for (url, schema) in [(sqlite, None), (cluster().pg_url.clone(), Some(schema))] {
+        let opening: Vec<_> = (0..6)
+            .map(|_| {
+                let (url, schema) = (url.clone(), schema.clone());
+                tokio::spawn(async move { Exact::open(&url, schema.as_deref()).await })
+            })
+            .collect();
+        for opened in opening {
+            opened.await.unwrap().unwrap().ping().await.unwrap();
+        }
+    }
+}
+
 /// The exact index behind Qdrant's gRPC.
 async fn served(dir: &TempDir, stop: &CancellationToken) -> String {
     let exact = Exact::open(&sqlite_url(dir), None).await.unwrap();
