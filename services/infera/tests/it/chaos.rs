@@ -104,6 +104,6 @@ async fn no_service_that_is_killed_loses_a_request() {
         }
         the_books_balance(&network).await;
         let audit = network.get(&format!("{}/v1/ledger/audit", network.url("settlement_url"))).await;
-        assert_eq!(audit["open_holds"], 0, "{service}: {audit}");
+        assert_eq!(audit["held_micro"], 0, "{service}: {audit}");
     }
 }

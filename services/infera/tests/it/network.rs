@@ -4,13 +4,18 @@ use std::{
     net::TcpListener,
     path::{Path, PathBuf},
     process::{Command, Output},
+    sync::{Mutex, MutexGuard, PoisonError},
     time::Duration,
 };
 
 use infera_testkit::{TempDir, cache_dir};
 use serde_json::Value;
 
+/// Two networks at once would only take each other's cores.
+static ONE_AT_A_TIME: Mutex<()> = Mutex::new(());
+
 pub struct Network {
+    _turn: MutexGuard<'static, ()>,
     dir: TempDir,
     profile: &'static str,
     port_base: u16,
@@ -39,7 +44,8 @@ impl Network {
         let dir = tempfile_in_tmp();
         let extra = extra.iter().map(ToString::to_string).collect();
         let http = reqwest::Client::builder().no_proxy().build().unwrap();
-        Self { dir, profile, port_base: free_ports(), extra, http }
+        let turn = ONE_AT_A_TIME.lock().unwrap_or_else(PoisonError::into_inner);
+        Self { _turn: turn, dir, profile, port_base: free_ports(), extra, http }
     }
 
     pub fn start(profile: &'static str, extra: &[&str]) -> Self {
