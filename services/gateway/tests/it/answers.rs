@@ -50,8 +50,8 @@ async fn a_question_gets_its_verified_answer(column: Column) {
     assert_eq!(body["choices"][0]["message"]["content"], "The capital of France is Paris.");
     assert_eq!(body["choices"][0]["finish_reason"], "stop");
     let completion = answer("The capital of France is Paris.").len();
-    let usage =
-        json!({ "prompt_tokens": 42, "completion_tokens": completion, "total_tokens": 42 + completion });
+    let asked = request.prompt.len();
+    let usage = json!({ "prompt_tokens": asked, "completion_tokens": completion, "total_tokens": asked + completion });
     assert_eq!(body["usage"], usage);
     assert_eq!(
         body["infera"],

@@ -110,6 +110,19 @@ async fn a_huge_body_is_not_read(column: Column) {
     tokio::time::timeout(DEADLINE, socket.read_exact(&mut answer)).await.expect("an answer").unwrap();
     assert_eq!(&answer, b"HTTP/1.1 413");
 
+    // A client that writes all it has before it reads: it may stop writing, but it reads why.
+    let mut socket = tokio::net::TcpStream::connect(world.gateway.address).await.unwrap();
+    socket.write_all(head.as_bytes()).await.unwrap();
+    let block = vec![b'x'; 64 * 1024];
+    for _ in 0..20 * 16 {
+        if socket.write_all(&block).await.is_err() {
+            break;
+        }
+    }
+    let mut answer = [0; 12];
+    tokio::time::timeout(DEADLINE, socket.read_exact(&mut answer)).await.expect("an answer").unwrap();
+    assert_eq!(&answer, b"HTTP/1.1 413");
+
     // Without a declared length, refused once the limit is passed.
     let chunks = futures::stream::iter((0..64).map(|_| Ok::<_, std::io::Error>(vec![b' '; 64 * 1024])));
     let request = world.client.post(world.url("/v1/chat/completions")).bearer_auth(&world.key);

@@ -216,13 +216,19 @@ async fn silence_is_filled_with_comments(column: Column) {
 
 async fn a_client_that_leaves_is_noticed(column: Column) {
     let mut world = World::with(column, |config| config.heartbeat_secs = 1).await;
-    let pending = world.send(&streamed(json!({})));
-    let submitted = world.net.next().await;
-    let mut sse = Sse::of(pending.await.unwrap()).await;
-    sse.json().await;
-    drop(sse);
-    let cancelled = world.net.next_cancelled().await;
-    assert_eq!(cancelled.request_id, id(&submitted).as_bytes());
+    for body in [streamed(json!({})), chat(json!({}))] {
+        let pending = world.send(&body);
+        let submitted = world.net.next().await;
+        if body["stream"] == true {
+            let mut sse = Sse::of(pending.await.unwrap()).await;
+            sse.json().await;
+            drop(sse);
+        } else {
+            pending.abort();
+        }
+        let cancelled = world.net.next_cancelled().await;
+        assert_eq!(cancelled.request_id, id(&submitted).as_bytes(), "{body}");
+    }
 }
 
 async fn a_client_that_can_come_back_is_not_cancelled(column: Column) {

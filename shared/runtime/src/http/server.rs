@@ -76,6 +76,8 @@ where
     let server = HttpServer::new(move || app(factory.clone()))
         .disable_signals()
         .tcp_nodelay(true)
+        // A client that closes its side has left: its handler is dropped, and notices.
+        .h1_allow_half_closed(false)
         .workers(WORKERS)
         .shutdown_timeout(SHUTDOWN_SECS)
         .client_request_timeout(HEAD_TIMEOUT)
