@@ -11,8 +11,9 @@ use infera_wire::convert::{self, MAX_SLOTS};
 use infera_wire::v1;
 use uuid::Uuid;
 
+use super::nodes::{Connected, Nodes};
 use super::slot::{Slot, SlotState};
-use super::{Effect, Offer, Rejection, Rules, frames, nodes::Nodes};
+use super::{Effect, Offer, Rejection, Rules, frames};
 
 /// Room for reveals in one `ResultsCollected`, bytes: the rest of the bus's 4 MiB is for the prompt,
 /// the eligible set and the frames around them. Seven of the largest reveals fit.
@@ -140,8 +141,8 @@ impl Attempt {
         desk: &mut Desk,
     ) -> Result<Progress, Rejection> {
         let request = desk.offer.id();
-        let short = self.alive() < self.wanted;
-        let (number, now, open) = (self.number, desk.now, self.collected.is_none());
+        let resumable = self.resumable(node, desk);
+        let (number, now) = (self.number, desk.now);
         let slot = self.slot_mut(node).ok_or(Rejection::NotLeased)?;
         verify(node, &commit.digest, &commit.signature).map_err(|_| Rejection::BadSignature)?;
         if let Some(first) = slot.commitment().copied() {
@@ -157,7 +158,7 @@ impl Attempt {
             }
             return Ok(Progress::Open);
         }
-        let resumes = open && short && slot.may_resume(now);
+        let resumes = resumable && slot.may_resume(now);
         if !(slot.is_leased() && now < slot.lease_until_ms || resumes) {
             return Err(Rejection::Late);
         }
@@ -237,13 +238,26 @@ impl Attempt {
         self.advance(desk)
     }
 
+    /// Whether a slot that lost its node may go on with it: nobody could take its place, and the node is
+    /// still the one that was drawn.
+    fn resumable(&self, node: &NodeId, desk: &Desk) -> bool {
+        let same = desk.nodes.get(node).is_some_and(|info| {
+            info.class == self.class && info.model_root == desk.offer.model() && self.draws(info)
+        });
+        same && self.collected.is_none() && self.alive() < self.wanted
+    }
+
+    fn draws(&self, info: &Connected) -> bool {
+        self.slots.iter().any(|slot| slot.who.node == info.node && slot.who.operator == info.operator)
+    }
+
     /// The node is back under the same key: it goes on where it can.
     pub fn resumed(&mut self, node: &NodeId, desk: &mut Desk) {
-        let short = self.collected.is_none() && self.alive() < self.wanted;
+        let resumable = self.resumable(node, desk);
         let (request, number, now) = (desk.offer.id(), self.number, desk.now);
         let lease = self.lease_frame(desk.offer);
         let Some(slot) = self.slot_mut(node) else { return };
-        if slot.is_leased() || (short && slot.may_resume(now)) {
+        if slot.is_leased() || (resumable && slot.may_resume(now)) {
             slot.state = SlotState::Leased;
             slot.detail.clear();
             let until_ms = slot.lease_until_ms;
