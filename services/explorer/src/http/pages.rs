@@ -96,7 +96,7 @@ async fn receipt_page(explorer: &Explorer, id: &str) -> Result<ReceiptPage, ApiE
         id: r.id.to_string(),
         time: time(r.decided_at_ms),
         took: views::took(r),
-        quorum: format!("{} of {}", r.verified.len(), r.k),
+        quorum: views::quorum(r),
         tokens: views::all_tokens(r),
         charged: infer(r.charged_micro),
         anchor: batch.map(views::anchor),

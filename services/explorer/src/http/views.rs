@@ -21,7 +21,7 @@ pub struct Line {
     pub short_id: String,
     pub time: String,
     pub model: String,
-    /// `3 of 4`.
+    /// `3 of 4`: verified, and results that counted.
     pub nodes: String,
     pub tokens: String,
     pub charged: String,
@@ -151,7 +151,7 @@ pub(super) fn line(entry: &Entry) -> Line {
         short_id: short(&r.id),
         time: time(r.decided_at_ms),
         model: entry.model.clone(),
-        nodes: format!("{} of {}", r.verified.len(), r.verified.len() + r.unpaid.len()),
+        nodes: quorum(r),
         tokens: grouped(tokens(r)),
         charged: infer(r.charged_micro),
         anchored: entry.batch.is_some(),
@@ -259,6 +259,11 @@ fn reason(reason: UnpaidReason) -> (&'static str, &'static str) {
         UnpaidReason::Declined => ("declined", "Signed that it would not take the job. No fault."),
         UnpaidReason::Disconnected => ("disconnected", "Lost its connection before it committed."),
     }
+}
+
+/// Verified nodes of those whose results counted.
+pub(super) fn quorum(r: &Receipt) -> String {
+    format!("{} of {}", r.verified.len(), r.k)
 }
 
 pub(super) fn took(r: &Receipt) -> String {

@@ -43,7 +43,7 @@ async fn a_receipt_has_a_page_with_every_field() {
     let (_, page) = explorer.text(&path).await;
     assert!(page.contains("batch 3") && page.contains(&format!("0x{}", "ee".repeat(32))));
     let (_, home) = explorer.text("/").await;
-    assert!(home.contains(&path) && home.contains("2 of 4") && home.contains("batch 3"));
+    assert!(home.contains(&path) && home.contains("2 of 3") && home.contains("batch 3"));
     explorer.stop().await;
 }
 
