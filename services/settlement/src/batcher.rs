@@ -39,8 +39,6 @@ use crate::{
     },
 };
 
-/// Between looks at a transaction that is on its way.
-const POLL: Duration = Duration::from_millis(100);
 /// Between looks at the chain when there is nothing to do: finds out that it is away, or lost a batch.
 const PROBE: Duration = Duration::from_secs(5);
 /// After a failure: doubles from the first to the last.
@@ -95,7 +93,7 @@ impl Batcher {
             };
             let wait = match stepped {
                 Ok(Next::Now) => Duration::ZERO,
-                Ok(Next::Poll) => POLL,
+                Ok(Next::Poll) => Duration::from_millis(self.config.chain.poll_ms),
                 Ok(Next::Idle) => self.idle_time().await,
                 Err(error) => {
                     self.check.down(error.to_string());

@@ -39,6 +39,7 @@ pub struct ChainConfig {
     /// Blocks, the batch's own included, after which it counts as anchored.
     pub confirmations: u64,
     pub from_block: u64,
+    pub poll_ms: u64,
     pub resend_ms: i64,
 }
 
@@ -90,8 +91,10 @@ impl Config {
         {
             return wrong(error.to_string());
         }
-        if self.chain.resend_ms < 1 || self.batch.age_ms < 0 {
-            return wrong("`chain.resend_ms` must be at least 1 and `batch.age_ms` not negative".into());
+        if self.chain.resend_ms < 1 || self.chain.poll_ms < 10 || self.batch.age_ms < 0 {
+            return wrong(
+                "`chain.resend_ms` must be at least 1, `chain.poll_ms` at least 10, `batch.age_ms` not negative".into(),
+            );
         }
         if self.batch.size == 0 || self.batch.limit < self.batch.size || self.batch.limit > 65_536 {
             return wrong("`batch.size` must be at least 1 and `batch.limit` between it and 65536".into());

@@ -7,6 +7,8 @@
 //! | `GET /v1/ledger/audit` | everybody | the sums that prove the ledger's invariants |
 //! | `/livez`, `/readyz`, `/metrics` | | see [`infera_runtime::health`] |
 
+use std::sync::Arc;
+
 use actix_web::{
     HttpRequest, HttpResponse,
     http::header::AUTHORIZATION,
@@ -21,6 +23,7 @@ use infera_protocol::{
 use infera_runtime::{health, http::ApiError, http::defaults, jwt::Claims, jwt::Verifier};
 use sea_orm::{DatabaseConnection, DbErr};
 use serde::Serialize;
+use tokio::sync::Mutex;
 use uuid::Uuid;
 
 use crate::{
@@ -38,6 +41,8 @@ const MAX_BODY: usize = 1024;
 pub struct State {
     pub db: DatabaseConnection,
     pub keys: Verifier,
+    /// One audit at a time: it reads every row.
+    pub audit: Arc<Mutex<()>>,
 }
 
 /// A balance, 10^-6 INFER.
@@ -147,6 +152,7 @@ async fn balance(state: web::Data<State>, request: HttpRequest) -> Result<HttpRe
 }
 
 async fn audit(state: web::Data<State>) -> Result<HttpResponse, ApiError> {
+    let _turn = state.audit.lock().await;
     Ok(HttpResponse::Ok().json(ledger::audit(&state.db).await.map_err(ApiError::internal)?))
 }
 

@@ -35,9 +35,7 @@ use infera_protocol::{
     ids::message_id,
     registry::{Manifest, Registry},
 };
-use infera_runtime::{
-    CancellationToken, clock, db, health::Health, http::serve, jwt::Verifier,
-};
+use infera_runtime::{CancellationToken, clock, db, health::Health, http::serve, jwt::Verifier};
 use infera_wire::topology::queues;
 use sea_orm::{DatabaseConnection, TransactionTrait};
 use tokio::sync::{Notify, oneshot};
@@ -112,7 +110,7 @@ pub async fn run(config: Config, deps: Deps, shutdown: CancellationToken) -> Res
         }
         Ok(())
     };
-    let state = http::State { db: db.clone(), keys };
+    let state = http::State { db: db.clone(), keys, audit: Arc::default() };
     let routes = {
         let health = health.clone();
         move |config: &mut actix_web::web::ServiceConfig| {

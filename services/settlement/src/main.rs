@@ -6,7 +6,10 @@ use infera_bus::service;
 use infera_settlement::{Config, Deps, run};
 
 fn main() -> ExitCode {
-    service::main("settlement", Config::load, |config| &config.common, |config, ports, stop| {
-        run(config, Deps { bus: ports.bus, bound: None }, stop)
-    })
+    service::main(
+        "settlement",
+        Config::load,
+        |config| &config.common,
+        |config, ports, stop| run(config, Deps { bus: ports.bus, bound: None }, stop),
+    )
 }

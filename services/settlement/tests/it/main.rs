@@ -3,6 +3,7 @@
 
 mod batches;
 mod chain;
+mod contracts;
 mod ledger;
 mod network;
 mod requests;
