@@ -29,6 +29,4 @@ pub enum Error {
         "the registry's hash is {actual}, the manifest names {expected}: both must come from the same network"
     )]
     Registry { actual: String, expected: String },
-    #[error("a task of the service ended unexpectedly: {0}")]
-    Task(String),
 }

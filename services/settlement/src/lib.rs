@@ -93,23 +93,8 @@ pub async fn run(config: Config, deps: Deps, shutdown: CancellationToken) -> Res
         prefetch: config.prefetch,
         relay: Some(relay.clone()),
     };
-    let submitted = consume(spec(queues::SETTLEMENT_SUBMITTED), stop.clone(), async |tx, envelope| {
-        handlers.submitted(tx, envelope).await
-    });
-    let verdicts = consume(spec(queues::SETTLEMENT_VERDICT), stop.clone(), async |tx, envelope| {
-        handlers.verdict(tx, envelope).await
-    });
-    let consuming = async { tokio::try_join!(submitted, verdicts).map(drop).map_err(Error::from) };
-    let batching = async {
-        if config.chain.settler_key.is_empty() {
-            batcher.check.up();
-            tracing::warn!("chain.settler_key is empty: receipts are not anchored");
-            stop.cancelled().await;
-        } else {
-            batcher.run(stop.clone()).await;
-        }
-        Ok(())
-    };
+    let consuming = consume_both(spec, &handlers, &stop);
+    let batching = anchor(batcher, &stop);
     let state = http::State { db: db.clone(), keys, audit: Arc::default() };
     let routes = {
         let health = health.clone();
@@ -129,6 +114,34 @@ pub async fn run(config: Config, deps: Deps, shutdown: CancellationToken) -> Res
     stop.cancel();
     relay.stopped().await;
     result.map(drop)
+}
+
+/// The two queues of this service, until `stop`.
+async fn consume_both(
+    spec: impl Fn(&'static str) -> ConsumerSpec,
+    handlers: &consumer::Consumer,
+    stop: &CancellationToken,
+) -> Result<(), Error> {
+    let submitted = consume(spec(queues::SETTLEMENT_SUBMITTED), stop.clone(), async |tx, envelope| {
+        handlers.submitted(tx, envelope).await
+    });
+    let verdicts = consume(spec(queues::SETTLEMENT_VERDICT), stop.clone(), async |tx, envelope| {
+        handlers.verdict(tx, envelope).await
+    });
+    tokio::try_join!(submitted, verdicts)?;
+    Ok(())
+}
+
+/// The batcher, until `stop`; without a settler's key receipts only wait.
+async fn anchor(batcher: batcher::Batcher, stop: &CancellationToken) -> Result<(), Error> {
+    if batcher.config.chain.settler_key.is_empty() {
+        batcher.check.up();
+        tracing::warn!("chain.settler_key is empty: receipts are not anchored");
+        stop.cancelled().await;
+    } else {
+        batcher.run(stop.clone()).await;
+    }
+    Ok(())
 }
 
 /// The network's manifest and registry, which must belong together.
