@@ -239,7 +239,8 @@ mod tests {
     fn quorum_table() {
         let n = |i: u8| NodeId([i; 32]);
         let h = |i: u8| Hash32([i; 32]);
-        let cases: &[(&[(u8, u8)], bool, Decision)] = &[
+        type Case<'a> = (&'a [(u8, u8)], bool, Decision);
+        let cases: &[Case<'_>] = &[
             (&[(1, 1), (2, 1), (3, 1)], false, Decision::Verified { members: vec![n(1), n(2), n(3)] }),
             (&[(1, 1), (2, 9), (3, 1)], false, Decision::Verified { members: vec![n(1), n(3)] }),
             (&[(1, 1), (2, 1)], true, Decision::Verified { members: vec![n(1), n(2)] }),
