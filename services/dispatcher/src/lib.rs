@@ -15,7 +15,7 @@
 //!   attempt is refused, so two different signatures for one slot prove equivocation.
 //! - No operator has two nodes in one attempt. The slots sent to the verifier are the first of the draw, in its order,
 //!   with whatever came of each: anybody can recompute them.
-//! - Reveals are asked for only while nobody who is drawn still computes.
+//! - Reveals are asked for only while nobody who is drawn still computes, and go to the verifier alone.
 //! - No frame of a node stops anything but its own session; a node that does not read is cut off.
 //!
 //! [`domain`] decides, [`actor`] executes, [`session`] speaks with one node.

@@ -238,13 +238,17 @@ impl Attempt {
         self.advance(desk)
     }
 
-    /// Whether a slot that lost its node may go on with it: nobody could take its place, and the node is
-    /// still the one that was drawn.
+    /// Whether a slot that lost its node may go on with it: nobody could take its place, no reveal was
+    /// asked for yet, and the node is still the one that was drawn.
     fn resumable(&self, node: &NodeId, desk: &Desk) -> bool {
         let same = desk.nodes.get(node).is_some_and(|info| {
             info.class == self.class && info.model_root == desk.offer.model() && self.draws(info)
         });
-        same && self.collected.is_none() && self.alive() < self.wanted
+        let computing = self.slots.iter().all(|slot| match slot.state {
+            SlotState::Leased | SlotState::Committed(_) | SlotState::Ended { .. } => true,
+            SlotState::Asked { .. } | SlotState::Revealed { .. } => false,
+        });
+        same && computing && self.collected.is_none() && self.alive() < self.wanted
     }
 
     fn draws(&self, info: &Connected) -> bool {

@@ -9,8 +9,8 @@
 //!                        └──────────┴───────────┴──> Ended(outcome), replaced by the next of the draw
 //! ```
 //!
-//! Reveals are asked for only while no slot of the attempt is leased: whoever reveals knows that nobody
-//! who could copy is still computing.
+//! Reveals are asked for only while no slot of the attempt is leased. Who replaces a node that fails to
+//! reveal, or is drawn in a later round, computes after that; reveals go to nobody but the verifier.
 
 pub mod attempt;
 pub mod frames;

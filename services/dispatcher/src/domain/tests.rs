@@ -130,6 +130,8 @@ struct Bench {
     attempts: BTreeMap<Uuid, u32>,
     /// The node that each operator was leased as, per attempt.
     leased: BTreeMap<(Uuid, u32, Address), NodeId>,
+    /// Who was asked for a reveal.
+    asked: BTreeSet<(Uuid, u32, NodeId)>,
     collected: BTreeSet<(Uuid, u32, u32)>,
     closed: BTreeSet<Uuid>,
     equivocations: usize,
@@ -144,6 +146,7 @@ impl Bench {
             now: 0,
             attempts: BTreeMap::new(),
             leased: BTreeMap::new(),
+            asked: BTreeSet::new(),
             collected: BTreeSet::new(),
             closed: BTreeSet::new(),
             equivocations: 0,
@@ -224,6 +227,10 @@ impl Bench {
             }
             Message::RevealRequest(asked) => {
                 let request = Uuid::from_slice(&asked.request_id).unwrap();
+                if !self.asked.insert((request, asked.attempt, node)) {
+                    // Repeated for a node that reconnected.
+                    return;
+                }
                 let attempt = self.state.attempt(request).unwrap();
                 assert!(!attempt.slots().iter().any(slot::Slot::is_leased), "somebody still computes");
             }
