@@ -18,6 +18,7 @@ use infera_wire::convert::{Submitted, submitted_to_wire};
 use infera_wire::topology::keys;
 use infera_wire::v1;
 use sea_orm::{DatabaseConnection, DbErr, TransactionTrait};
+use tokio::sync::Semaphore;
 use tokio::time::Instant;
 use uuid::Uuid;
 
@@ -43,6 +44,8 @@ pub(crate) struct App {
     pub replies: Addr<Replies>,
     pub relay: Relay,
     pub metrics: Metrics,
+    /// Prompts that may be rendered at a time.
+    pub renders: Semaphore,
     /// Cancelled when waiting clients must be sent away.
     pub drained: CancellationToken,
 }
@@ -123,7 +126,10 @@ impl App {
         served: &Arc<Served>,
         body_hash: Hash32,
     ) -> Result<Fixed, ApiError> {
-        let prompt = render(served.clone(), chat).await?;
+        // Hopelessly long texts are not tokenised, which would take seconds.
+        let bytes: usize = chat.messages.iter().map(|message| message.content.len()).sum();
+        fit(None, 1, bytes / served.longest_token, served)?;
+        let prompt = self.render(served.clone(), chat).await?;
         let max_tokens = fit(chat.max_tokens, self.config.default_max_tokens, prompt.len(), served)?;
         let id = Uuid::now_v7();
         let submitted_ms = clock::now_ms();
@@ -163,6 +169,19 @@ impl App {
             bid_micro: chat.bid_micro,
         };
         Ok(Fixed { submitted, new })
+    }
+
+    /// Token ids of the chat. A megabyte of text takes a second or two: not on this thread, and not on all cores.
+    async fn render(&self, served: Arc<Served>, chat: &ChatRequest) -> Result<Vec<u32>, ApiError> {
+        let _turn = self.renders.acquire().await.map_err(ApiError::internal)?;
+        let messages = chat.messages.clone();
+        let rendered = tokio::task::spawn_blocking(move || served.prompt.render(&messages)).await;
+        rendered.map_err(ApiError::internal)?.map_err(|error| match error {
+            PromptError::NoMessages | PromptError::Role { .. } | PromptError::Template(_) => {
+                ApiError::bad_request("messages", error.to_string()).with_code("invalid_value")
+            }
+            other => ApiError::internal(other),
+        })
     }
 
     /// One transaction: the row and the message. `false`: the key is taken, nothing was written.
@@ -276,18 +295,6 @@ fn body_hash(chat: &ChatRequest) -> Result<Hash32, ApiError> {
     Ok(keccak(&[b"infera.gateway.body.v1", &bytes]))
 }
 
-/// Token ids of the chat. Takes up to a second for a megabyte of text, hence not on this thread.
-async fn render(served: Arc<Served>, chat: &ChatRequest) -> Result<Vec<u32>, ApiError> {
-    let messages = chat.messages.clone();
-    let rendered = tokio::task::spawn_blocking(move || served.prompt.render(&messages)).await;
-    rendered.map_err(ApiError::internal)?.map_err(|error| match error {
-        PromptError::NoMessages | PromptError::Role { .. } | PromptError::Template(_) => {
-            ApiError::bad_request("messages", error.to_string()).with_code("invalid_value")
-        }
-        other => ApiError::internal(other),
-    })
-}
-
 /// Most tokens to generate: what the client asks for if the context has room, else the default or what is left.
 fn fit(asked: Option<u32>, default: u32, prompt: usize, served: &Served) -> Result<u32, ApiError> {
     let context = served.model.context_length.min(MAX_TOKENS);
@@ -297,9 +304,10 @@ fn fit(asked: Option<u32>, default: u32, prompt: usize, served: &Served) -> Resu
         Err(ApiError::bad_request(param, message).with_code("context_length_exceeded"))
     };
     match asked {
-        _ if room == 0 => {
-            too_long("messages", format!("the messages have {prompt} and leave no room: shorten them"))
-        }
+        _ if room == 0 => too_long(
+            "messages",
+            format!("the messages have at least {prompt} and leave no room: shorten them"),
+        ),
         Some(asked) if asked > room => too_long(
             "max_tokens",
             format!("the messages have {prompt}, so `max_tokens` can be at most {room}"),

@@ -19,6 +19,8 @@ const MAX_FILE: u64 = 4 * 1024 * 1024;
 pub struct Served {
     pub model: Model,
     pub prompt: Prompt,
+    /// Bytes of the longest token: a text has at least its length divided by this tokens.
+    pub longest_token: usize,
 }
 
 /// Served models by id; clones share them.
@@ -92,8 +94,11 @@ fn served(registry: &Registry, id: &str, path: &Path) -> Result<Served, Error> {
     if prompt.vocab_size() as u64 != u64::from(model.vocab_size) {
         return Err(differs("vocabulary", prompt.vocab_size().to_string(), model.vocab_size.to_string()));
     }
+    let tokenizer = prompt.tokenizer();
+    let longest_token =
+        (0..model.vocab_size).map(|token| tokenizer.token_bytes(token).len()).max().unwrap_or(1).max(1);
     tracing::info!(model = id, context_length = model.context_length, "model is served");
-    Ok(Served { model: model.clone(), prompt })
+    Ok(Served { model: model.clone(), prompt, longest_token })
 }
 
 fn read<T: serde::de::DeserializeOwned>(key: &str, path: &Path) -> Result<T, Error> {

@@ -49,7 +49,7 @@ use infera_runtime::kv::Kv;
 use infera_runtime::{CancellationToken, clock, db};
 use infera_wire::topology::queues;
 use sea_orm::DatabaseConnection;
-use tokio::sync::oneshot;
+use tokio::sync::{Semaphore, oneshot};
 use tokio::task::JoinHandle;
 use uuid::Uuid;
 
@@ -122,6 +122,7 @@ pub async fn run(config: Config, deps: Deps, shutdown: CancellationToken) -> Res
         replies,
         relay: relay.clone(),
         metrics,
+        renders: Semaphore::new(std::thread::available_parallelism().map_or(1, usize::from).div_ceil(2)),
         drained: drained.clone(),
     };
     let routes = http::routes(Data::new(app), health);

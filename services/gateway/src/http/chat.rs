@@ -97,7 +97,10 @@ async fn plain(
             Waited::Tokens(_) => {}
             Waited::Closed(outcome) => break Ok(outcome),
             Waited::Late => break Err(late(&mut pending)),
-            Waited::Draining => break Err(draining(&mut pending)),
+            Waited::Draining => {
+                guard.send_away().await;
+                break Err(draining(&mut pending));
+            }
         }
     };
     guard.stay();

@@ -21,6 +21,13 @@ impl LeaveGuard {
         Self { app, id, account: account.to_owned(), armed }
     }
 
+    /// The client is sent away before its answer, and cannot come back for it: cancels at once.
+    pub(crate) async fn send_away(&mut self) {
+        if std::mem::take(&mut self.armed) {
+            cancel(&self.app, self.id, &self.account).await;
+        }
+    }
+
     /// The client has its answer, or was told that there will be none.
     pub(crate) fn stay(&mut self) {
         self.armed = false;
@@ -34,12 +41,13 @@ impl Drop for LeaveGuard {
             return;
         }
         let (app, id, account) = (self.app.clone(), self.id, std::mem::take(&mut self.account));
-        let cancel = async move {
-            tracing::info!(%id, "client left, cancelling");
-            if let Err(error) = app.cancel(id, &account).await {
-                tracing::warn!(%error, %id, "cannot cancel; it ends by itself");
-            }
-        };
-        runtime.spawn(cancel.in_current_span());
+        runtime.spawn(async move { cancel(&app, id, &account).await }.in_current_span());
+    }
+}
+
+async fn cancel(app: &App, id: Uuid, account: &str) {
+    tracing::info!(%id, "nobody waits any more, cancelling");
+    if let Err(error) = app.cancel(id, account).await {
+        tracing::warn!(%error, %id, "cannot cancel; it ends by itself");
     }
 }

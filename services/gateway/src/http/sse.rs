@@ -50,6 +50,9 @@ pub(crate) async fn respond(
         Some(Waited::Tokens(_)) | None => None,
     };
     if let Some(error) = refused {
+        if matches!(first, Some(Waited::Draining)) {
+            guard.send_away().await;
+        }
         guard.stay();
         return Err(error);
     }
@@ -130,6 +133,7 @@ impl Producer {
                     return self.writer.event(&error.body()).await;
                 }
                 Waited::Draining => {
+                    self.guard.send_away().await;
                     let error = draining(&mut self.pending);
                     return self.writer.event(&error.body()).await;
                 }

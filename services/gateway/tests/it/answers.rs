@@ -133,6 +133,7 @@ async fn the_context_limits_what_is_generated(column: Column) {
     assert_eq!(request.prompt.len() as u32 + request.max_tokens, 2_048, "the default is clipped");
     for (body, param) in [
         (long(2_100), "messages"),
+        (long(200_000), "messages"),
         (chat(json!({ "max_tokens": 2_040 })), "max_tokens"),
         (chat(json!({ "max_tokens": 9_000 })), "max_tokens"),
     ] {
@@ -195,12 +196,15 @@ async fn models_are_listed(column: Column) {
 async fn a_stopping_gateway_sends_its_clients_away(column: Column) {
     let mut world = World::new(column).await;
     let pending = world.send(&chat(json!({})));
-    world.net.next().await;
+    let submitted = world.net.next().await;
     world.gateway.stop().await.unwrap();
     let response = pending.await.unwrap();
     assert_eq!(response.status(), 503);
     assert!(response.headers().contains_key("retry-after"));
     assert_eq!(json_of(response).await["error"]["code"], "shutting_down");
+    // Its client has no key to come back with, so nobody will read the answer.
+    world.start().await;
+    assert_eq!(world.net.next_cancelled().await.request_id, id(&submitted).as_bytes());
 }
 
 async fn health_and_figures(column: Column) {

@@ -25,5 +25,6 @@ mod bad_input;
 mod crash;
 mod idempotency;
 mod keys;
+mod openai_client;
 mod streams;
 mod support;
