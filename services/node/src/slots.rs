@@ -210,9 +210,10 @@ impl Slots {
                 tracing::Span::current().record("gen_ai.usage.output_tokens", output.tokens.len());
                 let tokens = output.tokens.len();
                 if let Err(error) = self.promise(&request, key, output) {
-                    tracing::error!(%error, "a commitment can't be written and is not sent");
+                    tracing::error!(%error, request_id = %key.0, "a commitment can't be written and is not sent");
                     self.states.lock().remove(&key);
                     self.decline(&request, key, "engine");
+                    return;
                 }
                 let ms = u64::try_from(began.elapsed().as_millis()).unwrap_or(u64::MAX);
                 tracing::info!(request_id = %key.0, attempt = key.1, tokens, ms, "lease is committed");

@@ -1,28 +1,15 @@
 //! The engine on the real model.
 
-use std::path::PathBuf;
 use std::sync::Arc;
 
 use infera_node::engine::{Busy, Class, Engine, EngineConfig, EngineError, Event, Finish, Job};
 use infera_prompt::{Message, Prompt};
 use infera_protocol::fingerprint::Fingerprint;
 use infera_protocol::sampling::SamplingParams;
-use parking_lot::Mutex;
 use tokio::sync::mpsc::Receiver;
 use uuid::Uuid;
 
-/// Threads of libtorch are a setting of the process: one engine at a time.
-static ONE_AT_A_TIME: Mutex<()> = Mutex::new(());
-
-pub fn model_path() -> PathBuf {
-    std::env::var_os("INFERA_MODEL").map_or_else(
-        || {
-            let home = std::env::var_os("HOME").expect("HOME is set");
-            PathBuf::from(home).join(".cache/infera/models/smollm2-135m-instruct-q4_1.gguf")
-        },
-        PathBuf::from,
-    )
-}
+use crate::{ONE_AT_A_TIME, model_path};
 
 fn config(class: Class, threads: usize) -> EngineConfig {
     EngineConfig { model_path: model_path(), class, slots: 8, threads, max_context: 1024, memory_limit: None }
@@ -110,7 +97,7 @@ fn together(engine: &Engine, jobs: &[Job]) -> Vec<Answer> {
 
 #[test]
 fn answers_that_the_capital_of_france_is_paris() {
-    let _one = ONE_AT_A_TIME.lock();
+    let _one = ONE_AT_A_TIME.blocking_lock();
     let prompt = Prompt::load(&model_path()).unwrap();
     for class in [Class::Exact, Class::Fast] {
         let engine = Engine::start(config(class, 1)).unwrap();
@@ -141,19 +128,19 @@ fn is_independent_of_company_order_and_threads(class: Class) {
 
 #[test]
 fn exact_results_do_not_depend_on_company_order_or_threads() {
-    let _one = ONE_AT_A_TIME.lock();
+    let _one = ONE_AT_A_TIME.blocking_lock();
     is_independent_of_company_order_and_threads(Class::Exact);
 }
 
 #[test]
 fn fast_results_do_not_depend_on_company_order_or_threads() {
-    let _one = ONE_AT_A_TIME.lock();
+    let _one = ONE_AT_A_TIME.blocking_lock();
     is_independent_of_company_order_and_threads(Class::Fast);
 }
 
 #[test]
 fn joining_late_changes_nothing() {
-    let _one = ONE_AT_A_TIME.lock();
+    let _one = ONE_AT_A_TIME.blocking_lock();
     let prompt = Prompt::load(&model_path()).unwrap();
     let engine = Engine::start(config(Class::Exact, 1)).unwrap();
     let (first, second) = (job(&prompt, QUESTIONS[1], 0.8, 40), job(&prompt, QUESTIONS[3], 0.0, 20));
@@ -174,7 +161,7 @@ fn joining_late_changes_nothing() {
 
 #[test]
 fn ends_as_section_5_says() {
-    let _one = ONE_AT_A_TIME.lock();
+    let _one = ONE_AT_A_TIME.blocking_lock();
     let prompt = Prompt::load(&model_path()).unwrap();
     let engine = Engine::start(config(Class::Fast, 1)).unwrap();
     let base = job(&prompt, QUESTIONS[0], 0.0, 32);
@@ -196,7 +183,7 @@ fn ends_as_section_5_says() {
 
 #[test]
 fn slots_are_bounded_and_freed() {
-    let _one = ONE_AT_A_TIME.lock();
+    let _one = ONE_AT_A_TIME.blocking_lock();
     let prompt = Prompt::load(&model_path()).unwrap();
     let engine = Engine::start(EngineConfig { slots: 2, ..config(Class::Fast, 1) }).unwrap();
     let endless = || Job { end_tokens: vec![], ..job(&prompt, QUESTIONS[1], 0.8, 900) };
@@ -221,7 +208,7 @@ fn slots_are_bounded_and_freed() {
 
 #[test]
 fn impossible_jobs_are_refused_in_words() {
-    let _one = ONE_AT_A_TIME.lock();
+    let _one = ONE_AT_A_TIME.blocking_lock();
     let prompt = Prompt::load(&model_path()).unwrap();
     let engine = Engine::start(EngineConfig { max_context: 64, ..config(Class::Fast, 1) }).unwrap();
     let base = job(&prompt, QUESTIONS[0], 0.0, 8);
@@ -262,7 +249,7 @@ fn memory_is_stated_and_limited_before_loading() {
 
 #[test]
 fn dropping_the_engine_closes_its_jobs() {
-    let _one = ONE_AT_A_TIME.lock();
+    let _one = ONE_AT_A_TIME.blocking_lock();
     let prompt = Arc::new(Prompt::load(&model_path()).unwrap());
     let engine = Engine::start(config(Class::Fast, 1)).unwrap();
     let mut running =

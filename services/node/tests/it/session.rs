@@ -1,0 +1,211 @@
+//! The node's network side with the real engine, against a dispatcher that is a test.
+
+use std::os::unix::fs::PermissionsExt;
+use std::time::Duration;
+
+use infera_prompt::Prompt;
+use infera_protocol::bytes::{Address, Signature};
+use infera_protocol::commitment::{Slot, commitment, decline_digest};
+use infera_protocol::identity::{Domain, verify};
+use infera_protocol::request::Request;
+use infera_wire::{convert, v1};
+use tokio::time::{Instant, sleep};
+use uuid::Uuid;
+
+use crate::dispatcher::{DOMAIN, Dispatcher, Heard, Say, Session, challenge, hear, request, say};
+use crate::{ONE_AT_A_TIME, model_path};
+
+const QUESTION: &str = "What is the capital of France?";
+
+fn slot(session: &Session, request: &Request, attempt: u32) -> Slot {
+    Slot { request_hash: request.hash(&DOMAIN), attempt, node: session.hello.claims.node }
+}
+
+fn check_commitment(session: &Session, request: &Request, commit: &v1::Commit, reveal: &v1::Reveal) {
+    let (signed, opened) = (convert::commitment(commit).unwrap(), convert::reveal(reveal).unwrap());
+    verify(&session.hello.claims.node, &signed.digest, &signed.signature).unwrap();
+    let place = slot(session, request, commit.attempt);
+    assert_eq!(commitment(&DOMAIN, &place, &opened.output, &opened.salt), signed.digest);
+}
+
+async fn expect_decline(session: &mut Session, request: &Request, reason: &str) {
+    let decline = session.declined().await;
+    check_decline(session, request, &decline, reason);
+}
+
+fn check_decline(session: &Session, request: &Request, decline: &v1::Decline, reason: &str) {
+    assert_eq!(decline.reason, reason);
+    let digest = decline_digest(&DOMAIN, &slot(session, request, decline.attempt), reason);
+    let signature = Signature::try_from(decline.signature.as_slice()).unwrap();
+    verify(&session.hello.claims.node, &digest, &signature).unwrap();
+}
+
+fn key(request: &Request) -> Vec<u8> {
+    request.id.as_bytes().to_vec()
+}
+
+async fn until(what: &str, mut done: impl FnMut() -> bool) {
+    let deadline = Instant::now() + Duration::from_secs(30);
+    while !done() {
+        assert!(Instant::now() < deadline, "not in 30 s: {what}");
+        sleep(Duration::from_millis(20)).await;
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_promise_outlives_the_connection_and_the_process() {
+    let _one = ONE_AT_A_TIME.lock().await;
+    let dispatcher = Dispatcher::new().await;
+    let node = dispatcher.node(&[]);
+    let mut session = dispatcher.open().await;
+    assert_eq!(session.hello.claims.weights_root, infera_node::weights_root(&model_path()).unwrap());
+    assert_eq!((session.hello.claims.class.as_str(), session.hello.claims.slots), ("fast", 4));
+    let asked = request(QUESTION, 32);
+    session.lease(&asked, 1).await;
+    let (streamed, commit) = session.committed().await;
+    let file = dispatcher.data().join("node/slots").join(format!("{}-1", asked.id));
+    assert!(file.exists(), "the promise is on disk before it is sent");
+    let reveal = session.revealed(&asked, 1).await;
+    check_commitment(&session, &asked, &commit, &reveal);
+    assert_eq!(reveal.tokens, streamed);
+    let text = Prompt::load(&model_path()).unwrap().decode(&reveal.tokens);
+    assert!(text.contains("Paris"), "{text}");
+    // The same lease again, a new connection, a new process: the same bytes.
+    session.lease(&asked, 1).await;
+    assert_eq!(session.hear().await, Heard::Commit(commit.clone()));
+    drop(session);
+    let mut session = dispatcher.open().await;
+    assert_eq!(session.hear().await, Heard::Commit(commit.clone()));
+    let id = session.hello.claims.node;
+    drop(session);
+    node.end().await;
+    let node = dispatcher.node(&[]);
+    let mut session = dispatcher.open().await;
+    assert_eq!(session.hello.claims.node, id, "the key is kept");
+    assert_eq!(session.hear().await, Heard::Commit(commit));
+    assert_eq!(session.revealed(&asked, 1).await, reveal);
+    session.say(Say::Released(v1::Released { request_id: key(&asked), attempt: 1 })).await;
+    until("the promise is forgotten", || !file.exists()).await;
+    node.end().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_cannot_be_served_is_declined_and_signed() {
+    let _one = ONE_AT_A_TIME.lock().await;
+    let dispatcher = Dispatcher::new().await;
+    let node = dispatcher.node(&["--slots", "1", "--max-context", "512"]);
+    let mut session = dispatcher.open().await;
+    let long = request("Write a long story about a river and the people who live beside it.", 400);
+    session.lease(&long, 1).await;
+    assert!(matches!(session.hear().await, Heard::Deltas(_)), "the first token comes at once");
+    let second = request(QUESTION, 8);
+    session.lease(&second, 1).await;
+    expect_decline(&mut session, &second, "full").await;
+    let other = Request { model_root: infera_protocol::bytes::Hash32([3; 32]), ..request(QUESTION, 8) };
+    session.lease(&other, 1).await;
+    expect_decline(&mut session, &other, "model").await;
+    let large = request(QUESTION, 600);
+    session.lease(&large, 1).await;
+    expect_decline(&mut session, &large, "engine").await;
+    // A cancelled slot is free again, under the next attempt's number.
+    session
+        .say(Say::Cancel(v1::Cancel { request_id: key(&long), attempt: 1, reason: "closed".into() }))
+        .await;
+    let (tokens, attempt) = loop {
+        let again = Request { id: Uuid::now_v7(), ..second.clone() };
+        session.lease(&again, 2).await;
+        match next_but_deltas_of(&mut session, &long).await {
+            Heard::Decline(decline) => check_decline(&session, &again, &decline, "full"),
+            Heard::Deltas(first) => {
+                let (rest, commit) = rest_of(&mut session, first.tokens).await;
+                break (rest, commit.attempt);
+            }
+            Heard::Commit(commit) => break (Vec::new(), commit.attempt),
+            other => panic!("unexpected {other:?}"),
+        }
+    };
+    assert_eq!((tokens.len(), attempt), (8, 2));
+    node.stop.cancel();
+    assert_eq!(session.hear().await, Heard::Draining(v1::Draining {}));
+    let late = request(QUESTION, 8);
+    session.lease(&late, 1).await;
+    expect_decline(&mut session, &late, "draining").await;
+    node.end().await;
+}
+
+async fn next_but_deltas_of(session: &mut Session, request: &Request) -> Heard {
+    loop {
+        match session.hear().await {
+            Heard::Deltas(deltas) if deltas.request_id == key(request) => {}
+            other => return other,
+        }
+    }
+}
+
+async fn rest_of(session: &mut Session, mut tokens: Vec<u32>) -> (Vec<u32>, v1::Commit) {
+    loop {
+        match session.hear().await {
+            Heard::Deltas(deltas) => tokens.extend(deltas.tokens),
+            Heard::Commit(commit) => return (tokens, commit),
+            other => panic!("unexpected {other:?}"),
+        }
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_bad_dispatcher_ends_the_session_and_not_the_node() {
+    let _one = ONE_AT_A_TIME.lock().await;
+    let dispatcher = Dispatcher::new().await;
+    let node = dispatcher.node(&[]);
+    let mut elsewhere = dispatcher.accept().await;
+    say(&mut elsewhere, challenge([1; 32], Domain { contract: Address([8; 20]), ..DOMAIN })).await;
+    assert!(hear(&mut elsewhere).await.is_none(), "nothing is signed for another network");
+    let mut rude = dispatcher.accept().await;
+    say(&mut rude, Say::Welcome(v1::Welcome { session: vec![], heartbeat_secs: 0 })).await;
+    assert!(hear(&mut rude).await.is_none());
+    let mut session = dispatcher.open().await;
+    session.bytes(b"\xff\xff\xff\xff").await;
+    assert!(session.closed().await);
+    let mut session = dispatcher.open().await;
+    // A lease that is no lease is not answered; the session goes on.
+    session.say(Say::Lease(v1::Lease { attempt: 1, ..v1::Lease::default() })).await;
+    session
+        .say(Say::RevealRequest(v1::RevealRequest {
+            request_id: vec![0; 16],
+            attempt: 1,
+            reveal_deadline_ms: 0,
+        }))
+        .await;
+    let asked = request(QUESTION, 2);
+    session.lease(&asked, 1).await;
+    let (tokens, _) = session.committed().await;
+    assert_eq!(tokens.len(), 2);
+    for file in ["node.key", "signer.key", "operator.key"] {
+        let mode = std::fs::metadata(dispatcher.data().join("node").join(file)).unwrap().permissions().mode();
+        assert_eq!(mode & 0o777, 0o600, "{file}");
+    }
+    session.say(Say::Refused(v1::Refused { code: "slashed".into(), reason: "no stake".into() })).await;
+    assert!(session.closed().await);
+    dispatcher.open().await;
+    node.end().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn faults_misbehave_as_they_say() {
+    let _one = ONE_AT_A_TIME.lock().await;
+    let asked = request(QUESTION, 16);
+    for (fault, echo) in [("garbage", false), ("echo", true)] {
+        let dispatcher = Dispatcher::new().await;
+        let node = dispatcher.node(&["--fault", fault]);
+        let mut session = dispatcher.open().await;
+        session.lease(&asked, 1).await;
+        let (streamed, commit) = session.committed().await;
+        let reveal = session.revealed(&asked, 1).await;
+        // Wrong, but well formed: only a comparison of answers can tell.
+        check_commitment(&session, &asked, &commit, &reveal);
+        assert_eq!(reveal.tokens, streamed);
+        assert_eq!(reveal.tokens == asked.prompt[..16], echo, "{fault}");
+        session.say(Say::Released(v1::Released { request_id: key(&asked), attempt: 1 })).await;
+        node.end().await;
+    }
+}
