@@ -13,13 +13,9 @@ pub enum Error {
     #[error(transparent)]
     Config(#[from] infera_runtime::config::ConfigError),
     #[error(transparent)]
-    Telemetry(#[from] infera_runtime::telemetry::TelemetryError),
-    #[error(transparent)]
     Database(#[from] infera_runtime::db::DbError),
     #[error(transparent)]
     Bus(#[from] infera_bus::BusError),
-    #[error(transparent)]
-    Kv(#[from] infera_runtime::kv::KvError),
     #[error(transparent)]
     Keys(#[from] infera_runtime::jwt::KeyError),
     #[error(transparent)]
