@@ -98,12 +98,10 @@ pub async fn run(config: Config, deps: Deps, shutdown: CancellationToken) -> Res
 
     let health = Health::new("explorer");
     let metrics = Metrics::new(&health)?;
-    let checks =
-        Checks { database: health.check("database"), bus: health.check("bus"), index: health.check("index") };
     let explorer = Arc::new(Explorer {
-        db: db.clone(),
+        db,
         embedder,
-        index: index.clone(),
+        index,
         metrics: metrics.clone(),
         searches: Semaphore::new(config.max_searches),
         exports: Arc::new(Semaphore::new(config.max_exports)),
@@ -113,51 +111,71 @@ pub async fn run(config: Config, deps: Deps, shutdown: CancellationToken) -> Res
         network: manifest.network,
     });
     let reader = Arc::new(Reader { domain: manifest.domain, metrics });
-
+    let parts = Parts { config, bus: deps.bus, health, explorer, reader };
     // Ends everything when one part ends, so that no half of a service stays behind.
-    let stop = shutdown.child_token();
-    let watching = actix_rt::spawn(watch(db.clone(), deps.bus.clone(), index, checks, stop.clone()));
-    let spec = |queue| ConsumerSpec {
-        bus: deps.bus.clone(),
-        db: db.clone(),
-        queue,
-        prefetch: config.prefetch,
-        relay: None,
-    };
-    let receipts = reader.clone();
-    let consume_receipts =
-        consume(spec(queues::EXPLORER_RECEIPT), stop.clone(), async move |tx, envelope| {
+    parts.run(deps.bound, &shutdown.child_token()).await
+}
+
+/// What is ready to run.
+struct Parts {
+    config: Config,
+    bus: Bus,
+    health: Health,
+    explorer: Arc<Explorer>,
+    reader: Arc<Reader>,
+}
+
+impl Parts {
+    async fn run(
+        self,
+        bound: Option<oneshot::Sender<SocketAddr>>,
+        stop: &CancellationToken,
+    ) -> Result<(), Error> {
+        let Self { config, bus, health, explorer, reader } = self;
+        let db = explorer.db.clone();
+        let checks = Checks {
+            database: health.check("database"),
+            bus: health.check("bus"),
+            index: health.check("index"),
+        };
+        let watching =
+            actix_rt::spawn(watch(db.clone(), bus.clone(), explorer.index.clone(), checks, stop.clone()));
+        let draining = actix_rt::spawn(drain(health.clone(), stop.clone()));
+        let spec = |queue| ConsumerSpec {
+            bus: bus.clone(),
+            db: db.clone(),
+            queue,
+            prefetch: config.prefetch,
+            relay: None,
+        };
+        let (receipts, anchored) = (reader.clone(), reader);
+        let receipts = consume(spec(queues::EXPLORER_RECEIPT), stop.clone(), async move |tx, envelope| {
             receipts.receipt(tx, envelope).await
         });
-    let consume_anchored =
-        consume(spec(queues::EXPLORER_ANCHORED), stop.clone(), async move |tx, envelope| {
-            reader.anchored(tx, envelope).await
+        let anchored = consume(spec(queues::EXPLORER_ANCHORED), stop.clone(), async move |tx, envelope| {
+            anchored.anchored(tx, envelope).await
         });
-    let routes = {
-        let health = health.clone();
-        move |config: &mut actix_web::web::ServiceConfig| {
+        let routes = move |config: &mut actix_web::web::ServiceConfig| {
             config
                 .configure(infera_runtime::health::routes(health.clone()))
                 .configure(http::routes(explorer.clone()));
+        };
+        let web = server::serve(routes, &config.common.http_bind, stop.clone(), bound);
+        let results = futures::join!(
+            until_end(stop, async { Ok(receipts.await?) }),
+            until_end(stop, async { Ok(anchored.await?) }),
+            until_end(stop, async { Ok(web.await?) }),
+        );
+        for task in [watching, draining] {
+            let _ = task.await;
         }
-    };
-    let web = server::serve(routes, &common.http_bind, stop.clone(), deps.bound);
-    let draining = {
-        let (health, stop) = (health.clone(), stop.clone());
-        actix_rt::spawn(async move {
-            stop.cancelled().await;
-            health.set_draining();
-        })
-    };
-    let results = futures::join!(
-        until_end(&stop, async { Ok(consume_receipts.await?) }),
-        until_end(&stop, async { Ok(consume_anchored.await?) }),
-        until_end(&stop, async { Ok(web.await?) }),
-    );
-    for task in [watching, draining] {
-        let _ = task.await;
+        results.0.and(results.1).and(results.2)
     }
-    results.0.and(results.1).and(results.2)
+}
+
+async fn drain(health: Health, stop: CancellationToken) {
+    stop.cancelled().await;
+    health.set_draining();
 }
 
 /// Cancels `stop` when `part` ends, for whatever reason.

@@ -111,54 +111,74 @@ pub async fn run(config: Config, deps: Deps, shutdown: CancellationToken) -> Res
         health: health.check("index"),
     };
     let arbiter = Arc::new(Arbiter { rules, prompts, embedder, metrics, indexable });
-    let checks = (health.check("database"), health.check("bus"));
-
+    let parts = Parts { config, bus: deps.bus, db, health, arbiter };
     // Ends everything when one part ends, so that no half of a service stays behind.
     let stop = shutdown.child_token();
-    let relay = Relay::start(db.clone(), deps.bus.clone(), stop.clone());
-    let watching = actix_rt::spawn(watch(db.clone(), deps.bus.clone(), checks, stop.clone()));
     let indexing = actix_rt::spawn(indexer.run(stop.clone()));
-    let spec = |queue| ConsumerSpec {
-        bus: deps.bus.clone(),
-        db: db.clone(),
-        queue,
-        prefetch: config.prefetch,
-        relay: Some(relay.clone()),
-    };
-    let collected = arbiter.clone();
-    let consume_collected =
-        consume(spec(queues::VERIFIER_COLLECTED), stop.clone(), async move |tx, envelope| {
+    let result = parts.run(deps.bound, &stop).await;
+    let _ = indexing.await;
+    result
+}
+
+/// What is ready to run.
+struct Parts {
+    config: Config,
+    bus: Bus,
+    db: DatabaseConnection,
+    health: Health,
+    arbiter: Arc<Arbiter>,
+}
+
+impl Parts {
+    async fn run(
+        self,
+        bound: Option<oneshot::Sender<SocketAddr>>,
+        stop: &CancellationToken,
+    ) -> Result<(), Error> {
+        let Self { config, bus, db, health, arbiter } = self;
+        let relay = Relay::start(db.clone(), bus.clone(), stop.clone());
+        let checks = (health.check("database"), health.check("bus"));
+        let watching = actix_rt::spawn(watch(db.clone(), bus.clone(), checks, stop.clone()));
+        let draining = actix_rt::spawn(drain(health.clone(), stop.clone()));
+        let spec = |queue| ConsumerSpec {
+            bus: bus.clone(),
+            db: db.clone(),
+            queue,
+            prefetch: config.prefetch,
+            relay: Some(relay.clone()),
+        };
+        let (collected, close) = (arbiter.clone(), arbiter);
+        let collected = consume(spec(queues::VERIFIER_COLLECTED), stop.clone(), async move |tx, envelope| {
             collected.collected(tx, envelope).await
         });
-    let consume_close = consume(spec(queues::VERIFIER_CLOSE), stop.clone(), async move |tx, envelope| {
-        arbiter.close(tx, envelope).await
-    });
-    let routes = {
-        let (health, db) = (health.clone(), db.clone());
-        move |config: &mut actix_web::web::ServiceConfig| {
-            config
-                .configure(infera_runtime::health::routes(health.clone()))
-                .configure(http::routes(db.clone()));
+        let close = consume(spec(queues::VERIFIER_CLOSE), stop.clone(), async move |tx, envelope| {
+            close.close(tx, envelope).await
+        });
+        let routes = {
+            let (health, db) = (health.clone(), db.clone());
+            move |config: &mut actix_web::web::ServiceConfig| {
+                config
+                    .configure(infera_runtime::health::routes(health.clone()))
+                    .configure(http::routes(db.clone()));
+            }
+        };
+        let web = server::serve(routes, &config.common.http_bind, stop.clone(), bound);
+        let results = futures::join!(
+            until_end(stop, async { Ok(collected.await?) }),
+            until_end(stop, async { Ok(close.await?) }),
+            until_end(stop, async { Ok(web.await?) }),
+        );
+        relay.stopped().await;
+        for task in [watching, draining] {
+            let _ = task.await;
         }
-    };
-    let web = server::serve(routes, &common.http_bind, stop.clone(), deps.bound);
-    let draining = {
-        let (health, stop) = (health.clone(), stop.clone());
-        actix_rt::spawn(async move {
-            stop.cancelled().await;
-            health.set_draining();
-        })
-    };
-    let results = futures::join!(
-        until_end(&stop, async { Ok(consume_collected.await?) }),
-        until_end(&stop, async { Ok(consume_close.await?) }),
-        until_end(&stop, async { Ok(web.await?) }),
-    );
-    relay.stopped().await;
-    for task in [watching, indexing, draining] {
-        let _ = task.await;
+        results.0.and(results.1).and(results.2)
     }
-    results.0.and(results.1).and(results.2)
+}
+
+async fn drain(health: Health, stop: CancellationToken) {
+    stop.cancelled().await;
+    health.set_draining();
 }
 
 /// Cancels `stop` when `part` ends, for whatever reason.

@@ -63,6 +63,7 @@ pub struct World {
     dead: Subscription,
     database_url: String,
     schema: String,
+    prefix: String,
 }
 
 /// The verifier while it runs; on a thread of its own, as in the embedded network.
@@ -77,11 +78,12 @@ impl World {
         let dir = TempDir::new().unwrap();
         let network = network();
         network.write(dir.path());
+        let prefix = unique("t");
         let (bus, database_url) = match on {
             On::Embedded => (Bus::in_process(), sqlite_url_named(&dir, "verifier")),
             On::Cluster => {
                 let cluster = cluster();
-                (Bus::rabbit(&cluster.amqp_url, &unique("t")).await.unwrap(), cluster.pg_url.clone())
+                (Bus::rabbit(&cluster.amqp_url, &prefix).await.unwrap(), cluster.pg_url.clone())
             }
         };
         bus.declare(&Topology::network()).await.unwrap();
@@ -97,7 +99,7 @@ impl World {
             });
         }
         let index = Arc::new(Exact::open(&sqlite_url_named(&dir, "vectors"), None).await.unwrap());
-        Self { network, bus, dir, index, verdicts, dead, database_url, schema: unique("verifier") }
+        Self { network, bus, dir, index, verdicts, dead, database_url, schema: unique("verifier"), prefix }
     }
 
     pub fn config(&self) -> Config {
@@ -109,6 +111,28 @@ impl World {
         config.common.registry_path = self.dir.path().join("models.json");
         config.models = BTreeMap::from([("smollm2".to_owned(), model_path())]);
         config
+    }
+
+    /// The configuration of a process of its own on the cluster's servers.
+    pub fn process_config(&self) -> std::path::PathBuf {
+        let path = |name: &str| self.dir.path().join(name).display().to_string();
+        let vectors = sqlite_url_named(&self.dir, "vectors");
+        let text = format!(
+            "http_bind = \"127.0.0.1:0\"\ndatabase_url = {:?}\ndatabase_schema = {:?}\nbus_url = {:?}\n\
+             bus_prefix = {:?}\nmanifest_path = {:?}\nregistry_path = {:?}\nembedder_path = {:?}\n\
+             [models]\nsmollm2 = {:?}\n[vectors]\ndatabase_url = {vectors:?}\n",
+            self.database_url,
+            self.schema,
+            cluster().amqp_url,
+            self.prefix,
+            path("network.json"),
+            path("models.json"),
+            embedder_path().display().to_string(),
+            model_path().display().to_string(),
+        );
+        let file = self.dir.path().join("verifier.toml");
+        std::fs::write(&file, text).unwrap();
+        file
     }
 
     pub async fn start(&self) -> Running {
