@@ -30,12 +30,11 @@ fn receipt_id(answer: &Value) -> String {
     answer["infera"]["receipt"].as_str().unwrap_or_else(|| panic!("no receipt: {answer}")).to_owned()
 }
 
-#[tokio::test]
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_garbage_node_is_an_outlier_and_is_not_paid_and_a_killed_one_is_replaced() {
     let network = Network::start("embedded", &["--nodes", "5", "--node-fault", "5=garbage"]);
     let nodes = network.get(&format!("{}/v1/nodes", network.url("dispatcher_url"))).await;
     assert_eq!(nodes["nodes"].as_array().unwrap().len(), 5);
-    let honest: String = network.openai_client()["text"].as_str().unwrap().to_owned();
     let mut outliers = HashSet::new();
     let mut paid = HashSet::new();
     for round in 0..8 {
@@ -61,7 +60,7 @@ async fn a_garbage_node_is_an_outlier_and_is_not_paid_and_a_killed_one_is_replac
             }
         });
         let answer: Value = response.unwrap().json().await.unwrap();
-        assert_eq!(answer["choices"][0]["message"]["content"], honest, "{answer}");
+        assert_eq!(answer["choices"][0]["message"]["content"], "The capital of France is Paris.", "{answer}");
         let document: Value =
             serde_json::from_slice(&network.anchored_receipt(&receipt_id(&answer)).await).unwrap();
         for unpaid in document["receipt"]["unpaid"].as_array().unwrap() {
@@ -79,7 +78,7 @@ async fn a_garbage_node_is_an_outlier_and_is_not_paid_and_a_killed_one_is_replac
     the_books_balance(&network).await;
 }
 
-#[tokio::test]
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn no_service_that_is_killed_loses_a_request() {
     let network = Network::start("cluster", &[]);
     for service in ["gateway", "settlement", "mempool", "dispatcher", "verifier", "explorer"] {

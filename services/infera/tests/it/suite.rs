@@ -8,12 +8,12 @@ use serde_json::Value;
 
 use crate::network::Network;
 
-#[tokio::test]
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn embedded() {
     everything("embedded").await;
 }
 
-#[tokio::test]
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn cluster() {
     everything("cluster").await;
 }
