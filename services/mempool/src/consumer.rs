@@ -13,8 +13,8 @@ use sea_orm::DatabaseConnection;
 use uuid::Uuid;
 
 use crate::actor::{Admission, Noted};
-use crate::domain::Command;
 use crate::domain::window::{Report, Slots};
+use crate::domain::{Command, Stage};
 use crate::error::Error;
 use crate::store::{self, Cancelled};
 
@@ -39,11 +39,12 @@ impl Consumers {
     async fn reread(&self, request: Uuid) {
         match store::find(&self.db, request).await {
             Ok(Some(entry)) => {
-                let command = match entry.stage {
-                    crate::domain::Stage::Closing { .. } => Command::CloseAsked { request },
-                    _ => Command::Admitted(Box::new(entry)),
-                };
-                self.tell(command).await;
+                let closing = matches!(entry.stage, Stage::Closing { .. });
+                // New, or known already: then only its stage is news.
+                self.tell(Command::Admitted(Box::new(entry))).await;
+                if closing {
+                    self.tell(Command::CloseAsked { request }).await;
+                }
             }
             Ok(None) => {}
             Err(error) => {

@@ -35,12 +35,7 @@ struct Line {
 
 impl Lane {
     pub fn insert(&mut self, account: &str, place: Place) {
-        let line = self.accounts.entry(account.to_owned()).or_default();
-        if line.waiting.is_empty() {
-            // Nobody saves turns while away.
-            line.turn = line.turn.max(self.round);
-        }
-        line.waiting.insert(place);
+        self.accounts.entry(account.to_owned()).or_default().waiting.insert(place);
     }
 
     /// Takes a request out without serving it.
@@ -63,7 +58,9 @@ impl Lane {
             .filter_map(|(account, line)| {
                 let (place, bid) =
                     line.waiting.iter().find_map(|place| bid(&place.1).map(|bid| (*place, bid)))?;
-                Some(((line.turn, Reverse(bid), place), account))
+                // Nobody saves turns while away, or while its requests can't be served.
+                let turn = line.turn.max(self.round);
+                Some(((turn, Reverse(bid), place), account))
             })
             .min()
             .map(|((_, _, place), account)| (account.clone(), place))
@@ -74,7 +71,7 @@ impl Lane {
         if let Some(line) = self.accounts.get_mut(account) {
             line.waiting.remove(&place);
             self.round = self.round.max(line.turn);
-            line.turn += 1;
+            line.turn = self.round + 1;
         }
         self.forget();
     }
