@@ -10,12 +10,12 @@ use infera_runtime::CancellationToken;
 use infera_testkit::eventually;
 use sea_orm::DatabaseTransaction;
 use tokio::sync::Semaphore;
-use tokio::task::JoinHandle;
+use tokio::sync::oneshot;
 use uuid::Uuid;
 
 use crate::support::{
     Adapter, DEADLINE, DELIVERY_LIMIT, Engine, Proxy, Store, World, effect, effects, envelope, next, on_all,
-    within,
+    on_thread, within,
 };
 
 on_all!(
@@ -30,7 +30,7 @@ on_all!(
 struct Consumer {
     stop: CancellationToken,
     relay: Relay,
-    task: JoinHandle<Result<(), BusError>>,
+    task: oneshot::Receiver<Result<(), BusError>>,
 }
 
 impl Consumer {
@@ -49,10 +49,7 @@ impl Consumer {
         };
         let token = stop.clone();
         // As a service does it: on a thread of its own, which needs no `Send` of the handler's futures.
-        let task = tokio::task::spawn_blocking(move || {
-            let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
-            runtime.block_on(consume(spec, token, handler))
-        });
+        let task = on_thread(move || consume(spec, token, handler));
         Self { stop, relay, task }
     }
 
@@ -173,7 +170,7 @@ async fn a_handlers_messages_are_said_after_its_commit(world: World, store: Stor
 async fn shutdown_finishes_what_was_begun(world: World, store: Store) {
     let (begun, go) = (Arc::new(Semaphore::new(0)), Arc::new(Semaphore::new(0)));
     let (begin, wait) = (begun.clone(), go.clone());
-    let consumer =
+    let mut consumer =
         Consumer::start(&world, &store, async move |tx: &DatabaseTransaction, envelope: &Envelope| {
             begin.add_permits(1);
             wait.acquire().await.unwrap().forget();
@@ -183,7 +180,7 @@ async fn shutdown_finishes_what_was_begun(world: World, store: Store) {
     within("the handler", begun.acquire()).await.unwrap().forget();
     consumer.stop.cancel();
     tokio::time::sleep(Duration::from_millis(50)).await;
-    assert!(!consumer.task.is_finished(), "it waits for its handler");
+    assert!(consumer.task.try_recv().is_err(), "it waits for its handler");
     go.add_permits(1);
     consumer.stop().await;
     assert_eq!(effects(&store.db).await, ["begun"]);

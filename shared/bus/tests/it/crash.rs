@@ -9,7 +9,9 @@ use infera_testkit::{Process, TempDir, eventually};
 use sea_orm::{DatabaseConnection, DatabaseTransaction, TransactionTrait};
 use uuid::Uuid;
 
-use crate::support::{Adapter, DEADLINE, Engine, Store, World, effect, effects, on_all, open, topology};
+use crate::support::{
+    Adapter, DEADLINE, Engine, Store, World, effect, effects, on_all, on_thread, open, topology,
+};
 
 on_all!(
     before_a_message_is_published,
@@ -129,15 +131,12 @@ fn consumer<H>(
     relay: &Relay,
     stop: &CancellationToken,
     handler: H,
-) -> tokio::task::JoinHandle<()>
+) -> tokio::sync::oneshot::Receiver<()>
 where
     H: AsyncFn(&DatabaseTransaction, &Envelope) -> Result<(), infera_bus::Reject> + Send + 'static,
 {
     let spec =
         ConsumerSpec { bus: bus.clone(), db: db.clone(), queue, prefetch: 2, relay: Some(relay.clone()) };
     let stop = stop.clone();
-    tokio::task::spawn_blocking(move || {
-        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
-        runtime.block_on(consume(spec, stop, handler)).unwrap();
-    })
+    on_thread(move || async move { consume(spec, stop, handler).await.unwrap() })
 }

@@ -3,7 +3,7 @@
 
 use infera_bus::{Bus, BusError, Limits};
 
-use crate::support::{envelope, next, topology, within};
+use crate::support::{envelope, next, on_thread, topology, within};
 
 #[tokio::test]
 async fn a_publish_resolves_only_when_every_durable_queue_has_acked() {
@@ -100,8 +100,8 @@ fn services_on_different_runtimes_share_it() {
             published.unwrap().unwrap();
         }
     });
-    publisher.join().unwrap();
-    consumer.join().unwrap();
+    publisher.blocking_recv().unwrap();
+    consumer.blocking_recv().unwrap();
 }
 
 /// A consumer's runtime that ends with a retry pending gives the message to the next.
@@ -117,7 +117,7 @@ fn a_retry_survives_the_end_of_its_runtime() {
         next(&mut orders).await.retry(std::time::Duration::from_secs(200));
         // The runtime ends here, and the timer with it.
     })
-    .join()
+    .blocking_recv()
     .unwrap();
     on_thread(move || async move {
         let mut orders = bus.subscribe("orders", 1).await.unwrap();
@@ -125,7 +125,7 @@ fn a_retry_survives_the_end_of_its_runtime() {
         assert_eq!(delivery.delivery_count, 1);
         delivery.ack().await.unwrap();
     })
-    .join()
+    .blocking_recv()
     .unwrap();
 }
 
@@ -135,15 +135,4 @@ async fn nothing_is_known_before_it_is_declared() {
     let error = bus.publish("order.placed", envelope("x")).await.unwrap_err();
     assert!(matches!(error, BusError::Unroutable { .. }), "{error}");
     assert!(matches!(bus.subscribe("orders", 1).await, Err(BusError::UnknownQueue { .. })));
-}
-
-fn on_thread<F, Fut>(work: F) -> std::thread::JoinHandle<()>
-where
-    F: FnOnce() -> Fut + Send + 'static,
-    Fut: Future<Output = ()>,
-{
-    std::thread::spawn(move || {
-        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
-        runtime.block_on(work());
-    })
 }

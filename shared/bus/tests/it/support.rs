@@ -279,3 +279,19 @@ impl Proxy {
         self.state.refused.load(std::sync::atomic::Ordering::SeqCst)
     }
 }
+
+/// Runs `work` on a thread and runtime of its own, as each service has. Not tokio's blocking pool, which
+/// a failed test would wait for.
+pub fn on_thread<F, Fut>(work: F) -> tokio::sync::oneshot::Receiver<Fut::Output>
+where
+    F: FnOnce() -> Fut + Send + 'static,
+    Fut: Future<Output: Send + 'static>,
+{
+    let (done, is_done) = tokio::sync::oneshot::channel();
+    std::thread::spawn(move || {
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+        // A test that no longer waits has failed already.
+        let _ = done.send(runtime.block_on(work()));
+    });
+    is_done
+}
