@@ -1,4 +1,7 @@
-//! What comes from the bus: offers, and the verdicts on what this replica holds.
+//! What comes from the bus: offers, the verdicts on what this replica holds, and what other replicas have
+//! room for.
+
+use std::collections::BTreeMap;
 
 use actix::Addr;
 use infera_bus::{Bus, Delivery};
@@ -9,11 +12,14 @@ use infera_wire::v1::{self, verdict::Outcome};
 use infera_wire::{WireError, convert};
 
 use crate::actor::{Assignments, Decided, Offered};
+use crate::domain::peers::PeerReport;
 use crate::domain::{Command, Offer};
 use crate::error::Error;
 
 /// Verdicts that may wait to be read; they concern every request of the network.
 const VERDICT_CAPACITY: usize = 4_096;
+/// Reports of other replicas that may wait to be read.
+const PEER_CAPACITY: usize = 256;
 
 /// Takes offers until `shutdown`. An offer stays unacked until the closing verdict; what is no offer goes
 /// to the dead letters.
@@ -98,6 +104,46 @@ fn verdict(body: &[u8]) -> Result<Command, WireError> {
             count: more.count,
         }),
     }
+}
+
+/// Listens to the slot reports of other replicas, until `shutdown`.
+///
+/// # Errors
+/// [`Error::Bus`], [`Error::ActorEnded`].
+pub async fn peers(
+    bus: Bus,
+    replica: String,
+    assignments: Addr<Assignments>,
+    shutdown: CancellationToken,
+) -> Result<(), Error> {
+    let queue = format!("dispatcher.slots.{replica}");
+    let mut subscription = bus.subscribe_transient(&queue, &[keys::SLOTS], PEER_CAPACITY).await?;
+    loop {
+        let delivery = tokio::select! {
+            () = shutdown.cancelled() => return Ok(()),
+            delivery = subscription.next() => delivery.ok_or(infera_bus::BusError::Closed)?,
+        };
+        match peer(&delivery.envelope.body) {
+            Ok((other, _)) if other == replica => {}
+            Ok((replica, report)) => {
+                if assignments.send(Decided(Command::Peer { replica, report })).await.is_err() {
+                    return ended(&shutdown);
+                }
+            }
+            Err(error) => tracing::warn!(%error, "slot report can't be read"),
+        }
+    }
+}
+
+fn peer(body: &[u8]) -> Result<(String, PeerReport), WireError> {
+    let wire: v1::SlotsReport = infera_wire::decode("SlotsReport", body)?;
+    let mut models = BTreeMap::new();
+    for model in &wire.models {
+        let root = convert::fixed("slots.model_root", &model.model_root)?;
+        models.insert(root, (model.operators, model.free));
+    }
+    let ttl_ms = wire.expires_at_ms.saturating_sub(wire.reported_at_ms);
+    Ok((convert::name("slots.replica", &wire.replica)?, PeerReport { ttl_ms, models }))
 }
 
 fn ended(shutdown: &CancellationToken) -> Result<(), Error> {

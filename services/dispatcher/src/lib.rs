@@ -13,6 +13,7 @@
 //!   again and it becomes a new attempt.
 //! - Before anything of an attempt is leased, its number is on disk. What a node says about another
 //!   attempt is refused, so two different signatures for one slot prove equivocation.
+//! - An offer that finds too few operators here goes back to the bus while another replica reports them.
 //! - No operator has two nodes in one attempt. The slots sent to the verifier are the first of the draw, in its order,
 //!   with whatever came of each: anybody can recompute them.
 //! - Reveals are asked for only while nobody who is drawn still computes, and go to the verifier alone.
@@ -120,7 +121,8 @@ pub async fn run(config: Config, deps: Deps, shutdown: CancellationToken) -> Res
     );
     let offers =
         consumer::offers(deps.bus.clone(), config.max_requests, domain, assignments.clone(), stop.clone());
-    let verdicts = consumer::verdicts(deps.bus, replica, assignments, stop.clone());
+    let verdicts = consumer::verdicts(deps.bus.clone(), replica.clone(), assignments.clone(), stop.clone());
+    let peers = consumer::peers(deps.bus, replica, assignments, stop.clone());
     let marked = async {
         stop.cancelled().await;
         draining.set_draining();
@@ -131,14 +133,15 @@ pub async fn run(config: Config, deps: Deps, shutdown: CancellationToken) -> Res
         stop.cancel();
         result
     };
-    let (a, b, c, d) = tokio::join!(
+    let (a, b, c, d, e) = tokio::join!(
         async { ends(serve.await.map_err(Error::from)) },
         async { ends(offers.await) },
         async { ends(verdicts.await) },
+        async { ends(peers.await) },
         marked,
     );
     drop(guard);
-    a.and(b).and(c).and(d)
+    a.and(b).and(c).and(d).and(e)
 }
 
 fn replica(config: &Config) -> String {
@@ -155,6 +158,7 @@ fn rules(config: &Config, trust: &Trust) -> Rules {
         verdict_ms: ms(config.verdict_secs),
         max_tries: config.max_tries,
         close_grace_ms: ms(config.close_grace_secs),
+        hand_back_ms: ms(config.hand_back_secs),
         max_requests: usize::from(config.max_requests),
     }
 }

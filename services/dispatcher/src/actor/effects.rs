@@ -45,6 +45,7 @@ impl Assignments {
             }
             Effect::AskClose { request, submitted, n } => self.ask_close(request, *submitted, n, ctx),
             Effect::Closed { request } => self.closed(request, ctx),
+            Effect::HandBack { request } => self.hand_back(request, ctx),
             Effect::Equivocated { request, attempt, node, first, second } => {
                 tracing::warn!(%request, attempt, %node, "equivocation: two commitments for one slot");
                 self.tools.metrics.equivocations.inc();
@@ -201,6 +202,20 @@ impl Assignments {
             }
         };
         ctx.spawn(wrap_future(acked.instrument(held.span)));
+    }
+
+    /// Said again before it is acked: whatever dies in between, the bus has the offer.
+    fn hand_back(&mut self, request: Uuid, ctx: &mut Context<Self>) {
+        let Some(held) = self.offers.remove(&request) else { return };
+        tracing::info!(%request, "too few operators here, another replica has them");
+        let tools = self.tools.clone();
+        let handed = async move {
+            let envelope = || held.delivery.envelope.clone();
+            if publish(&tools, keys::REQUEST_OFFERED, envelope).await {
+                ack(request, held.delivery).await;
+            }
+        };
+        ctx.spawn(wrap_future(handed));
     }
 }
 

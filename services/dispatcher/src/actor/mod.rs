@@ -110,7 +110,7 @@ pub struct Offered {
     pub delivery: Delivery,
 }
 
-/// A verdict, as a command.
+/// A verdict or another replica's report, as a command.
 #[derive(Message)]
 #[rtype(result = "()")]
 pub struct Decided(pub Command);
@@ -289,3 +289,6 @@ impl Handler<ListNodes> for Assignments {
         MessageResult(self.state.nodes())
     }
 }
+
+#[cfg(test)]
+mod tests;

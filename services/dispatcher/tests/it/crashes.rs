@@ -64,6 +64,31 @@ async fn a_replica_that_ends_leaves_its_requests_cluster() {
     a_replica_that_ends_leaves_its_requests_to_the_next(On::Cluster).await;
 }
 
+/// Two replicas, and the nodes are at one of them: whichever gets an offer, it is served.
+#[actix_rt::test]
+async fn offers_find_the_replica_that_has_nodes() {
+    let mut world = World::new(On::Cluster).await;
+    let mut config = world.config();
+    config.hand_back_secs = 1;
+    let without = world.start(config.clone()).await;
+    let with = world.start(config).await;
+    let _playing = play(&world, with.address).await;
+    let mut open = std::collections::BTreeSet::new();
+    for _ in 0..4 {
+        open.insert(world.offer(&world.funded(Uuid::now_v7(), 3)).id);
+    }
+    while !open.is_empty() {
+        let (collected, _) = world.collected().await;
+        let submitted = collected.funded.unwrap().submitted.unwrap();
+        let request = Uuid::from_slice(&submitted.request.unwrap().id).unwrap();
+        open.remove(&request);
+        world.fail(request);
+    }
+    assert_eq!(world.metric(&without, "infera_dispatcher_collected_total ").await, 0.0);
+    without.stop().await;
+    with.stop().await;
+}
+
 /// The process is aborted at every step of a request's way through it; the next process finishes.
 #[actix_rt::test]
 async fn killed_at_every_step_a_request_still_ends() {

@@ -1,0 +1,91 @@
+use infera_protocol::bytes::Address;
+use infera_protocol::identity::node_id;
+use infera_runtime::db;
+use infera_runtime::health::Health;
+use infera_testkit::evidence::{Case, Network, key};
+use infera_testkit::{TempDir, eventually, sqlite_url};
+use infera_wire::convert;
+
+use super::*;
+use crate::domain::{Rules, State};
+use crate::store;
+
+/// Node n with room for `queue` frames, and what it would receive.
+fn join(network: &Network, n: u8, queue: usize) -> (Join, mpsc::Receiver<v1::FromDispatcher>) {
+    let (sender, receiver) = mpsc::channel(queue);
+    let session = Uuid::now_v7();
+    let info = Connected {
+        node: node_id(&key(n)),
+        operator: Address([n; 20]),
+        session,
+        model_root: network.registry.models[0].weights_root,
+        class: "exact".to_owned(),
+        slots: 4,
+        release_hash: Hash32::ZERO,
+        version: "test".to_owned(),
+        connected_at_ms: 0,
+    };
+    (Join { info, outgoing: Outgoing { session, frames: sender, kill: CancellationToken::new() } }, receiver)
+}
+
+/// A node whose queue is full is cut off at once, and another takes its place: nobody waits for it.
+#[actix_rt::test]
+async fn a_node_that_falls_behind_is_cut_off() {
+    let dir = TempDir::new().unwrap();
+    let db = db::connect(&sqlite_url(&dir), None).await.unwrap();
+    db::migrate::<store::Migrator>(&db).await.unwrap();
+    let bus = Bus::in_process();
+    bus.declare(&infera_bus::Topology::network()).await.unwrap();
+    let network = Network::new();
+    let shutdown = CancellationToken::new();
+    let tools = Tools {
+        bus: bus.clone(),
+        db,
+        metrics: Metrics::register(&Health::new("test")).unwrap(),
+        replica: "test".to_owned(),
+        models: vec![],
+        slots_ttl_ms: 5_000,
+        shutdown: shutdown.clone(),
+    };
+    let domain = network.manifest.domain;
+    let rules = Rules {
+        domain,
+        key: network.dispatcher.clone(),
+        lease_ms: 60_000,
+        reveal_ms: 10_000,
+        verdict_ms: 15_000,
+        max_tries: 5,
+        close_grace_ms: 10_000,
+        hand_back_ms: 2_000,
+        max_requests: 16,
+    };
+    let actor = Assignments::new(State::new(rules), tools).start();
+    // Three of them have no room left, so whoever is drawn, one of those is.
+    let mut killed = Vec::new();
+    let mut receivers = Vec::new();
+    for n in 1..=6 {
+        let (join, receiver) = join(&network, n, 1);
+        if n <= 4 {
+            join.outgoing.frames.try_send(frames::released(Uuid::nil(), 1)).unwrap();
+            killed.push(join.outgoing.kill.clone());
+        }
+        actor.send(join).await.unwrap();
+        receivers.push(receiver);
+    }
+    let mut case = Case::new(&network);
+    case.submitted_at_ms = clock::now_ms();
+    let wire = case.funded();
+    let funded = convert::funded(&wire).unwrap();
+    let mut subscription = bus.subscribe("dispatcher.offered", 4).await.unwrap();
+    let publisher = bus.clone();
+    let envelope = Envelope::new(Uuid::now_v7(), keys::REQUEST_OFFERED, vec![1]);
+    actix_rt::spawn(async move { publisher.publish(keys::REQUEST_OFFERED, envelope).await });
+    let delivery = subscription.next().await.unwrap();
+    let offer = Box::new(Offer::new(funded, wire, &domain));
+    actor.send(Offered { offer, delivery }).await.unwrap();
+    eventually(Duration::from_secs(60), async || killed.iter().any(CancellationToken::is_cancelled)).await;
+    let left = actor.send(ListNodes).await.unwrap();
+    let cut = killed.iter().filter(|kill| kill.is_cancelled()).count();
+    assert_eq!(left.len(), 6 - cut, "exactly those are gone");
+    shutdown.cancel();
+}

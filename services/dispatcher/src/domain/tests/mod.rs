@@ -1,0 +1,267 @@
+//! A bench that carries effects out at once, and checks what must always hold.
+
+mod interleavings;
+mod tables;
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use ed25519_dalek::SigningKey;
+use infera_protocol::bytes::{Address, Hash32, NodeId};
+use infera_protocol::commitment::{Slot, commitment, decline_digest};
+use infera_protocol::evidence::{Reveal, SignedCommitment, SlotOutcome};
+use infera_protocol::identity::{Domain, node_id, sign};
+use infera_protocol::request::{Finish, Output, Request};
+use infera_protocol::sampling::SamplingParams;
+use infera_wire::convert::{self, Funded, Submitted, funded_to_wire};
+use infera_wire::v1::from_dispatcher::Message;
+
+use super::*;
+
+const DOMAIN: Domain = Domain { chain_id: 1, contract: Address([1; 20]) };
+const MODEL: Hash32 = Hash32([2; 32]);
+const DEADLINE_MS: i64 = 1_000_000;
+
+fn rules() -> Rules {
+    Rules {
+        domain: DOMAIN,
+        key: SigningKey::from_bytes(&[3; 32]),
+        lease_ms: 1_000,
+        reveal_ms: 500,
+        verdict_ms: 2_000,
+        max_tries: 3,
+        close_grace_ms: 10_000,
+        hand_back_ms: 2_000,
+        max_requests: 3,
+    }
+}
+
+fn key(n: u8) -> SigningKey {
+    SigningKey::from_bytes(&[100 + n; 32])
+}
+
+/// Nodes 4 and 5 belong to one operator.
+fn connected(n: u8, session: u128) -> Connected {
+    Connected {
+        node: node_id(&key(n)),
+        operator: Address([n.min(4); 20]),
+        session: Uuid::from_u128(session),
+        model_root: MODEL,
+        class: "exact".into(),
+        slots: 2,
+        release_hash: Hash32::ZERO,
+        version: "test".into(),
+        connected_at_ms: 0,
+    }
+}
+
+fn offer(id: u128) -> Offer {
+    let funded = Funded {
+        submitted: Submitted {
+            request: Request {
+                id: Uuid::from_u128(id),
+                model_root: MODEL,
+                prompt: vec![1],
+                sampling: SamplingParams::default(),
+                max_tokens: 4,
+                stop: vec![],
+                seed: 1,
+            },
+            account: "a".into(),
+            model: "m".into(),
+            k: 3,
+            reply_to: "g".into(),
+            stream: true,
+            submitted_at_ms: 0,
+            deadline_ms: DEADLINE_MS,
+            salt: Hash32::ZERO,
+            bid_micro: 0,
+        },
+        held_micro: 1,
+        price_micro: 1,
+        funded_at_ms: 0,
+    };
+    let wire = funded_to_wire(&funded);
+    Offer::new(funded, wire, &DOMAIN)
+}
+
+fn slot(n: u8, request: u128, attempt: u32) -> Slot {
+    Slot { request_hash: offer(request).request_hash, attempt, node: node_id(&key(n)) }
+}
+
+/// The node's answer in one of two versions; version 0 is everybody's.
+fn answer(n: u8, version: u8) -> Reveal {
+    // One candidate: the token, and a log-probability of 0.
+    let fingerprints = vec![1, 0, 0, 0, 9, 0, 0];
+    let token = if version == 0 { 9 } else { 10 + u32::from(n) };
+    let output = Output { tokens: vec![token], fingerprints, finish: Finish::Eos };
+    Reveal { output, salt: Hash32([n; 32]) }
+}
+
+fn signed(n: u8, request: u128, attempt: u32, version: u8) -> SignedCommitment {
+    let reveal = answer(n, version);
+    let digest = commitment(&DOMAIN, &slot(n, request, attempt), &reveal.output, &reveal.salt);
+    SignedCommitment { digest, signature: sign(&key(n), &digest) }
+}
+
+fn commit(n: u8, request: u128, attempt: u32, version: u8) -> Command {
+    Command::Committed {
+        node: node_id(&key(n)),
+        request: Uuid::from_u128(request),
+        attempt,
+        commit: signed(n, request, attempt, version),
+    }
+}
+
+fn reveal(n: u8, request: u128, attempt: u32, version: u8) -> Command {
+    let reveal = Box::new(answer(n, version));
+    Command::Revealed { node: node_id(&key(n)), request: Uuid::from_u128(request), attempt, reveal }
+}
+
+fn decline(n: u8, request: u128, attempt: u32) -> Command {
+    let digest = decline_digest(&DOMAIN, &slot(n, request, attempt), "full");
+    Command::Declined {
+        node: node_id(&key(n)),
+        request: Uuid::from_u128(request),
+        attempt,
+        reason: "full".into(),
+        signature: sign(&key(n), &digest),
+    }
+}
+
+/// A dispatcher whose database and bus answer at once, and what it did.
+struct Bench {
+    state: State,
+    now: i64,
+    attempts: BTreeMap<Uuid, u32>,
+    /// The node that each operator was leased as, per attempt.
+    leased: BTreeMap<(Uuid, u32, Address), NodeId>,
+    /// Who was asked for a reveal.
+    asked: BTreeSet<(Uuid, u32, NodeId)>,
+    collected: BTreeSet<(Uuid, u32, u32)>,
+    closed: BTreeSet<Uuid>,
+    equivocations: usize,
+    deltas: usize,
+    asked_close: usize,
+    handed_back: usize,
+}
+
+impl Bench {
+    fn new() -> Self {
+        Self {
+            state: State::new(rules()),
+            now: 0,
+            attempts: BTreeMap::new(),
+            leased: BTreeMap::new(),
+            asked: BTreeSet::new(),
+            collected: BTreeSet::new(),
+            closed: BTreeSet::new(),
+            equivocations: 0,
+            deltas: 0,
+            asked_close: 0,
+            handed_back: 0,
+        }
+    }
+
+    fn with_nodes(nodes: &[u8]) -> Self {
+        let mut bench = Self::new();
+        for n in nodes {
+            bench.run(Command::NodeJoined(connected(*n, 1))).unwrap();
+        }
+        bench
+    }
+
+    fn offered(nodes: &[u8]) -> Self {
+        let mut bench = Self::with_nodes(nodes);
+        bench.run(Command::Offered(Box::new(offer(1)))).unwrap();
+        bench
+    }
+
+    fn run(&mut self, command: Command) -> Result<(), Rejection> {
+        let mut out = Vec::new();
+        let result = self.state.apply(command, self.now, &mut out);
+        for effect in out {
+            self.check(effect);
+        }
+        result
+    }
+
+    fn tick(&mut self, ms: i64) {
+        self.now += ms;
+        self.run(Command::Tick).unwrap();
+    }
+
+    /// Carries an effect out, and checks what must always hold.
+    fn check(&mut self, effect: Effect) {
+        match effect {
+            Effect::StoreAttempt { request } => {
+                let attempt = self.attempts.entry(request).or_insert(0);
+                *attempt += 1;
+                let attempt = *attempt;
+                let stored = Command::AttemptStored { request, attempt, traceparent: String::new() };
+                // Closed meanwhile: nothing to begin.
+                let _ = self.run(stored);
+            }
+            Effect::Send { node, frame } => self.check_frame(node, frame),
+            Effect::Publish { request, attempt, round, repeat, message } => {
+                let first = self.collected.insert((request, attempt, round));
+                assert_eq!(first, repeat == 0, "one collected message a round, whose repeats say so");
+                let evidence = convert::evidence(&message, DOMAIN, Hash32::ZERO, 0).unwrap();
+                evidence.check_assignment().unwrap();
+                evidence.check_post().unwrap();
+                evidence.check_slots().unwrap();
+                self.run(Command::Confirmed { request, attempt, round }).unwrap();
+            }
+            Effect::Closed { request } => assert!(self.closed.insert(request), "closed once"),
+            Effect::Equivocated { first, second, .. } => {
+                assert_ne!(first.digest, second.digest);
+                self.equivocations += 1;
+            }
+            Effect::HandBack { request } => {
+                assert!(self.state.attempt(request).is_none());
+                self.handed_back += 1;
+            }
+            Effect::Delta { .. } => self.deltas += 1,
+            Effect::AskClose { .. } => self.asked_close += 1,
+            Effect::SlotsChanged => {}
+        }
+    }
+
+    fn check_frame(&mut self, node: NodeId, frame: v1::FromDispatcher) {
+        match frame.message.unwrap() {
+            Message::Lease(lease) => {
+                let request = convert::request(&lease.request.unwrap()).unwrap().id;
+                assert_eq!(Some(&lease.attempt), self.attempts.get(&request), "stored before it is leased");
+                let operator = (1..=5).find(|n| node_id(&key(*n)) == node).map(|n| connected(n, 0).operator);
+                let place = (request, lease.attempt, operator.unwrap());
+                let holder = *self.leased.entry(place).or_insert(node);
+                assert_eq!(holder, node, "no operator has two nodes in one attempt");
+            }
+            Message::RevealRequest(asked) => {
+                let request = Uuid::from_slice(&asked.request_id).unwrap();
+                if !self.asked.insert((request, asked.attempt, node)) {
+                    // Repeated for a node that reconnected.
+                    return;
+                }
+                let attempt = self.state.attempt(request).unwrap();
+                assert!(!attempt.slots().iter().any(slot::Slot::is_leased), "somebody still computes");
+            }
+            _ => {}
+        }
+    }
+
+    fn outcomes(&self) -> Vec<Option<SlotOutcome>> {
+        let attempt = self.state.attempt(Uuid::from_u128(1)).unwrap();
+        attempt.slots().iter().map(slot::Slot::outcome).collect()
+    }
+
+    /// Numbers of the nodes that are drawn, in the order of the draw.
+    fn drawn(&self) -> Vec<u8> {
+        let attempt = self.state.attempt(Uuid::from_u128(1)).unwrap();
+        let number = |node| (1..=5).find(|n| node_id(&key(*n)) == node).unwrap();
+        attempt.slots().iter().map(|slot| number(slot.who.node)).collect()
+    }
+
+    fn busy(&self) -> u32 {
+        self.state.nodes().iter().map(|view| view.busy).sum()
+    }
+}

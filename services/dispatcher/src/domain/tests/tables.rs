@@ -1,0 +1,205 @@
+use infera_protocol::assignment::Eligible;
+use infera_protocol::bytes::Signature;
+
+use super::*;
+use crate::domain::peers::PeerReport;
+
+#[test]
+fn a_plain_request_goes_through() {
+    let mut bench = Bench::offered(&[1, 2, 3, 4]);
+    let drawn = bench.drawn();
+    assert_eq!((drawn.len(), bench.busy()), (3, 3));
+    let deltas = |n: u8, offset, tokens| Command::Deltas {
+        node: node_id(&key(n)),
+        request: Uuid::from_u128(1),
+        attempt: 1,
+        offset,
+        tokens,
+    };
+    bench.run(deltas(drawn[0], 0, vec![1, 2])).unwrap();
+    assert_eq!(bench.run(deltas(drawn[0], 3, vec![1, 2])), Err(Rejection::BadDeltas), "beyond max_tokens");
+    assert_eq!(bench.run(deltas(drawn[0], u32::MAX, vec![1])), Err(Rejection::BadDeltas));
+    assert_eq!(bench.run(deltas(drawn[0], 0, vec![])), Err(Rejection::BadDeltas));
+    assert_eq!(bench.deltas, 1);
+    for n in &drawn {
+        assert_eq!(bench.run(reveal(*n, 1, 1, 0)), Err(Rejection::NotAsked));
+        bench.run(commit(*n, 1, 1, 0)).unwrap();
+        bench.run(commit(*n, 1, 1, 0)).unwrap();
+    }
+    assert_eq!(bench.busy(), 0);
+    for n in &drawn {
+        bench.run(reveal(*n, 1, 1, 0)).unwrap();
+        bench.run(reveal(*n, 1, 1, 0)).unwrap();
+    }
+    assert_eq!(bench.outcomes(), [Some(SlotOutcome::Revealed); 3]);
+    bench.tick(1_999);
+    assert_eq!(bench.collected.len(), 1);
+    bench.run(Command::Closed { request: Uuid::from_u128(1) }).unwrap();
+    assert_eq!(bench.run(Command::Closed { request: Uuid::from_u128(1) }), Err(Rejection::Stale));
+    assert_eq!((bench.state.request_count(), bench.busy()), (0, 0));
+}
+
+#[test]
+fn stale_foreign_late_and_forged_frames_change_nothing() {
+    let mut bench = Bench::offered(&[1, 2, 3, 4]);
+    let drawn = bench.drawn();
+    let outsider = (1..=4).find(|n| !drawn.contains(n)).unwrap();
+    let forged = Command::Committed {
+        node: node_id(&key(drawn[0])),
+        request: Uuid::from_u128(1),
+        attempt: 1,
+        commit: SignedCommitment { digest: Hash32([9; 32]), signature: Signature([0; 64]) },
+    };
+    for (command, expected) in [
+        (commit(drawn[0], 1, 2, 0), Rejection::Stale),
+        (commit(drawn[0], 2, 1, 0), Rejection::Stale),
+        (commit(outsider, 1, 1, 0), Rejection::NotLeased),
+        (reveal(outsider, 1, 1, 0), Rejection::NotLeased),
+        (decline(outsider, 1, 1), Rejection::NotLeased),
+        (forged, Rejection::BadSignature),
+    ] {
+        assert_eq!(bench.run(command), Err(expected));
+    }
+    bench.now = 1_000;
+    assert_eq!(bench.run(commit(drawn[0], 1, 1, 0)), Err(Rejection::Late), "the lease has expired");
+    assert_eq!(bench.outcomes(), [None; 3]);
+}
+
+#[test]
+fn the_first_of_two_commitments_counts() {
+    let mut bench = Bench::offered(&[1, 2, 3]);
+    let n = bench.drawn()[0];
+    bench.run(commit(n, 1, 1, 0)).unwrap();
+    assert_eq!(bench.run(commit(n, 1, 1, 1)), Err(Rejection::Equivocation));
+    assert_eq!(bench.run(decline(n, 1, 1)), Err(Rejection::Late), "no way back after the commitment");
+    assert_eq!(bench.equivocations, 1);
+    let attempt = bench.state.attempt(Uuid::from_u128(1)).unwrap();
+    assert_eq!(attempt.slots()[0].commitment(), Some(&signed(n, 1, 1, 0)));
+}
+
+#[test]
+fn a_lost_node_that_was_replaced_stays_out() {
+    let mut bench = Bench::offered(&[1, 2, 3, 4]);
+    let n = bench.drawn()[0];
+    bench.run(Command::NodeLeft { node: node_id(&key(n)), session: Uuid::from_u128(9) }).unwrap();
+    assert_eq!(bench.outcomes()[0], None, "another session of that node, which is gone already");
+    bench.run(Command::NodeLeft { node: node_id(&key(n)), session: Uuid::from_u128(1) }).unwrap();
+    assert_eq!(bench.drawn().len(), 4, "the fourth took its place");
+    bench.run(Command::NodeJoined(connected(n, 2))).unwrap();
+    assert_eq!(bench.run(commit(n, 1, 1, 0)), Err(Rejection::Late));
+    assert_eq!(bench.outcomes()[0], Some(SlotOutcome::Disconnected));
+}
+
+#[test]
+fn a_newer_session_takes_over_the_leases() {
+    let mut bench = Bench::offered(&[1, 2, 3]);
+    let busy = bench.busy();
+    bench.run(Command::NodeJoined(connected(1, 2))).unwrap();
+    assert_eq!(bench.busy(), busy);
+    bench.run(Command::NodeLeft { node: node_id(&key(1)), session: Uuid::from_u128(1) }).unwrap();
+    assert_eq!(bench.outcomes(), [None; 3], "the end of the older session means nothing");
+    // The same key with another model is another node.
+    bench.run(Command::NodeJoined(Connected { class: "fast".into(), ..connected(1, 3) })).unwrap();
+    let place = bench.drawn().iter().position(|n| *n == 1).unwrap();
+    assert_eq!(bench.outcomes()[place], Some(SlotOutcome::Disconnected));
+}
+
+#[test]
+fn verdicts_about_other_rounds_are_stale() {
+    let mut bench = Bench::offered(&[1, 2, 3, 4]);
+    let request = Uuid::from_u128(1);
+    let more = |attempt, round, count| Command::MoreNodes { request, attempt, round, count };
+    assert_eq!(bench.run(more(1, 1, 2)), Err(Rejection::Stale), "nothing was collected yet");
+    for n in bench.drawn() {
+        bench.run(commit(n, 1, 1, 1)).unwrap();
+    }
+    for n in bench.drawn() {
+        bench.run(reveal(n, 1, 1, 1)).unwrap();
+    }
+    for stale in [more(2, 1, 2), more(1, 2, 2), more(1, 1, 0)] {
+        assert_eq!(bench.run(stale), Err(Rejection::Stale));
+    }
+    bench.run(more(1, 1, 2)).unwrap();
+    assert_eq!(bench.run(more(1, 1, 2)), Err(Rejection::Stale), "said twice");
+    let n = bench.drawn()[3];
+    bench.run(commit(n, 1, 1, 1)).unwrap();
+    bench.run(reveal(n, 1, 1, 1)).unwrap();
+    assert!(bench.collected.contains(&(request, 1, 2)));
+}
+
+#[test]
+fn a_deadline_without_a_verdict_asks_for_it() {
+    let mut bench = Bench::offered(&[1, 2]);
+    bench.tick(DEADLINE_MS);
+    assert_eq!(bench.asked_close, 0);
+    bench.tick(10_000);
+    bench.tick(9_999);
+    assert_eq!(bench.asked_close, 1);
+    bench.tick(1);
+    assert_eq!(bench.asked_close, 2);
+    bench.run(Command::NodeJoined(connected(3, 1))).unwrap();
+    assert!(bench.state.attempt(Uuid::from_u128(1)).is_none(), "nothing begins after the deadline");
+}
+
+#[test]
+fn slots_that_waiting_requests_will_take_are_not_free() {
+    let mut bench = Bench::with_nodes(&[1, 2]);
+    assert_eq!(bench.state.model_slots(&MODEL).0.free, 4);
+    bench.run(Command::Offered(Box::new(offer(1)))).unwrap();
+    let (slots, held) = bench.state.model_slots(&MODEL);
+    assert_eq!((slots.operators, slots.free, slots.total, held.len()), (2, 1, 4, 1));
+    assert_eq!(bench.run(Command::Offered(Box::new(offer(1)))), Err(Rejection::AlreadyHeld));
+    bench.run(Command::Offered(Box::new(offer(2)))).unwrap();
+    bench.run(Command::Offered(Box::new(offer(3)))).unwrap();
+    assert_eq!(bench.run(Command::Offered(Box::new(offer(4)))), Err(Rejection::Full));
+    bench.run(Command::NodeDraining { node: node_id(&key(1)), session: Uuid::from_u128(1) }).unwrap();
+    bench.run(Command::NodeJoined(connected(3, 1))).unwrap();
+    bench.run(Command::NodeJoined(connected(4, 1))).unwrap();
+    assert_eq!(bench.drawn().len(), 3, "the one that came first, without the node that drains");
+    assert!(!bench.drawn().contains(&1));
+}
+
+#[test]
+fn what_waits_goes_to_a_replica_that_has_room() {
+    let mut bench = Bench::offered(&[1, 2]);
+    bench.run(Command::Offered(Box::new(offer(2)))).unwrap();
+    bench.tick(2_000);
+    assert_eq!(bench.handed_back, 0, "nobody else is there");
+    let peer = |operators, free| Command::Peer {
+        replica: "other".into(),
+        report: PeerReport { ttl_ms: 500, models: BTreeMap::from([(MODEL, (operators, free))]) },
+    };
+    bench.run(peer(2, 64)).unwrap();
+    bench.tick(100);
+    assert_eq!(bench.handed_back, 0, "it has too few operators itself");
+    bench.run(peer(3, 5)).unwrap();
+    bench.tick(500);
+    assert_eq!(bench.handed_back, 0, "its report has expired");
+    bench.run(peer(3, 5)).unwrap();
+    bench.tick(100);
+    assert_eq!((bench.handed_back, bench.state.request_count()), (1, 1), "it has room for one");
+    bench.tick(100);
+    assert_eq!(bench.handed_back, 1);
+    bench.run(Command::NodeJoined(connected(3, 1))).unwrap();
+    bench.run(peer(3, 64)).unwrap();
+    bench.tick(100);
+    assert_eq!(bench.handed_back, 1, "what is computed here stays");
+}
+
+#[test]
+fn the_class_with_most_operators_is_drawn_from() {
+    let mut bench = Bench::with_nodes(&[1, 2, 3]);
+    for n in [4, 5] {
+        let operator = Address([40 + n; 20]);
+        bench
+            .run(Command::NodeJoined(Connected { class: "fast".into(), operator, ..connected(n, 1) }))
+            .unwrap();
+    }
+    bench.run(Command::Offered(Box::new(offer(1)))).unwrap();
+    assert_eq!(bench.state.attempt(Uuid::from_u128(1)).unwrap().class(), "exact");
+    let set = vec![
+        Eligible { node: NodeId([1; 32]), operator: Address([1; 20]), weight: 1 },
+        Eligible { node: NodeId([2; 32]), operator: Address([1; 20]), weight: 1 },
+    ];
+    assert_eq!(distinct_operators(&set), 1);
+}

@@ -1,0 +1,209 @@
+//! What the dispatcher is told, what it answers, and what it refuses.
+
+use std::sync::Arc;
+
+use ed25519_dalek::SigningKey;
+use infera_protocol::bytes::{Hash32, NodeId, Signature};
+use infera_protocol::evidence::{Reveal, SignedCommitment};
+use infera_protocol::identity::Domain;
+use infera_wire::convert::Funded;
+use infera_wire::v1;
+use uuid::Uuid;
+
+use super::nodes::Connected;
+use super::peers::PeerReport;
+
+/// Longest delta frame, tokens.
+pub const MAX_DELTA_TOKENS: usize = 4_096;
+
+/// What does not change while the service runs.
+pub struct Rules {
+    pub domain: Domain,
+    pub key: SigningKey,
+    pub lease_ms: i64,
+    pub reveal_ms: i64,
+    /// Silence after which a collected message is sent again.
+    pub verdict_ms: i64,
+    /// Attempts with a new set that this replica makes before it reports what it has.
+    pub max_tries: u32,
+    /// After the deadline, how long to wait for the verdict before asking for it; and between asking.
+    pub close_grace_ms: i64,
+    /// How long a request waits here before a replica that has room for it gets it.
+    pub hand_back_ms: i64,
+    pub max_requests: usize,
+}
+
+/// A request that the mempool offered.
+#[derive(Debug, Clone)]
+pub struct Offer {
+    pub funded: Funded,
+    /// As it came, to be passed on.
+    pub wire: v1::RequestFunded,
+    pub request_hash: Hash32,
+    /// Attempts that this replica began.
+    pub tries: u32,
+}
+
+impl Offer {
+    pub fn new(funded: Funded, wire: v1::RequestFunded, domain: &Domain) -> Self {
+        let request_hash = funded.submitted.request.hash(domain);
+        Self { funded, wire, request_hash, tries: 0 }
+    }
+
+    pub fn id(&self) -> Uuid {
+        self.funded.submitted.request.id
+    }
+
+    pub fn model(&self) -> Hash32 {
+        self.funded.submitted.request.model_root
+    }
+
+    pub fn deadline_ms(&self) -> i64 {
+        self.funded.submitted.deadline_ms
+    }
+
+    pub(super) fn k(&self) -> usize {
+        self.funded.submitted.k as usize
+    }
+}
+
+/// What happened.
+#[derive(Debug)]
+pub enum Command {
+    NodeJoined(Connected),
+    NodeLeft {
+        node: NodeId,
+        session: Uuid,
+    },
+    NodeDraining {
+        node: NodeId,
+        session: Uuid,
+    },
+    Offered(Box<Offer>),
+    /// The attempt's number is on disk: only now may anything be leased.
+    AttemptStored {
+        request: Uuid,
+        attempt: u32,
+        traceparent: String,
+    },
+    Committed {
+        node: NodeId,
+        request: Uuid,
+        attempt: u32,
+        commit: SignedCommitment,
+    },
+    Revealed {
+        node: NodeId,
+        request: Uuid,
+        attempt: u32,
+        reveal: Box<Reveal>,
+    },
+    Declined {
+        node: NodeId,
+        request: Uuid,
+        attempt: u32,
+        reason: String,
+        signature: Signature,
+    },
+    Deltas {
+        node: NodeId,
+        request: Uuid,
+        attempt: u32,
+        offset: u32,
+        tokens: Vec<u32>,
+    },
+    /// The bus confirmed a collected message.
+    Confirmed {
+        request: Uuid,
+        attempt: u32,
+        round: u32,
+    },
+    MoreNodes {
+        request: Uuid,
+        attempt: u32,
+        round: u32,
+        count: u32,
+    },
+    /// A closing verdict, whatever attempt it is about.
+    Closed {
+        request: Uuid,
+    },
+    /// What another replica has room for.
+    Peer {
+        replica: String,
+        report: PeerReport,
+    },
+    Tick,
+}
+
+/// What is to be done.
+#[derive(Debug, Clone)]
+pub enum Effect {
+    /// Write attempt + 1 of the request to disk, then say [`Command::AttemptStored`].
+    StoreAttempt {
+        request: Uuid,
+    },
+    /// Nothing happens if the node is not connected.
+    Send {
+        node: NodeId,
+        frame: v1::FromDispatcher,
+    },
+    Delta {
+        reply_to: String,
+        entry: v1::DeltaEntry,
+    },
+    Publish {
+        request: Uuid,
+        attempt: u32,
+        round: u32,
+        repeat: u32,
+        message: Arc<v1::ResultsCollected>,
+    },
+    /// Past its deadline and no verdict came: ask the verifier to close it, for the `n`-th time.
+    AskClose {
+        request: Uuid,
+        submitted: Box<v1::RequestSubmitted>,
+        n: u32,
+    },
+    /// Forgotten here: note it as closed, then ack the offer.
+    Closed {
+        request: Uuid,
+    },
+    /// Forgotten here: give the offer back to the bus, for another replica.
+    HandBack {
+        request: Uuid,
+    },
+    /// Proof that a node signed two results for one slot.
+    Equivocated {
+        request: Uuid,
+        attempt: u32,
+        node: NodeId,
+        first: SignedCommitment,
+        second: SignedCommitment,
+    },
+    /// Free slots, nodes or offers held are no longer what the last report says.
+    SlotsChanged,
+}
+
+/// Why a command changed nothing.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+pub enum Rejection {
+    #[error("the request is held already")]
+    AlreadyHeld,
+    #[error("as many requests as allowed are held")]
+    Full,
+    #[error("the request or this attempt of it is not live here")]
+    Stale,
+    #[error("the node has no slot in this attempt")]
+    NotLeased,
+    #[error("too late for this slot")]
+    Late,
+    #[error("the reveal was not asked for")]
+    NotAsked,
+    #[error("the signature does not match")]
+    BadSignature,
+    #[error("a second, different commitment for one slot")]
+    Equivocation,
+    #[error("deltas must have 1 to {MAX_DELTA_TOKENS} tokens within max_tokens")]
+    BadDeltas,
+}
