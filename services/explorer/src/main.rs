@@ -6,7 +6,10 @@ use infera_bus::service;
 use infera_explorer::{Config, Deps, run};
 
 fn main() -> ExitCode {
-    service::main("explorer", Config::load, |config| &config.common, |config, ports, stop| {
-        run(config, Deps::new(ports.bus), stop)
-    })
+    service::main(
+        "explorer",
+        Config::load,
+        |config| &config.common,
+        |config, ports, stop| run(config, Deps::new(ports.bus), stop),
+    )
 }
