@@ -4,9 +4,13 @@
 //! first point is passed, the process aborts (as `kill -9` would: nothing is flushed); each time
 //! the second is passed, it waits 500 ms.
 //!
+//! `INFERA_FAIL="*=once:/folder"`: every point that has a file of its name in the folder aborts, and its
+//! file is removed first, so that each point of a whole network fails exactly once.
+//!
 //! Unset, a point costs one relaxed atomic load.
 
 use std::collections::HashMap;
+use std::path::PathBuf;
 use std::sync::atomic::{AtomicU8, Ordering};
 use std::sync::{Mutex, OnceLock, PoisonError};
 use std::time::Duration;
@@ -30,6 +34,7 @@ enum Action {
 #[derive(Debug, Default)]
 struct Plan {
     actions: HashMap<String, Action>,
+    once: Option<PathBuf>,
     hits: Mutex<HashMap<String, u64>>,
 }
 
@@ -79,7 +84,7 @@ fn read_env() -> bool {
             Plan::default()
         })
     });
-    let on = !plan.actions.is_empty();
+    let on = !plan.actions.is_empty() || plan.once.is_some();
     STATE.store(if on { ON } else { OFF }, Ordering::Relaxed);
     on
 }
@@ -87,6 +92,9 @@ fn read_env() -> bool {
 impl Plan {
     /// Counts the pass and says what is due at it.
     fn pass(&self, name: &str) -> Option<Action> {
+        if self.once.as_ref().is_some_and(|folder| std::fs::remove_file(folder.join(name)).is_ok()) {
+            return Some(Action::Abort { at: 1 });
+        }
         let action = *self.actions.get(name)?;
         let mut hits = self.hits.lock().unwrap_or_else(PoisonError::into_inner);
         let count = hits.entry(name.to_owned()).or_insert(0);
@@ -101,13 +109,17 @@ impl Plan {
 fn parse(text: &str) -> Result<Plan, String> {
     let mut plan = Plan::default();
     for entry in text.split(';').map(str::trim).filter(|entry| !entry.is_empty()) {
+        if let Some(folder) = entry.strip_prefix("*=once:").filter(|folder| !folder.is_empty()) {
+            plan.once = Some(PathBuf::from(folder));
+            continue;
+        }
         let (name, action) = entry
             .split_once('=')
             .and_then(|(name, action)| Some((name.trim(), action_of(action.trim())?)))
             .filter(|(name, _)| !name.is_empty())
             .ok_or_else(|| {
                 format!(
-                    "{ENV}: cannot read `{entry}`; use `point=abort`, `point=abort@2` or `point=delay:500`"
+                    "{ENV}: cannot read `{entry}`; use `point=abort`, `point=abort@2`, `point=delay:500` or `*=once:FOLDER`"
                 )
             })?;
         plan.actions.insert(name.to_owned(), action);
@@ -143,8 +155,21 @@ mod tests {
     }
 
     #[test]
+    fn a_point_with_a_file_is_due_once() {
+        let folder = tempfile::tempdir().unwrap();
+        std::fs::write(folder.path().join("a.b"), "").unwrap();
+        let plan = parse(&format!("*=once:{}", folder.path().display())).unwrap();
+        assert_eq!(plan.pass("c"), None);
+        assert_eq!(plan.pass("a.b"), Some(Action::Abort { at: 1 }));
+        assert_eq!(plan.pass("a.b"), None);
+        assert!(!folder.path().join("a.b").exists());
+    }
+
+    #[test]
     fn nonsense_names_the_entry() {
-        for text in ["a", "a=", "=abort", "a=abort@0", "a=abort@x", "a=delay:", "a=delay:-1", "a=abortion"] {
+        for text in
+            ["a", "a=", "=abort", "a=abort@0", "a=abort@x", "a=delay:", "a=delay:-1", "a=abortion", "*=once:"]
+        {
             let error = parse(text).unwrap_err();
             assert!(error.contains(&format!("`{text}`")), "{error}");
         }

@@ -8,6 +8,7 @@ use opentelemetry_sdk::Resource;
 use opentelemetry_sdk::trace::{BatchConfigBuilder, BatchSpanProcessor, Sampler, SdkTracerProvider};
 use tokio::runtime::Runtime;
 use tracing::level_filters::LevelFilter;
+use tracing_subscriber::filter::ParseError;
 use tracing_subscriber::filter::Targets;
 use tracing_subscriber::layer::SubscriberExt;
 use tracing_subscriber::util::SubscriberInitExt;
@@ -111,8 +112,13 @@ pub fn init(
 }
 
 fn logs(filter: &str, json: bool) -> Result<Box<dyn Layer<Registry> + Send + Sync>, TelemetryError> {
+    let refused = |reason: String| TelemetryError::Filter { filter: filter.to_owned(), reason };
     let env_filter = EnvFilter::try_new(filter)
-        .map_err(|error| TelemetryError::Filter { filter: filter.to_owned(), reason: error.to_string() })?;
+        .map_err(|error| refused(error.to_string()))?
+        // It logs the bodies of messages, which may be prompts and answers.
+        .add_directive(
+            "lapin::returned_messages=off".parse().map_err(|error: ParseError| refused(error.to_string()))?,
+        );
     let layer = tracing_subscriber::fmt::layer().with_writer(std::io::stderr);
     Ok(if json {
         layer.json().flatten_event(true).with_filter(env_filter).boxed()
