@@ -16,9 +16,19 @@ use crate::{cli::VerifyArgs, say};
 const PENDING: u8 = 3;
 /// Exit status of a receipt that fails a check.
 const FAILED: u8 = 1;
+/// Exit status where a check could not be made: no manifest, no chain.
+const UNKNOWN: u8 = 2;
 
-/// Exit status 0: everything that the document allows to check holds; 1: a check failed; 3: not anchored yet.
+/// Exit status 0: everything that the document allows to check holds; 1: a check failed; 2: it could not be
+/// checked; 3: nothing is wrong, but it is not anchored yet.
 pub fn verify(args: &VerifyArgs) -> Result<ExitCode, String> {
+    Ok(checked(args).unwrap_or_else(|message| {
+        eprintln!("infera: {message}");
+        ExitCode::from(UNKNOWN)
+    }))
+}
+
+fn checked(args: &VerifyArgs) -> Result<ExitCode, String> {
     let manifest_path = args.manifest.clone().unwrap_or_else(|| args.data.data.join("network.json"));
     let registry_path = args.registry.clone().unwrap_or_else(|| manifest_path.with_file_name("models.json"));
     let manifest: Manifest = read_json(&manifest_path, "manifest")?;
@@ -26,10 +36,23 @@ pub fn verify(args: &VerifyArgs) -> Result<ExitCode, String> {
     let bytes = read_document(&args.receipt)?;
     let mut report = check(&bytes, &manifest, &registry);
     let rpc = args.rpc.as_deref().unwrap_or(&manifest.rpc_url);
-    if let Some(outcome) = crate::block_on(on_chain(&report, &manifest, rpc))?? {
-        report.checks.push(Check { name: "chain", outcome });
-    }
+    let chain = crate::block_on(on_chain(&report, &manifest, rpc))?;
+    let unreachable = match chain {
+        Ok(Some(outcome)) => {
+            report.checks.push(Check { name: "chain", outcome });
+            None
+        }
+        Ok(None) => None,
+        Err(message) => {
+            let outcome = Outcome::NotChecked(message.clone());
+            report.checks.push(Check { name: "chain", outcome });
+            Some(message)
+        }
+    };
     print(&report, args.json)?;
+    if let (Some(message), false) = (unreachable, report.failed()) {
+        return Err(message);
+    }
     let anchored = report.document.as_ref().is_some_and(|d| d.anchor.is_some());
     Ok(if report.failed() {
         ExitCode::from(FAILED)

@@ -6,26 +6,28 @@ use tokio_util::sync::CancellationToken;
 /// Exit status of a process that a second signal ended while it was still draining.
 const IMPATIENT_EXIT: i32 = 130;
 
-/// A token that SIGINT or SIGTERM cancels. A second signal ends the process at once, for operators
+/// A token that SIGINT, SIGTERM or SIGHUP (the terminal was closed) cancels. A second signal ends the process at once, for operators
 /// who do not want to wait for the drain. Call it once, inside a tokio runtime (an actix System is one).
 pub fn on_signals() -> CancellationToken {
     let token = CancellationToken::new();
-    match (signal(SignalKind::interrupt()), signal(SignalKind::terminate())) {
-        (Ok(interrupt), Ok(terminate)) => {
-            tokio::spawn(watch(interrupt, terminate, token.clone()));
+    let kinds = [SignalKind::interrupt(), SignalKind::terminate(), SignalKind::hangup()];
+    match kinds.map(signal) {
+        [Ok(interrupt), Ok(terminate), Ok(hangup)] => {
+            tokio::spawn(watch(interrupt, terminate, hangup, token.clone()));
         }
-        (Err(error), _) | (_, Err(error)) => {
+        [Err(error), ..] | [_, Err(error), _] | [.., Err(error)] => {
             tracing::warn!(%error, "cannot listen for signals; the process will not drain when it is stopped");
         }
     }
     token
 }
 
-async fn watch(mut interrupt: Signal, mut terminate: Signal, token: CancellationToken) {
+async fn watch(mut interrupt: Signal, mut terminate: Signal, mut hangup: Signal, token: CancellationToken) {
     let mut next = async || {
         tokio::select! {
             _ = interrupt.recv() => "SIGINT",
             _ = terminate.recv() => "SIGTERM",
+            _ = hangup.recv() => "SIGHUP",
         }
     };
     let signal = next().await;

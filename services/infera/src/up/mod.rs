@@ -3,6 +3,7 @@
 use std::{
     collections::BTreeMap,
     fs,
+    os::unix::fs::OpenOptionsExt,
     path::PathBuf,
     process::{Command as Process, ExitCode, Stdio},
     time::{Duration, Instant},
@@ -21,7 +22,7 @@ mod nodes;
 use crate::{
     cli::{DataArgs, Profile, UpArgs},
     client::{UpFile, get},
-    layout::{Layout, SERVICES, cache, write_atomically},
+    layout::{Layout, SERVICES, cache, write_secret},
     models::DEFAULT_MODEL,
     say,
     services::{Ports, Setting, chat_model, embedder},
@@ -32,6 +33,8 @@ use children::ChildSpec;
 const READY: Duration = Duration::from_secs(120);
 /// How long `infera down` waits for the end.
 const END: Duration = Duration::from_secs(60);
+/// How long a child that a killed run left behind may take to drain.
+const LEFTOVER_GRACE: Duration = Duration::from_secs(10);
 /// Free space below which a network is not started, bytes.
 const MIN_FREE_BYTES: u64 = 512 * 1024 * 1024;
 /// Steps that take longer say so.
@@ -66,8 +69,11 @@ fn preflight(layout: &Layout, args: &UpArgs) -> Result<(), String> {
         ));
     }
     for (port, service) in Ports::new(args.port_base).all() {
-        std::net::TcpListener::bind(("127.0.0.1", port)).map_err(|_| {
-            format!("port {port} ({service}) is taken: end what listens there, or choose ten others with --port-base (INFERA_PORT_BASE)")
+        std::net::TcpListener::bind(("127.0.0.1", port)).map_err(|error| match error.kind() {
+            std::io::ErrorKind::AddrInUse => format!(
+                "port {port} ({service}) is taken: end what listens there, or choose ten others with --port-base (INFERA_PORT_BASE)"
+            ),
+            _ => format!("cannot listen on port {port} ({service}): {error}"),
         })?;
     }
     Ok(())
@@ -77,15 +83,27 @@ async fn run(layout: &Layout, args: &UpArgs) -> Result<ExitCode, String> {
     let began = Instant::now();
     let token = shutdown::on_signals();
     let lock = layout.lock()?;
+    let devnet = devnet(layout, Ports::new(args.port_base));
     end_leftovers(layout).await;
+    Devnet::end_leftover(&devnet).await;
     preflight(layout, args)?;
     fs::write(layout.pid("up"), std::process::id().to_string()).map_err(|e| e.to_string())?;
     let _ = fs::remove_file(layout.up_json());
-    let outcome = network(layout, args, &token, began).await;
+    let outcome = network(layout, args, &token, began, &devnet).await;
     let _ = fs::remove_file(layout.up_json());
     let _ = fs::remove_file(layout.pid("up"));
     drop(lock);
     outcome.map(|()| ExitCode::SUCCESS)
+}
+
+fn devnet(layout: &Layout, ports: Ports) -> DevnetConfig {
+    DevnetConfig {
+        anvil: anvil(),
+        port: ports.chain(),
+        chain_id: bootstrap::CHAIN_ID,
+        state_file: layout.chain_state(),
+        block_time: None,
+    }
 }
 
 async fn network(
@@ -93,44 +111,72 @@ async fn network(
     args: &UpArgs,
     token: &CancellationToken,
     began: Instant,
+    config: &DevnetConfig,
 ) -> Result<(), String> {
-    let ports = Ports::new(args.port_base);
     let servers = match args.profile {
-        Profile::Embedded => BTreeMap::new(),
-        Profile::Cluster => step("RabbitMQ, Redis and PostgreSQL", start_servers(layout.cluster())).await?,
+        Profile::Embedded => return with_chain(layout, args, token, began, BTreeMap::new(), config).await,
+        Profile::Cluster => step("RabbitMQ, Redis and PostgreSQL", start_servers(layout.cluster())).await,
     };
-    let devnet = DevnetConfig {
-        anvil: anvil(),
-        port: ports.chain(),
-        chain_id: bootstrap::CHAIN_ID,
-        state_file: layout.chain_state(),
-        block_time: None,
+    let outcome = match servers {
+        Ok(servers) => with_chain(layout, args, token, began, servers, config).await,
+        Err(error) => Err(error),
     };
-    let devnet =
-        step("the local chain", async { Devnet::start(&devnet).await.map_err(|e| e.to_string()) }).await?;
-    if let Some(warning) = devnet.warning() {
-        say(format_args!("up: {warning}"));
-    }
-    let outcome = on_chain(layout, args, token, began, servers, &devnet).await;
-    let stopped = devnet.stop().await.map_err(|e| e.to_string());
-    if args.profile == Profile::Cluster {
-        let _ = cluster_script(&["stop"], layout.cluster()).await;
-    }
-    outcome.and(stopped)
+    outcome.and(cluster_script("stop", layout.cluster()).await)
 }
 
-async fn on_chain(
+/// Starts the chain, then everything that needs it; a chain that ends by itself is started again from its
+/// saved state.
+async fn with_chain(
     layout: &Layout,
     args: &UpArgs,
     token: &CancellationToken,
     began: Instant,
     servers: BTreeMap<String, String>,
-    devnet: &Devnet,
+    config: &DevnetConfig,
+) -> Result<(), String> {
+    let start = async { Devnet::start(config).await.map_err(|e| e.to_string()) };
+    let mut chain = step("the local chain", start).await?;
+    if let Some(warning) = chain.warning() {
+        say(format_args!("up: {warning}"));
+    }
+    let keys = bootstrap::keys(layout)?;
+    bootstrap::chain(layout, &keys, chain.rpc_url()).await?;
+    chain.save().await.map_err(|e| e.to_string())?;
+    let outcome = {
+        let running = children(layout, args, token, began, servers, &keys);
+        tokio::pin!(running);
+        loop {
+            tokio::select! {
+                outcome = &mut running => break outcome,
+                status = chain.ended() => {
+                    let status = status.map_or_else(|e| e.to_string(), |s| s.to_string());
+                    say(format_args!("up: the local chain ended ({status}); starting it again from its saved state"));
+                    match Devnet::start(config).await {
+                        Ok(again) => chain = again,
+                        Err(error) => {
+                            token.cancel();
+                            let _ = (&mut running).await;
+                            break Err(error.to_string());
+                        }
+                    }
+                }
+            }
+        }
+    };
+    let stopped = chain.stop().await.map_err(|e| e.to_string());
+    outcome.and(stopped)
+}
+
+/// The services and nodes, until `token`.
+async fn children(
+    layout: &Layout,
+    args: &UpArgs,
+    token: &CancellationToken,
+    began: Instant,
+    servers: BTreeMap<String, String>,
+    keys: &bootstrap::Keys,
 ) -> Result<(), String> {
     let ports = Ports::new(args.port_base);
-    let keys = bootstrap::keys(layout)?;
-    bootstrap::chain(layout, &keys, devnet.rpc_url()).await?;
-    devnet.save().await.map_err(|e| e.to_string())?;
     let setting = Setting {
         layout,
         ports,
@@ -291,9 +337,9 @@ fn announce(
         model: DEFAULT_MODEL.to_owned(),
     };
     let bytes = serde_json::to_vec_pretty(&up).map_err(|e| e.to_string())?;
-    write_atomically(&layout.up_json(), &bytes).map_err(|e| format!("cannot write up.json: {e}"))?;
+    // Before the file that says it: `--detach` ends with the file.
     say(banner(layout, &up, began.elapsed()));
-    Ok(())
+    write_secret(&layout.up_json(), &bytes).map_err(|e| format!("cannot write up.json: {e}"))
 }
 
 fn banner(layout: &Layout, up: &UpFile, took: Duration) -> String {
@@ -335,7 +381,15 @@ fn detach(layout: &Layout, args: &UpArgs) -> Result<ExitCode, String> {
     drop(layout.lock()?);
     let own = std::env::current_exe().map_err(|e| format!("cannot find this program: {e}"))?;
     let log_path = layout.log("up");
-    let log = fs::File::create(&log_path).map_err(|e| format!("cannot write {}: {e}", log_path.display()))?;
+    // The banner has the API key.
+    let _ = fs::remove_file(&log_path);
+    let log = fs::File::options()
+        .create(true)
+        .write(true)
+        .truncate(true)
+        .mode(0o600)
+        .open(&log_path)
+        .map_err(|e| format!("cannot write {}: {e}", log_path.display()))?;
     let errors = log.try_clone().map_err(|e| e.to_string())?;
     let mut command = Process::new(own);
     command.args(["up", "--detached", "--profile", args.profile.name()]);
@@ -351,24 +405,35 @@ fn detach(layout: &Layout, args: &UpArgs) -> Result<ExitCode, String> {
         .stderr(errors)
         .spawn()
         .map_err(|e| format!("cannot start the network: {e}"))?;
-    let mut shown = 0;
-    loop {
-        let ready = layout.up_json().exists();
-        let ended = child.try_wait().map_err(|e| e.to_string())?;
-        let text = fs::read_to_string(&log_path).unwrap_or_default();
-        if let Some(new) = text.get(shown..).filter(|new| !new.is_empty()) {
-            say(new.trim_end_matches('\n'));
-            shown = text.len();
+    crate::block_on(async {
+        let token = shutdown::on_signals();
+        let mut shown = 0;
+        loop {
+            // Looked at first: what is said until then is in the log that is read next.
+            let ready = layout.up_json().exists();
+            let ended = child.try_wait().map_err(|e| e.to_string())?;
+            let text = fs::read_to_string(&log_path).unwrap_or_default();
+            if let Some(new) = text.get(shown..).filter(|new| !new.is_empty()) {
+                say(new.trim_end_matches('\n'));
+                shown = text.len();
+            }
+            if ended.is_some() {
+                return Ok(ExitCode::FAILURE);
+            }
+            if ready {
+                return Ok(ExitCode::SUCCESS);
+            }
+            if token.is_cancelled() {
+                say("up: interrupted; ending what was started");
+                if let Some(pid) = i32::try_from(child.id()).ok().and_then(Pid::from_raw) {
+                    let _ = kill_process(pid, Signal::TERM);
+                }
+                let _ = child.wait();
+                return Ok(ExitCode::FAILURE);
+            }
+            sleep(Duration::from_millis(50)).await;
         }
-        if ended.is_some() {
-            return Ok(ExitCode::FAILURE);
-        }
-        // The banner follows up.json at once; its last line ends the show.
-        if ready && text.contains("ends it; the data stays") {
-            return Ok(ExitCode::SUCCESS);
-        }
-        std::thread::sleep(Duration::from_millis(50));
-    }
+    })?
 }
 
 pub fn down(args: &DataArgs) -> Result<ExitCode, String> {
@@ -380,6 +445,7 @@ pub fn down(args: &DataArgs) -> Result<ExitCode, String> {
         if let Some(pid) = layout.running().and_then(Pid::from_raw) {
             kill_process(pid, Signal::TERM)
                 .map_err(|e| format!("cannot end process {}: {e}", pid.as_raw_nonzero()))?;
+            say("down: ending; open requests are finished or kept for the next start");
             let began = Instant::now();
             while layout.running().is_some() {
                 if began.elapsed() > END {
@@ -395,8 +461,9 @@ pub fn down(args: &DataArgs) -> Result<ExitCode, String> {
             say("down: nothing runs here");
         }
         end_leftovers(&layout).await;
+        Devnet::end_leftover(&devnet(&layout, Ports::new(0))).await;
         if layout.cluster().exists() {
-            cluster_script(&["stop"], layout.cluster()).await?;
+            cluster_script("stop", layout.cluster()).await?;
         }
         Ok(ExitCode::SUCCESS)
     })?
@@ -417,8 +484,10 @@ async fn end_leftovers(layout: &Layout) {
         if let Some(pid) = pid.and_then(Pid::from_raw).filter(|_| ours) {
             let _ = kill_process(pid, Signal::TERM);
             let began = Instant::now();
-            while rustix::process::test_kill_process(pid).is_ok() && began.elapsed() < Duration::from_secs(10)
-            {
+            while rustix::process::test_kill_process(pid).is_ok() {
+                if began.elapsed() > LEFTOVER_GRACE {
+                    let _ = kill_process(pid, Signal::KILL);
+                }
                 sleep(Duration::from_millis(50)).await;
             }
         }
@@ -431,7 +500,7 @@ fn anvil() -> PathBuf {
 }
 
 async fn start_servers(dir: PathBuf) -> Result<BTreeMap<String, String>, String> {
-    cluster_script(&["start"], dir.clone()).await?;
+    cluster_script("start", dir.clone()).await?;
     let path = dir.join("cluster.env");
     let text = fs::read_to_string(&path).map_err(|e| format!("cannot read {}: {e}", path.display()))?;
     Ok(text
@@ -442,18 +511,20 @@ async fn start_servers(dir: PathBuf) -> Result<BTreeMap<String, String>, String>
 }
 
 /// deploy/cluster of the source tree that this program was built from.
-async fn cluster_script(args: &[&str], dir: PathBuf) -> Result<(), String> {
+async fn cluster_script(action: &str, dir: PathBuf) -> Result<(), String> {
     let script = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("../../deploy/cluster");
     let status = tokio::process::Command::new(&script)
-        .args(args)
+        .arg(action)
         .arg(&dir)
         .stdin(Stdio::null())
+        // A second Ctrl-C must not interrupt the end of the servers.
+        .process_group(0)
         .status()
         .await
         .map_err(|e| format!("cannot run {}: {e}", script.display()))?;
     if status.success() {
         Ok(())
     } else {
-        Err(format!("the private servers: deploy/cluster {} failed", args.join(" ")))
+        Err(format!("the private servers: deploy/cluster {action} failed"))
     }
 }

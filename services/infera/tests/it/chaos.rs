@@ -30,79 +30,192 @@ fn receipt_id(answer: &Value) -> String {
     answer["infera"]["receipt"].as_str().unwrap_or_else(|| panic!("no receipt: {answer}")).to_owned()
 }
 
+/// The receipt of an answer, once it is on the chain.
+async fn receipt(network: &Network, answer: &Value) -> Value {
+    serde_json::from_slice(&network.anchored_receipt(&receipt_id(answer)).await).unwrap()
+}
+
+/// The operators of `list` in a receipt that satisfy `which`.
+fn operators(document: &Value, list: &str, which: impl Fn(&Value) -> bool) -> Vec<String> {
+    let rows = document["receipt"][list].as_array().unwrap();
+    rows.iter().filter(|row| which(row)).map(|row| row["operator"].to_string()).collect()
+}
+
+const FRANCE: &str = "What is the capital of France?";
+const PARIS: &str = "The capital of France is Paris.";
+
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_garbage_node_is_an_outlier_and_is_not_paid_and_a_killed_one_is_replaced() {
+async fn a_garbage_node_is_an_outlier_and_is_not_paid() {
     let network = Network::start("embedded", &["--nodes", "5", "--node-fault", "5=garbage"]);
-    let nodes = network.get(&format!("{}/v1/nodes", network.url("dispatcher_url"))).await;
-    assert_eq!(nodes["nodes"].as_array().unwrap().len(), 5);
-    let mut outliers = HashSet::new();
-    let mut paid = HashSet::new();
+    let (mut outliers, mut paid) = (HashSet::new(), HashSet::new());
     for round in 0..8 {
-        if round == 2 {
-            network.kill9("node-1");
-        }
-        let key = format!("garbage-{round}");
-        let body = serde_json::json!({
-            "model": network.url("model"), "temperature": 0, "max_tokens": 48,
-            "messages": [{"role": "user", "content": "What is the capital of France?"}],
-        });
-        let response = network
-            .http
-            .post(format!("{}/chat/completions", network.url("base_url")))
-            .bearer_auth(network.key())
-            .header("Idempotency-Key", key)
-            .json(&body)
-            .send();
-        let (response, ()) = tokio::join!(response, async {
-            if round == 4 {
-                tokio::time::sleep(Duration::from_millis(300)).await;
-                network.kill9("node-2");
-            }
-        });
-        let answer: Value = response.unwrap().json().await.unwrap();
-        assert_eq!(answer["choices"][0]["message"]["content"], "The capital of France is Paris.", "{answer}");
-        let document: Value =
-            serde_json::from_slice(&network.anchored_receipt(&receipt_id(&answer)).await).unwrap();
-        for unpaid in document["receipt"]["unpaid"].as_array().unwrap() {
-            if unpaid["reason"] == "outlier" {
-                outliers.insert(unpaid["operator"].to_string());
-            }
-        }
-        for payment in document["receipt"]["payments"].as_array().unwrap() {
-            paid.insert(payment["operator"].to_string());
-        }
+        let answer = network.ask(FRANCE, &format!("garbage-{round}")).await.unwrap();
+        assert_eq!(answer["choices"][0]["message"]["content"], PARIS, "{answer}");
+        let document = receipt(&network, &answer).await;
+        outliers.extend(operators(&document, "unpaid", |row| row["reason"] == "outlier"));
+        paid.extend(operators(&document, "payments", |_| true));
     }
-    // A draw of three of five misses the garbage node in 8 requests with probability (4/10)^8 = 0.07%.
+    // Three of five are drawn: that 8 requests miss the garbage node has the probability (2/5)^8 = 0.07%.
     assert_eq!(outliers.len(), 1, "the garbage node, and no other: {outliers:?}");
     assert!(paid.is_disjoint(&outliers), "{paid:?} {outliers:?}");
     the_books_balance(&network).await;
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_node_that_dies_in_mid_answer_is_replaced_and_is_not_paid() {
+    // It dies after three tokens of every answer, and is started again.
+    let network = Network::start("embedded", &["--nodes", "5", "--node-fault", "5=crash"]);
+    let (mut died, mut paid) = (HashSet::new(), HashSet::new());
+    for round in 0..8 {
+        let answer = network.ask(FRANCE, &format!("crash-{round}")).await.unwrap();
+        assert_eq!(answer["choices"][0]["message"]["content"], PARIS, "{answer}");
+        let document = receipt(&network, &answer).await;
+        assert_eq!(operators(&document, "verified", |_| true).len(), 3, "{document}");
+        died.extend(operators(&document, "unpaid", |_| true));
+        paid.extend(operators(&document, "payments", |_| true));
+    }
+    assert_eq!(died.len(), 1, "the node that dies, and no other: {died:?}");
+    assert!(paid.is_disjoint(&died), "{paid:?} {died:?}");
+    the_books_balance(&network).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn no_service_that_is_killed_loses_a_request() {
     let network = Network::start("cluster", &[]);
-    for service in ["gateway", "settlement", "mempool", "dispatcher", "verifier", "explorer"] {
-        let base = match service {
-            "gateway" => 0,
-            "settlement" => 100,
-            "mempool" => 200,
-            "dispatcher" => 300,
-            "verifier" => 400,
-            _ => 500,
-        };
-        let requests = (0..REQUESTS).map(|i| ask_until_answered(&network, base + i));
-        let (answers, ()) = tokio::join!(futures::future::join_all(requests), async {
-            tokio::time::sleep(Duration::from_millis(700)).await;
-            network.kill9(service);
+    let services = ["gateway", "settlement", "mempool", "dispatcher", "verifier", "explorer"];
+    let mut settled = 0;
+    for (round, service) in services.into_iter().enumerate() {
+        let numbers = round * REQUESTS..(round + 1) * REQUESTS;
+        let network = &network;
+        let requests = numbers.map(|number| async move {
+            let (question, key) = (format!("What is {number} + 1?"), format!("chaos-{number}"));
+            let first = network.ask(&question, &key).await;
+            match first {
+                // Only the gateway's own death may break a client's connection; its repeat gets the answer.
+                Err(_) if service == "gateway" => ask_until_answered(network, number).await,
+                other => other.unwrap_or_else(|e| panic!("{service}: {e}\n{}", network.logs())),
+            }
         });
+        let (answers, open) = tokio::join!(futures::future::join_all(requests), async {
+            tokio::time::sleep(Duration::from_millis(700)).await;
+            let balance = network.get(&format!("{}/v1/balance", network.url("settlement_url"))).await;
+            network.kill9(service);
+            balance["held_micro"].as_u64().unwrap()
+        });
+        assert!(open > 0, "{service} was killed when nothing was under way");
         let receipts: HashSet<_> = answers.iter().map(receipt_id).collect();
         assert_eq!(receipts.len(), REQUESTS, "{service}: two requests share a receipt");
         for id in &receipts {
             let document: Value = serde_json::from_slice(&network.anchored_receipt(id).await).unwrap();
             assert_eq!(document["receipt"]["id"], *id);
         }
-        the_books_balance(&network).await;
-        let audit = network.get(&format!("{}/v1/ledger/audit", network.url("settlement_url"))).await;
-        assert_eq!(audit["held_micro"], 0, "{service}: {audit}");
+        settled += receipts.len();
+        audited(network, settled).await;
+    }
+}
+
+/// One credit, and a hold and a settlement for each request: nothing was posted twice, nothing is held.
+async fn audited(network: &Network, requests: usize) {
+    // The audit is computed anew every few seconds.
+    infera_testkit::eventually(Duration::from_secs(30), || async {
+        let url = format!("{}/v1/ledger/audit", network.url("settlement_url"));
+        let audit: Value = network.http.get(url).send().await.ok()?.json().await.ok()?;
+        assert_ne!(audit["ok"], false, "{audit}");
+        (audit["held_micro"] == 0 && audit["transfers"] == 1 + 2 * requests).then_some(())
+    })
+    .await;
+}
+
+/// Every step of a request's way, from the gateway's transaction to the explorer's.
+const STEPS: [&str; 44] = [
+    "gateway.request.before_commit",
+    "gateway.request.after_commit",
+    "outbox.request.submitted.before_publish",
+    "outbox.request.submitted.after_publish",
+    "settlement.submitted.before_commit",
+    "settlement.submitted.after_commit",
+    "outbox.request.funded.before_publish",
+    "outbox.request.funded.after_publish",
+    "mempool.funded.before_commit",
+    "mempool.funded.after_commit",
+    "mempool.offer.after_commit",
+    "outbox.request.offered.before_publish",
+    "outbox.request.offered.after_publish",
+    "dispatcher.attempt.stored",
+    "dispatcher.leased",
+    "dispatcher.committed",
+    "dispatcher.revealed",
+    "dispatcher.collected.published",
+    "node.committed",
+    "verifier.collected.before_commit",
+    "verifier.collected.after_commit",
+    "outbox.verdict.before_publish",
+    "outbox.verdict.after_publish",
+    "settlement.verdict.before_commit",
+    "settlement.verdict.after_commit",
+    "mempool.verdict.before_commit",
+    "mempool.verdict.after_commit",
+    "gateway.verdict.before_commit",
+    "gateway.verdict.after_commit",
+    "outbox.receipt.before_publish",
+    "outbox.receipt.after_publish",
+    "settlement.batch.after_form",
+    "settlement.batch.after_sign",
+    "settlement.batch.after_send",
+    "settlement.batch.before_mark",
+    "settlement.batch.after_mark",
+    "outbox.batch.anchored.before_publish",
+    "outbox.batch.anchored.after_publish",
+    "explorer.receipt.before_commit",
+    "explorer.receipt.after_commit",
+    "explorer.anchored.before_commit",
+    "explorer.anchored.after_commit",
+    "verifier.index.before_upsert",
+    "verifier.index.after_upsert",
+];
+
+/// The process that is at a step dies there, once for every step, while requests come in.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_death_at_every_step_loses_nothing_and_settles_nothing_twice() {
+    let mut network = Network::new("cluster", &[]);
+    let plan = network.data().join("plan");
+    std::fs::create_dir(&plan).unwrap();
+    network.set_env("INFERA_FAIL", format!("*=once:{}", plan.display()));
+    network.up();
+    for step in STEPS {
+        std::fs::write(plan.join(step), "").unwrap();
+    }
+    let left = || -> Vec<String> {
+        std::fs::read_dir(&plan).unwrap().map(|e| e.unwrap().file_name().into_string().unwrap()).collect()
+    };
+    let mut receipts = HashSet::new();
+    let deadline = Instant::now() + 4 * PATIENCE;
+    for number in 0.. {
+        let answer = ask_until_answered(&network, number).await;
+        let id = receipt_id(&answer);
+        let document: Value = serde_json::from_slice(&network.anchored_receipt(&id).await).unwrap();
+        assert_eq!(document["receipt"]["id"], *id);
+        assert!(receipts.insert(id), "two requests share a receipt");
+        if left().is_empty() && number >= 5 {
+            break;
+        }
+        assert!(Instant::now() < deadline, "never passed: {:?}\n{}", left(), network.logs());
+    }
+    audited(&network, receipts.len()).await;
+    let explorer = network.url("explorer_url");
+    for id in receipts {
+        infera_testkit::eventually(Duration::from_secs(60), || async {
+            let row: Value = network
+                .http
+                .get(format!("{explorer}/v1/history/{id}"))
+                .send()
+                .await
+                .ok()?
+                .json()
+                .await
+                .ok()?;
+            (row["status"] == "anchored").then_some(())
+        })
+        .await;
     }
 }

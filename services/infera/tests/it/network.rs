@@ -4,7 +4,7 @@ use std::{
     net::TcpListener,
     path::{Path, PathBuf},
     process::{Command, Output},
-    sync::{Mutex, MutexGuard, PoisonError},
+    sync::{Mutex, MutexGuard, Once, PoisonError},
     time::Duration,
 };
 
@@ -20,6 +20,7 @@ pub struct Network {
     profile: &'static str,
     port_base: u16,
     extra: Vec<String>,
+    env: Vec<(&'static str, String)>,
     pub http: reqwest::Client,
 }
 
@@ -30,12 +31,24 @@ pub fn infera() -> PathBuf {
 
 /// Ten free ports in a row. The ranges below the ephemeral ports are only used by these tests.
 fn free_ports() -> u16 {
-    let start = u16::try_from(std::process::id() % 900).unwrap() * 10 + 20_000;
-    (start..30_000)
+    let start = u16::try_from(std::process::id() % 700).unwrap() * 10 + 12_000;
+    (start..19_000)
         .step_by(10)
-        .chain((20_000..start).step_by(10))
+        .chain((12_000..start).step_by(10))
         .find(|base| (*base..base + 10).all(|port| TcpListener::bind(("127.0.0.1", port)).is_ok()))
         .expect("ten free ports")
+}
+
+/// The services' own programs: cargo builds those of this package alone for its tests.
+fn build_services() {
+    static ONCE: Once = Once::new();
+    ONCE.call_once(|| {
+        let mut command = Command::new(env!("CARGO"));
+        command.args(["build", "--workspace", "--bins"]).current_dir(infera_testkit::workspace_root());
+        // Beside the program under test.
+        command.env("CARGO_TARGET_DIR", infera().parent().unwrap().parent().unwrap());
+        assert!(command.status().unwrap().success());
+    });
 }
 
 impl Network {
@@ -45,7 +58,7 @@ impl Network {
         let extra = extra.iter().map(ToString::to_string).collect();
         let http = reqwest::Client::builder().no_proxy().build().unwrap();
         let turn = ONE_AT_A_TIME.lock().unwrap_or_else(PoisonError::into_inner);
-        Self { _turn: turn, dir, profile, port_base: free_ports(), extra, http }
+        Self { _turn: turn, dir, profile, port_base: free_ports(), extra, env: Vec::new(), http }
     }
 
     pub fn start(profile: &'static str, extra: &[&str]) -> Self {
@@ -54,16 +67,25 @@ impl Network {
         network
     }
 
+    /// Sets an environment variable of everything that [`Network::up`] starts.
+    pub fn set_env(&mut self, name: &'static str, value: String) {
+        self.env.push((name, value));
+    }
+
     pub fn data(&self) -> &Path {
         self.dir.path()
     }
 
     pub fn up(&self) {
+        if self.profile == "cluster" {
+            build_services();
+        }
         let output = Command::new(infera())
             .args(["up", "--detach", "--profile", self.profile, "--data"])
             .arg(self.data())
             .args(["--port-base", &self.port_base.to_string()])
             .args(&self.extra)
+            .envs(self.env.iter().cloned())
             .output()
             .unwrap();
         assert!(output.status.success(), "infera up: {}\n{}", text(&output), self.logs());

@@ -125,6 +125,11 @@ impl Devnet {
         &self.rpc_url
     }
 
+    /// Ends the anvil of a killed run on this state file, if one is left.
+    pub async fn end_leftover(config: &DevnetConfig) {
+        end_leftover(&config.state_file.with_extension("pid"), &config.anvil).await;
+    }
+
     /// What the user should know: that an unreadable state file was set aside and the chain starts anew.
     pub fn warning(&self) -> Option<&str> {
         self.warning.as_deref()
@@ -204,10 +209,11 @@ fn pid(raw: u32) -> Option<Pid> {
 
 /// Ends the anvil named in the pid file, if that process still runs our anvil.
 async fn end_leftover(pid_file: &Path, anvil: &Path) {
+    let anvil = executable(anvil);
     let Some(raw) = fs::read_to_string(pid_file).ok().and_then(|text| text.trim().parse::<u32>().ok()) else {
         return;
     };
-    let Ok(anvil) = fs::canonicalize(anvil) else { return };
+    let Ok(anvil) = fs::canonicalize(&anvil) else { return };
     // A process that has ended has no executable, even while nobody has waited for it.
     let runs = || fs::read_link(format!("/proc/{raw}/exe")).is_ok_and(|exe| exe == anvil);
     let Some(pid) = pid(raw).filter(|_| runs()) else { return };
