@@ -10,6 +10,7 @@ use std::{
 use ed25519_dalek::SigningKey;
 use infera_protocol::{
     bytes::{Address, EvmSignature, Hash32, NodeId, Signature},
+    commitment::Slot,
     identity::{Domain, HelloClaims, NodeBinding, evm_address, hello_digest, node_id, sign},
     registry::Manifest,
 };
@@ -71,6 +72,15 @@ impl Identity {
 
     pub fn sign(&self, digest: &Hash32) -> Signature {
         sign(&self.key, digest)
+    }
+
+    /// Blinds the answer of a slot. The same slot has the same salt for ever, so that an answer that is computed twice
+    /// makes the same commitment; nobody without the node's key can tell it before the reveal.
+    pub fn salt(&self, slot: &Slot) -> Hash32 {
+        let key = blake3::derive_key("infera node 2026 salt of a commitment", self.key.as_bytes());
+        let mut hasher = blake3::Hasher::new_keyed(&key);
+        hasher.update(&slot.request_hash.0).update(&slot.attempt.to_be_bytes());
+        Hash32(*hasher.finalize().as_bytes())
     }
 
     /// The answer to a challenge.

@@ -10,7 +10,9 @@
 //! Promises:
 //! - One answer per slot (request, attempt): the commitment is on disk before it is sent, and after a crash or a lost
 //!   connection the same bytes are sent again. A node that keeps this can't be caught equivocating.
+//! - One process per data folder: a second one would answer the same slots.
 //! - A lease that can't be served is declined, signed, at once.
+//! - A node whose engine has ended declines what it holds and ends with an error, for its supervisor to see.
 //! - No inbound port: the one connection goes out, so home routers are no matter.
 //! - Keys are made on this machine and stay on it, readable by their owner alone.
 
@@ -22,10 +24,19 @@ mod journal;
 mod session;
 mod slots;
 
-use std::{io, path::Path, process::ExitCode, sync::Arc, time::Duration};
+use std::{
+    fs::{File, TryLockError},
+    io,
+    path::Path,
+    process::ExitCode,
+    sync::Arc,
+    time::Duration,
+};
 
 use infera_protocol::{bytes::Hash32, registry::Manifest};
 use infera_runtime::{CancellationToken, shutdown, telemetry};
+
+use tokio::time::{Instant, sleep};
 
 pub use args::Args;
 pub use fault::Fault;
@@ -37,6 +48,8 @@ use slots::Slots;
 /// Pause before the first reconnect, and the longest one.
 const FIRST_PAUSE: Duration = Duration::from_millis(200);
 const LONGEST_PAUSE: Duration = Duration::from_secs(15);
+/// How long the declines of a broken engine's jobs may take to go out.
+const LAST_WORDS: Duration = Duration::from_secs(2);
 
 /// Why a node does not run, one sentence each.
 #[derive(Debug, thiserror::Error)]
@@ -49,6 +62,8 @@ pub enum Error {
     Identity(String),
     #[error("the journal of commitments: {0}")]
     Journal(io::Error),
+    #[error("{data} is in use by another node: end that one, or choose another folder with --data")]
+    InUse { data: String },
     #[error("cannot start: {0}")]
     Start(String),
 }
@@ -95,6 +110,7 @@ async fn process(args: Args) -> Result<(), String> {
 /// [`Error`]; a dispatcher that is away is none.
 pub async fn run(args: Args, shutdown: CancellationToken) -> Result<(), Error> {
     let manifest = read_manifest(&args.manifest)?;
+    let _lock = lock(&args.data)?;
     let identity = Identity::load_or_create(&args, &manifest)?;
     let weights = args.model.clone();
     let root = blocking(move || weights_root(&weights)).await?.map_err(|e| Error::File {
@@ -121,15 +137,27 @@ pub async fn run(args: Args, shutdown: CancellationToken) -> Result<(), Error> {
         slots = args.slots,
         "node is ready"
     );
-    let slots = Arc::new(Slots::new(
+    let slots = Slots::new(
         engine,
         identity,
         journal,
         slots::Setting { model_root: root, end_tokens, fault: args.fault },
-    ));
+    );
+    let slots = Arc::new(slots.map_err(Error::Journal)?);
+    tokio::select! {
+        () = serve(&args, &slots, &shutdown) => {
+            tracing::info!("node has ended");
+            Ok(())
+        }
+        () = broken(&slots) => Err(engine::EngineError::Thread("it has ended; start the node again".into()).into()),
+    }
+}
+
+/// One session after the other, until `shutdown`.
+async fn serve(args: &Args, slots: &Arc<Slots>, shutdown: &CancellationToken) {
     let mut pause = FIRST_PAUSE;
     while !shutdown.is_cancelled() {
-        let welcomed = session::run(&args, &slots, &shutdown).await;
+        let welcomed = session::run(args, slots, shutdown).await;
         if welcomed {
             pause = FIRST_PAUSE;
         }
@@ -141,8 +169,29 @@ pub async fn run(args: Args, shutdown: CancellationToken) -> Result<(), Error> {
         }
         pause = (pause * 2).min(LONGEST_PAUSE);
     }
-    tracing::info!("node has ended");
-    Ok(())
+}
+
+/// Returns once the engine has ended and its jobs are declined.
+async fn broken(slots: &Slots) {
+    slots.engine_ended().cancelled().await;
+    tracing::error!("the engine has ended");
+    let until = Instant::now() + LAST_WORDS;
+    while (slots.generating() > 0 || slots.queued() > 0) && Instant::now() < until {
+        sleep(Duration::from_millis(20)).await;
+    }
+}
+
+/// Takes the data folder for this process, for as long as the file is open.
+fn lock(data: &Path) -> Result<File, Error> {
+    let path = data.join("node.lock");
+    let failed = |e: io::Error| Error::Start(format!("cannot lock {}: {e}", path.display()));
+    std::fs::create_dir_all(data).map_err(failed)?;
+    let file = File::options().create(true).truncate(false).write(true).open(&path).map_err(failed)?;
+    match file.try_lock() {
+        Ok(()) => Ok(file),
+        Err(TryLockError::WouldBlock) => Err(Error::InUse { data: data.display().to_string() }),
+        Err(TryLockError::Error(error)) => Err(failed(error)),
+    }
 }
 
 async fn blocking<T: Send + 'static>(work: impl FnOnce() -> T + Send + 'static) -> Result<T, Error> {

@@ -18,8 +18,6 @@ use crate::{Args, journal::Key, slots::Slots};
 
 /// How long the dispatcher may take to connect, to challenge and to welcome.
 const HANDSHAKE: Duration = Duration::from_secs(10);
-/// Frames that may wait for the wire.
-const OUTGOING: usize = 256;
 /// How long open slots are waited for at the end.
 const DRAIN: Duration = Duration::from_secs(10);
 /// Pings missed after which the connection counts as lost.
@@ -40,6 +38,8 @@ enum Ended {
     Frame(#[from] WireError),
     #[error("the dispatcher was silent for {0} s")]
     Silent(u64),
+    #[error("the dispatcher does not read its frames")]
+    Behind,
     #[error("the connection is lost")]
     Lost,
 }
@@ -78,13 +78,13 @@ async fn session(
         .map_err(|_| Ended::Handshake)??;
     *welcomed = true;
     tracing::info!(dispatcher = args.dispatcher, "session is open");
-    let (outgoing, frames) = mpsc::channel(OUTGOING);
-    slots.connected(outgoing.clone());
+    let (frames, behind) = slots.connected();
     let silence = Duration::from_secs(u64::from(heartbeat_secs.max(1) * MISSED));
     tokio::select! {
         sent = write(&mut sink, frames) => sent,
         ended = read(slots, &mut stream, silence, shutdown) => ended,
-        () = drain(slots, outgoing, shutdown) => Ok(()),
+        () = drain(slots, shutdown) => Ok(()),
+        () = behind.cancelled() => Err(Ended::Behind),
     }
 }
 
@@ -201,18 +201,16 @@ fn act(slots: &Arc<Slots>, frame: v1::from_dispatcher::Message, draining: bool) 
 }
 
 /// After `shutdown`: says so, and returns once no slot is open or [`DRAIN`] is over.
-async fn drain(slots: &Slots, outgoing: mpsc::Sender<v1::FromNode>, shutdown: &CancellationToken) {
+async fn drain(slots: &Slots, shutdown: &CancellationToken) {
     shutdown.cancelled().await;
-    let draining = v1::FromNode { message: Some(v1::from_node::Message::Draining(v1::Draining {})) };
-    // A connection that is lost needs no word.
-    let _ = outgoing.send(draining).await;
+    slots.say_draining();
     tracing::info!(open = slots.open(), generating = slots.generating(), "draining");
     let until = Instant::now() + DRAIN;
     while slots.open() > 0 && Instant::now() < until {
         sleep(Duration::from_millis(50)).await;
     }
     // Lets the writer send what is queued.
-    while outgoing.capacity() < OUTGOING && Instant::now() < until {
+    while slots.queued() > 0 && Instant::now() < until {
         sleep(Duration::from_millis(10)).await;
     }
 }

@@ -1,13 +1,13 @@
 //! What this node has leased: from the lease to the reveal, over lost connections and crashes.
 
-use std::{collections::HashMap, sync::Arc, time::Duration};
+use std::{collections::HashMap, io, sync::Arc, time::Duration};
 
 use infera_protocol::{
     bytes::Hash32,
     commitment::{Slot, commitment, decline_digest},
     request::{Output, Request},
 };
-use infera_runtime::{clock, trace};
+use infera_runtime::{CancellationToken, clock, trace};
 use infera_wire::{convert, v1};
 use parking_lot::Mutex;
 use tokio::{
@@ -28,6 +28,15 @@ use crate::{
 const DELTA_EVERY: Duration = Duration::from_millis(50);
 /// A promise that nobody asked for in this time is forgotten.
 const KEEP_MS: i64 = 3_600 * 1_000;
+/// Frames of streams that may wait for the wire; further ones are dropped, they are not durable.
+const DELTAS: usize = 192;
+/// Further frames that may wait. Whoever lets more pile up is disconnected: nothing but deltas is ever dropped while
+/// the session goes on.
+const ANSWERS: usize = 4_096;
+/// How far this machine's clock may be behind the dispatcher's before a lease that runs is given up.
+const CLOCK_SKEW_MS: i64 = 60_000;
+/// How long a new attempt waits for the slot of the attempt that it replaces: one step of the engine.
+const SUPERSEDE: Duration = Duration::from_secs(5);
 
 /// What does not change while the node runs.
 pub struct Setting {
@@ -41,11 +50,21 @@ enum State {
     Generating {
         job: Uuid,
         until_ms: i64,
+        /// By the dispatcher or a newer attempt: its end needs no answer.
+        cancelled: bool,
     },
     Promised {
         promise: Box<Promise>,
         until_ms: i64,
     },
+}
+
+/// A lease that was taken.
+struct Work {
+    request: Request,
+    key: Key,
+    job: Uuid,
+    stream: bool,
 }
 
 /// All slots, and the way to the dispatcher while there is one.
@@ -55,27 +74,46 @@ pub struct Slots {
     journal: Journal,
     pub setting: Setting,
     states: Mutex<HashMap<Key, State>>,
-    outgoing: Mutex<Option<mpsc::Sender<v1::FromNode>>>,
+    outgoing: Mutex<Option<Outgoing>>,
+}
+
+/// The queue of one session, in the order of what happened: a commitment never overtakes its stream.
+struct Outgoing {
+    frames: mpsc::Sender<v1::FromNode>,
+    /// Cancelled when the queue is full.
+    behind: CancellationToken,
+}
+
+impl Outgoing {
+    fn queued(&self) -> usize {
+        self.frames.max_capacity() - self.frames.capacity()
+    }
 }
 
 impl Slots {
     /// Takes up the promises of an earlier run.
-    pub fn new(engine: Engine, identity: Identity, journal: Journal, setting: Setting) -> Self {
+    ///
+    /// # Errors
+    /// The journal can't be listed: without it, this node might answer a slot twice.
+    pub fn new(engine: Engine, identity: Identity, journal: Journal, setting: Setting) -> io::Result<Self> {
         let until_ms = clock::now_ms() + KEEP_MS;
         let states = journal
-            .all()
-            .unwrap_or_else(|error| {
-                tracing::warn!(%error, "the journal can't be listed");
-                Vec::new()
-            })
+            .all()?
             .into_iter()
             .map(|(key, promise)| (key, State::Promised { promise: Box::new(promise), until_ms }))
             .collect();
-        Self { engine, identity, journal, setting, states: Mutex::new(states), outgoing: Mutex::new(None) }
+        let states = Mutex::new(states);
+        Ok(Self { engine, identity, journal, setting, states, outgoing: Mutex::new(None) })
     }
 
-    /// A new connection: promises that are still open are sent again, byte for byte.
-    pub fn connected(&self, outgoing: mpsc::Sender<v1::FromNode>) {
+    /// Cancelled once the engine has ended.
+    pub fn engine_ended(&self) -> CancellationToken {
+        self.engine.ended()
+    }
+
+    /// A new connection: promises that are still open are sent again, byte for byte. Returns what is to be written, and
+    /// what is cancelled when too much of it waits.
+    pub fn connected(&self) -> (mpsc::Receiver<v1::FromNode>, CancellationToken) {
         let again: Vec<_> = {
             let states = self.states.lock();
             states
@@ -86,10 +124,13 @@ impl Slots {
                 })
                 .collect()
         };
-        *self.outgoing.lock() = Some(outgoing);
+        let (frames, receiver) = mpsc::channel(DELTAS + ANSWERS + again.len());
+        let behind = CancellationToken::new();
+        *self.outgoing.lock() = Some(Outgoing { frames, behind: behind.clone() });
         for commit in again {
             self.send(v1::from_node::Message::Commit(commit));
         }
+        (receiver, behind)
     }
 
     pub fn disconnected(&self) {
@@ -106,14 +147,26 @@ impl Slots {
         self.states.lock().values().filter(|state| matches!(state, State::Generating { .. })).count()
     }
 
-    /// Frames that find no connection, or a full queue, are dropped: deltas are not durable, and promises are sent
-    /// again with the next connection.
+    /// Frames that wait for the wire.
+    pub fn queued(&self) -> usize {
+        self.outgoing.lock().as_ref().map_or(0, Outgoing::queued)
+    }
+
+    pub fn say_draining(&self) {
+        self.send(v1::from_node::Message::Draining(v1::Draining {}));
+    }
+
+    /// Without a connection a frame is dropped: promises are sent again with the next one, and a lease that is not
+    /// answered ends with the session. A queue that is full ends the session for the same reason.
     fn send(&self, message: v1::from_node::Message) {
         let outgoing = self.outgoing.lock();
-        if let Some(sender) = &*outgoing
-            && sender.try_send(v1::FromNode { message: Some(message) }).is_err()
-        {
-            tracing::debug!("a frame found no room");
+        let Some(outgoing) = &*outgoing else { return };
+        if matches!(message, v1::from_node::Message::Deltas(_)) && outgoing.queued() >= DELTAS {
+            tracing::debug!("a part of a stream found no room");
+            return;
+        }
+        if outgoing.frames.try_send(v1::FromNode { message: Some(message) }).is_err() {
+            outgoing.behind.cancel();
         }
     }
 
@@ -134,32 +187,53 @@ impl Slots {
         if self.known(key) {
             return;
         }
-        let taken = if draining {
-            Err("draining")
-        } else if request.model_root != self.setting.model_root {
-            Err("model")
-        } else {
-            self.start(&request)
-        };
-        match taken {
-            Ok((job, events)) => {
-                self.states.lock().insert(key, State::Generating { job, until_ms: lease.commit_deadline_ms });
-                let span = tracing::info_span!(
-                    "node generate",
-                    "gen_ai.operation.name" = "chat",
-                    request_id = %request.id,
-                    attempt = lease.attempt,
-                    node = %self.identity.node(),
-                    "gen_ai.usage.output_tokens" = tracing::field::Empty,
-                );
-                trace::set_parent(&span, &lease.traceparent);
-                let (slots, stream) = (self.clone(), lease.stream);
-                tokio::spawn(
-                    async move { slots.generate(request, key, events, stream).await }.instrument(span),
-                );
+        match self.journal.read(key) {
+            Ok(None) => {}
+            Ok(Some(promise)) => return self.promised(key, promise),
+            Err(error) => {
+                // There may have been a promise, so this slot is not computed again.
+                tracing::error!(%error, request_id = %key.0, attempt = key.1, "a promise of the journal is damaged");
+                return self.decline(&request, key, "journal");
             }
-            Err(reason) => self.decline(&request, key, reason),
         }
+        if draining {
+            return self.decline(&request, key, "draining");
+        }
+        if request.model_root != self.setting.model_root {
+            return self.decline(&request, key, "model");
+        }
+        let patience = if self.supersede(key) { SUPERSEDE } else { Duration::ZERO };
+        let job = Uuid::now_v7();
+        let state = State::Generating { job, until_ms: lease.commit_deadline_ms, cancelled: false };
+        self.states.lock().insert(key, state);
+        let span = tracing::info_span!(
+            "node generate",
+            "gen_ai.operation.name" = "chat",
+            request_id = %request.id,
+            attempt = lease.attempt,
+            node = %self.identity.node(),
+            "gen_ai.usage.output_tokens" = tracing::field::Empty,
+        );
+        trace::set_parent(&span, &lease.traceparent);
+        let (slots, stream) = (self.clone(), lease.stream);
+        let work = Work { request, key, job, stream };
+        tokio::spawn(async move { slots.work(work, patience).await }.instrument(span));
+    }
+
+    /// Earlier attempts of a request are wanted by nobody once there is a later one. True if one was computed.
+    fn supersede(&self, key: Key) -> bool {
+        let mut any = false;
+        for (other, state) in self.states.lock().iter_mut() {
+            if let State::Generating { job, cancelled, .. } = state
+                && other.0 == key.0
+                && other.1 < key.1
+            {
+                *cancelled = true;
+                self.engine.cancel(*job);
+                any = true;
+            }
+        }
+        any
     }
 
     /// A lease that was delivered twice, or that an earlier run had promised: the same answer again.
@@ -173,24 +247,29 @@ impl Slots {
         true
     }
 
-    fn start(&self, request: &Request) -> Result<(Uuid, mpsc::Receiver<Event>), &'static str> {
-        let job = Job {
-            id: Uuid::now_v7(),
-            prompt: request.prompt.clone(),
-            params: request.sampling,
-            max_tokens: request.max_tokens,
-            stop: request.stop.clone(),
-            seed: request.seed,
-            end_tokens: self.setting.end_tokens.clone(),
-        };
-        let id = job.id;
-        self.engine.generate(job).map(|events| (id, events)).map_err(|busy| {
-            tracing::info!(%busy, request_id = %request.id, "lease is declined");
-            match busy {
-                Busy::Full { .. } => "full",
-                _ => "engine",
+    /// Begins a job; while all slots are taken it tries again for `patience`.
+    async fn start(&self, work: &Work, patience: Duration) -> Result<mpsc::Receiver<Event>, &'static str> {
+        let request = &work.request;
+        let until = Instant::now() + patience;
+        loop {
+            let job = Job {
+                id: work.job,
+                prompt: request.prompt.clone(),
+                params: request.sampling,
+                max_tokens: request.max_tokens,
+                stop: request.stop.clone(),
+                seed: request.seed,
+                end_tokens: self.setting.end_tokens.clone(),
+            };
+            match self.engine.generate(job) {
+                Ok(events) => return Ok(events),
+                Err(Busy::Full { .. }) if Instant::now() < until => sleep(Duration::from_millis(10)).await,
+                Err(busy) => {
+                    tracing::info!(%busy, request_id = %request.id, "lease is declined");
+                    return Err(if matches!(busy, Busy::Full { .. }) { "full" } else { "engine" });
+                }
             }
-        })
+        }
     }
 
     fn decline(&self, request: &Request, key: Key, reason: &str) {
@@ -203,43 +282,66 @@ impl Slots {
         }));
     }
 
-    async fn generate(&self, request: Request, key: Key, events: mpsc::Receiver<Event>, stream: bool) {
+    async fn work(&self, work: Work, patience: Duration) {
         let began = Instant::now();
-        match self.collect(&request, key, events, stream).await {
-            Ok(Some(output)) => {
-                tracing::Span::current().record("gen_ai.usage.output_tokens", output.tokens.len());
-                let tokens = output.tokens.len();
-                if let Err(error) = self.promise(&request, key, output) {
-                    tracing::error!(%error, request_id = %key.0, "a commitment can't be written and is not sent");
-                    self.states.lock().remove(&key);
-                    self.decline(&request, key, "engine");
-                    return;
+        let (request, key) = (&work.request, work.key);
+        let output = match self.start(&work, patience).await {
+            Ok(events) => {
+                if !self.is_wanted(&work) {
+                    self.engine.cancel(work.job);
                 }
-                let ms = u64::try_from(began.elapsed().as_millis()).unwrap_or(u64::MAX);
-                tracing::info!(request_id = %key.0, attempt = key.1, tokens, ms, "lease is committed");
+                self.collect(request, key, events, work.stream).await
             }
-            Ok(None) => {
-                self.states.lock().remove(&key);
+            Err(reason) => Err(reason),
+        };
+        let wanted = self.is_wanted(&work);
+        let output = match output {
+            Ok(output) if wanted => output,
+            Err(reason) if wanted => {
+                self.remove(&work);
+                return self.decline(request, key, reason);
             }
-            Err(reason) => {
-                tracing::error!(reason, request_id = %key.0, "the engine failed");
-                self.states.lock().remove(&key);
-                self.decline(&request, key, "engine");
+            _ => return self.remove(&work),
+        };
+        let tokens = output.tokens.len();
+        tracing::Span::current().record("gen_ai.usage.output_tokens", tokens);
+        if let Err(error) = self.promise(request, key, output) {
+            tracing::error!(%error, request_id = %key.0, "a commitment can't be written and is not sent");
+            self.remove(&work);
+            // A file that is there is a promise: a decline would contradict it, and the lease just ends.
+            if matches!(self.journal.read(key), Ok(None)) {
+                self.decline(request, key, "journal");
             }
+            return;
+        }
+        let ms = u64::try_from(began.elapsed().as_millis()).unwrap_or(u64::MAX);
+        tracing::info!(request_id = %key.0, attempt = key.1, tokens, ms, "lease is committed");
+    }
+
+    /// Whether the slot is still this job's, and nobody cancelled it.
+    fn is_wanted(&self, work: &Work) -> bool {
+        let states = self.states.lock();
+        matches!(states.get(&work.key), Some(State::Generating { job, cancelled: false, .. }) if *job == work.job)
+    }
+
+    fn remove(&self, work: &Work) {
+        let mut states = self.states.lock();
+        if matches!(states.get(&work.key), Some(State::Generating { job, .. }) if *job == work.job) {
+            states.remove(&work.key);
         }
     }
 
-    /// All tokens; None if the job was cancelled.
+    /// All tokens, or the reason of a decline; a job that was cancelled has one too, which nobody asks for.
     async fn collect(
         &self,
         request: &Request,
         key: Key,
         mut events: mpsc::Receiver<Event>,
         stream: bool,
-    ) -> Result<Option<Output>, String> {
+    ) -> Result<Output, &'static str> {
         if let Some(forged) = self.forged(request) {
             self.deltas(key, 0, &forged.tokens, stream);
-            return Ok(Some(forged));
+            return Ok(forged);
         }
         let (mut tokens, mut fingerprints, mut sent) = (Vec::new(), Vec::new(), 0);
         let mut last_sent: Option<Instant> = None;
@@ -257,12 +359,16 @@ impl Slots {
                 }
                 Event::Finished { finish } => {
                     self.deltas(key, sent, &tokens[sent..], stream);
-                    return Ok(Some(Output { tokens, fingerprints, finish }));
+                    return Ok(Output { tokens, fingerprints, finish });
                 }
-                Event::Failed { reason } => return Err(reason),
+                Event::Failed { reason } => {
+                    tracing::error!(reason, request_id = %key.0, "the engine failed");
+                    return Err("engine");
+                }
             }
         }
-        Ok(None)
+        // Cancelled, or the engine has ended.
+        Err("engine")
     }
 
     fn forged(&self, request: &Request) -> Option<Output> {
@@ -291,9 +397,10 @@ impl Slots {
     }
 
     /// Commits: journal first, then the wire.
-    fn promise(&self, request: &Request, key: Key, output: Output) -> std::io::Result<()> {
-        let salt = Hash32(rand::random());
-        let digest = commitment(&self.identity.domain, &self.place(request, key.1), &output, &salt);
+    fn promise(&self, request: &Request, key: Key, output: Output) -> io::Result<()> {
+        let place = self.place(request, key.1);
+        let salt = self.identity.salt(&place);
+        let digest = commitment(&self.identity.domain, &place, &output, &salt);
         let promise = Promise {
             commit: v1::Commit {
                 request_id: key.0.as_bytes().to_vec(),
@@ -312,11 +419,16 @@ impl Slots {
         };
         self.journal.write(key, &promise)?;
         infera_runtime::planned::hit("node.committed");
+        self.promised(key, promise);
+        Ok(())
+    }
+
+    /// A promise that is on disk: says it.
+    fn promised(&self, key: Key, promise: Promise) {
         let commit = promise.commit.clone();
         let until_ms = clock::now_ms() + KEEP_MS;
         self.states.lock().insert(key, State::Promised { promise: Box::new(promise), until_ms });
         self.send(v1::from_node::Message::Commit(commit));
-        Ok(())
     }
 
     /// Opens a commitment.
@@ -335,7 +447,8 @@ impl Slots {
 
     /// Stops computing a slot; a promise stays until it is released.
     pub fn cancel(&self, key: Key) {
-        if let Some(State::Generating { job, .. }) = self.states.lock().get(&key) {
+        if let Some(State::Generating { job, cancelled, .. }) = self.states.lock().get_mut(&key) {
+            *cancelled = true;
             self.engine.cancel(*job);
         }
     }
@@ -352,7 +465,8 @@ impl Slots {
         let late: Vec<Key> = {
             let states = self.states.lock();
             let until = |state: &State| match state {
-                State::Generating { until_ms, .. } | State::Promised { until_ms, .. } => *until_ms,
+                State::Generating { until_ms, .. } => until_ms.saturating_add(CLOCK_SKEW_MS),
+                State::Promised { until_ms, .. } => *until_ms,
             };
             states.iter().filter(|(_, state)| until(state) < now_ms).map(|(key, _)| *key).collect()
         };

@@ -29,6 +29,7 @@ use infera_prompt::{Prompt, Tokenizer};
 use infera_protocol::fingerprint::Fingerprint;
 pub use infera_protocol::request::Finish;
 use infera_protocol::sampling::SamplingParams;
+use infera_runtime::CancellationToken;
 use parking_lot::Mutex;
 use serde::{Deserialize, Serialize};
 use tokio::sync::{mpsc, oneshot};
@@ -144,6 +145,7 @@ pub struct Engine {
     need: MemoryNeed,
     tokenizer: Arc<Tokenizer>,
     thread: Option<JoinHandle<()>>,
+    ended: CancellationToken,
 }
 
 fn in_range(field: &'static str, range: &'static str, got: usize, most: usize) -> Result<(), EngineError> {
@@ -192,7 +194,11 @@ impl Engine {
         let (ready, loaded) = oneshot::channel();
         let (names, actives) = (tokenizer.clone(), active.clone());
         let (slots, max_context, vocabulary) = (config.slots, config.max_context, shape.vocabulary);
+        let ended = CancellationToken::new();
+        let ends = ended.clone().drop_guard();
         let thread = std::thread::Builder::new().name("engine".into()).spawn(move || {
+            // Dropped when the thread ends, by a panic too.
+            let _ends = ends;
             set_threads(config.threads);
             let guard = tch::no_grad_guard();
             match Model::load(&gguf, &file, shape, config.class, config.max_context) {
@@ -208,7 +214,17 @@ impl Engine {
         })?;
         loaded.blocking_recv().map_err(|_| EngineError::Thread("it ended while loading".into()))??;
         let thread = Some(thread);
-        Ok(Self { starts: Some(starts), active, slots, max_context, vocabulary, need, tokenizer, thread })
+        Ok(Self {
+            starts: Some(starts),
+            active,
+            slots,
+            max_context,
+            vocabulary,
+            need,
+            tokenizer,
+            thread,
+            ended,
+        })
     }
 
     /// Starts a generation. The receiver holds all its events without a reader.
@@ -267,6 +283,12 @@ impl Engine {
         if let Some(flag) = self.active.lock().get(&id) {
             flag.store(true, Ordering::Relaxed);
         }
+    }
+
+    /// Cancelled once the engine's thread has ended, for whatever reason: it computes nothing any more.
+    #[must_use]
+    pub fn ended(&self) -> CancellationToken {
+        self.ended.clone()
     }
 
     /// Slots without a job.
