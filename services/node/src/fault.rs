@@ -44,5 +44,8 @@ pub fn forged(fault: Fault, request: &Request, vocabulary: u32) -> Option<Output
         .filter_map(|&token| Fingerprint::new(vec![Entry { token, logprob: 0 }]).ok())
         .flat_map(|print| print.encode())
         .collect();
-    Some(Output { tokens, fingerprints, finish: Finish::Length })
+    // A result that breaks the request's limits would not even count as an outlier.
+    let cut = tokens.len() == request.max_tokens as usize;
+    let finish = if cut { Finish::Length } else { Finish::Eos };
+    Some(Output { tokens, fingerprints, finish })
 }

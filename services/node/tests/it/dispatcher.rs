@@ -48,6 +48,11 @@ impl Node {
         self.stop.cancel();
         timeout(PATIENCE, self.task).await.expect("the node ends").unwrap().unwrap();
     }
+
+    /// Why it ends by itself.
+    pub async fn fails(self) -> infera_node::Error {
+        timeout(PATIENCE, self.task).await.expect("the node ends").unwrap().unwrap_err()
+    }
 }
 
 pub struct Session {

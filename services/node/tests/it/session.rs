@@ -133,6 +133,70 @@ async fn what_cannot_be_served_is_declined_and_signed() {
     node.end().await;
 }
 
+/// The commitment of a slot is the same whatever was lost, and a slot whose record is damaged is not computed again.
+#[tokio::test(flavor = "multi_thread")]
+async fn no_loss_makes_a_node_equivocate() {
+    let _one = ONE_AT_A_TIME.lock().await;
+    let dispatcher = Dispatcher::new().await;
+    let node = dispatcher.node(&[]);
+    let mut session = dispatcher.open().await;
+    let asked = request(QUESTION, 8);
+    session.lease(&asked, 1).await;
+    let (_, commit) = session.committed().await;
+    let second = dispatcher.node(&[]);
+    let error = second.fails().await.to_string();
+    assert!(error.contains("in use by another node"), "{error}");
+    drop(session);
+    node.end().await;
+    // The journal is lost: the same answer makes the same bytes.
+    let file = dispatcher.data().join("node/slots").join(format!("{}-1", asked.id));
+    std::fs::remove_file(&file).unwrap();
+    let node = dispatcher.node(&[]);
+    let mut session = dispatcher.open().await;
+    session.lease(&asked, 1).await;
+    assert_eq!(session.committed().await.1, commit);
+    drop(session);
+    node.end().await;
+    // Its record is damaged: nobody can tell what it promised.
+    std::fs::write(&file, b"\xff\xff").unwrap();
+    let node = dispatcher.node(&[]);
+    let mut session = dispatcher.open().await;
+    session.lease(&asked, 1).await;
+    expect_decline(&mut session, &asked, "journal").await;
+    node.end().await;
+    // It can't be listed: nothing is answered at all.
+    let slots = dispatcher.data().join("node/slots");
+    std::fs::remove_dir_all(&slots).unwrap();
+    std::fs::write(&slots, b"").unwrap();
+    assert!(dispatcher.node(&[]).fails().await.to_string().contains("journal"));
+}
+
+/// A node with one slot that works for a dispatcher which died: the new attempt takes the place of the old one.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_new_attempt_takes_the_place_of_the_old_one() {
+    let _one = ONE_AT_A_TIME.lock().await;
+    let dispatcher = Dispatcher::new().await;
+    let node = dispatcher.node(&["--slots", "1"]);
+    let mut session = dispatcher.open().await;
+    let long = request("Write a long story about a river and the people who live beside it.", 200);
+    session.lease(&long, 1).await;
+    assert!(matches!(session.hear().await, Heard::Deltas(_)));
+    drop(session);
+    let mut session = dispatcher.open().await;
+    session.lease(&long, 2).await;
+    loop {
+        match session.hear().await {
+            Heard::Deltas(deltas) if deltas.attempt == 2 => break,
+            Heard::Deltas(_) => {}
+            other => panic!("unexpected {other:?}"),
+        }
+    }
+    session
+        .say(Say::Cancel(v1::Cancel { request_id: key(&long), attempt: 2, reason: "closed".into() }))
+        .await;
+    node.end().await;
+}
+
 async fn next_but_deltas_of(session: &mut Session, request: &Request) -> Heard {
     loop {
         match session.hear().await {
