@@ -3,7 +3,7 @@ PROFILE ?= embedded
 DETACH  ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help up down test check audit bench-up docs clean-data
+.PHONY: help up down test check audit bench-up bench-load docs clean-data
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | awk -F'\t' '{ printf "%-16s %s\n", $$1, $$2 }'
@@ -25,6 +25,9 @@ audit: ## licences, sources and banned crates (cargo-deny); lint and breaking ch
 
 bench-up: ## measure start and first answer -> target/reports/bench-up.json (COLD=1: from an empty machine's state)
 	@exec deploy/bench-up
+
+bench-load: ## answers and first tokens at 1 and at 8 clients -> target/reports/bench-load.json
+	@exec deploy/bench-load
 
 docs: ## build docs/book with mdBook, which it installs on first use
 	@exec deploy/docs

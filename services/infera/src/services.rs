@@ -193,3 +193,25 @@ fn show<C: Serialize>(config: Result<C, ConfigError>) -> Result<ExitCode, String
     say(toml::to_string_pretty(&config).map_err(|e| e.to_string())?);
     Ok(ExitCode::SUCCESS)
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Services started by hand on their defaults find each other where `infera up` would put them.
+    #[test]
+    fn defaults_are_the_ports_of_up() {
+        let ports = Ports::new(8080);
+        let binds = [
+            ("gateway", infera_gateway::Config::load(None).unwrap().common.http_bind),
+            ("settlement", infera_settlement::Config::load(None).unwrap().common.http_bind),
+            ("mempool", infera_mempool::Config::load(None).unwrap().common.http_bind),
+            ("dispatcher", infera_dispatcher::Config::load(None).unwrap().common.http_bind),
+            ("verifier", infera_verifier::Config::load(None).unwrap().common.http_bind),
+            ("explorer", infera_explorer::Config::load(None).unwrap().common.http_bind),
+        ];
+        for (service, bind) in binds {
+            assert_eq!(bind, format!("127.0.0.1:{}", ports.of(service)), "{service}");
+        }
+    }
+}
