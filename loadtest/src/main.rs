@@ -87,7 +87,10 @@ async fn run(args: &Args) -> Result<(), String> {
     }
     let report = report(args, &up, &alone, &crowded);
     for row in &report {
-        eprintln!("{:28} {:10.2} {:9} {:10.2} {:7.2}", row.metric, row.value, row.unit, row.baseline, row.ratio);
+        eprintln!(
+            "{:28} {:10.2} {:9} {:10.2} {:7.2}",
+            row.metric, row.value, row.unit, row.baseline, row.ratio
+        );
     }
     let bytes = serde_json::to_vec_pretty(&report).map_err(|e| e.to_string())?;
     fs::write(&args.out, bytes).map_err(|e| format!("cannot write {}: {e}", args.out.display()))
@@ -101,7 +104,13 @@ struct Side {
 }
 
 impl Side {
-    async fn round(&mut self, client: &Client, up: &Up, clients: u32, number: &mut u32) -> Result<(), String> {
+    async fn round(
+        &mut self,
+        client: &Client,
+        up: &Up,
+        clients: u32,
+        number: &mut u32,
+    ) -> Result<(), String> {
         let began = Instant::now();
         let first = *number;
         *number += clients;
