@@ -50,11 +50,12 @@ pub fn eligible_root(set: &[Eligible]) -> Hash32 {
     encoder.keccak()
 }
 
-/// What the dispatcher signs before the draw.
+/// What the dispatcher signs before the draw; `k` is what was asked for.
 pub fn assign_message(
     domain: &Domain,
     request_id: Uuid,
     request_hash: &Hash32,
+    k: u32,
     attempt: u32,
     epoch: u64,
     eligible_root: &Hash32,
@@ -63,6 +64,7 @@ pub fn assign_message(
         .encode(Encoder::new("infera.assign.v1"))
         .fixed(request_id.as_bytes())
         .fixed(&request_hash.0)
+        .u32(k)
         .u32(attempt)
         .u64(epoch)
         .fixed(&eligible_root.0)

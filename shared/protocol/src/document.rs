@@ -5,14 +5,16 @@
 
 use crate::{
     agreement::Decision,
-    agreement::decide,
-    assignment::{assign_message, post_message},
-    bytes::Hash32,
+    agreement::{decide, quorum},
+    assignment::{assign_message, epoch_of, post_message},
+    bytes::{Address, Hash32, NodeId},
     evidence::Evidence,
     identity::{Domain, verify},
     merkle::root_of,
-    receipt::Receipt,
+    money::cost_micro,
+    receipt::{Receipt, UnpaidReason},
     registry::{Manifest, Registry},
+    request::{MAX_REPLICAS, MIN_REPLICAS},
 };
 use serde::{Deserialize, Serialize};
 
@@ -74,8 +76,14 @@ pub struct Report {
 }
 
 impl Report {
+    /// Something was found wrong.
     pub fn failed(&self) -> bool {
         self.checks.iter().any(|c| matches!(c.outcome, Outcome::Failed(_)))
+    }
+
+    /// Every check could be made, whatever came of it.
+    pub fn complete(&self) -> bool {
+        !self.checks.iter().any(|c| matches!(c.outcome, Outcome::NotChecked(_)))
     }
 
     fn push(&mut self, name: &'static str, result: Result<(), String>) {
@@ -103,6 +111,14 @@ impl Document {
 
 /// Checks a document against the network's manifest and registry. Trusts no service; what stands
 /// on the chain (the batch's root) is the caller's to compare.
+///
+/// Without evidence only what the receipt itself holds can be checked: that the dispatcher signed
+/// request, k, epoch, eligible set and commitments, that price and calibration are the registry's,
+/// and that quorum, operators and payments are consistent. It can't show that the named nodes were
+/// the drawn ones, that they signed and revealed what is claimed, that their results agree, nor
+/// what prompt, output and account the salted hashes stand for: for those fields a batch on the
+/// chain shows only that settlement vouched for them. Until the receipt is anchored, nothing holds
+/// the fields that the dispatcher did not sign. [`Report::complete`] tells the shapes apart.
 pub fn check(bytes: &[u8], manifest: &Manifest, registry: &Registry) -> Report {
     let mut report = Report { checks: Vec::new(), document: None };
     report.push(
@@ -168,6 +184,7 @@ fn check_receipt(report: &mut Report, receipt: &Receipt, manifest: &Manifest, re
         &domain,
         receipt.id,
         &receipt.request_hash,
+        receipt.asked_k,
         receipt.attempt,
         receipt.epoch,
         &receipt.eligible_root,
@@ -198,6 +215,14 @@ fn check_receipt(report: &mut Report, receipt: &Receipt, manifest: &Manifest, re
             "another calibration than the registry's".into()
         }),
     );
+    let (first, last) = (epoch_of(receipt.submitted_at_ms), epoch_of(receipt.decided_at_ms));
+    report.push(
+        "epoch",
+        ensure((first..=last).contains(&receipt.epoch), || {
+            format!("drawn in epoch {}, submission and verdict allow {first} to {last}", receipt.epoch)
+        }),
+    );
+    report.push("quorum", check_quorum(receipt));
     let paid: Option<u64> = receipt.payments.iter().try_fold(0_u64, |sum, p| sum.checked_add(p.amount_micro));
     report.push(
         "payments",
@@ -205,6 +230,41 @@ fn check_receipt(report: &mut Report, receipt: &Receipt, manifest: &Manifest, re
             format!("payments sum to {paid:?}, charged were {}", receipt.charged_micro)
         }),
     );
+}
+
+/// What the receipt alone says about its majority and who is paid for it.
+fn check_quorum(receipt: &Receipt) -> Result<(), String> {
+    ensure((MIN_REPLICAS..=MAX_REPLICAS).contains(&receipt.asked_k), || {
+        format!("{} replicas were asked for; allowed are {MIN_REPLICAS} to {MAX_REPLICAS}", receipt.asked_k)
+    })?;
+    let outliers = receipt.unpaid.iter().filter(|u| u.reason == UnpaidReason::Outlier).count();
+    let revealed = u32::try_from(receipt.verified.len() + outliers).unwrap_or(u32::MAX);
+    ensure(receipt.k == receipt.asked_k.max(revealed) && receipt.k <= MAX_REPLICAS, || {
+        format!("k is {}, with {} asked for and {revealed} revealed", receipt.k, receipt.asked_k)
+    })?;
+    ensure(receipt.verified.len() >= quorum(receipt.k) as usize, || {
+        format!("{} nodes agree, {} of {} must", receipt.verified.len(), quorum(receipt.k), receipt.k)
+    })?;
+    let mut nodes: Vec<NodeId> = receipt.verified.iter().map(|v| v.node).collect();
+    nodes.extend(receipt.unpaid.iter().map(|u| u.node));
+    let mut operators: Vec<Address> = receipt.verified.iter().map(|v| v.operator).collect();
+    operators.extend(receipt.unpaid.iter().map(|u| u.operator));
+    let slots = nodes.len();
+    nodes.sort();
+    nodes.dedup();
+    operators.sort();
+    operators.dedup();
+    ensure(nodes.len() == slots && operators.len() == slots, || {
+        "a node or an operator stands in it twice".to_owned()
+    })?;
+    let paid: Vec<Address> = receipt.payments.iter().map(|p| p.operator).collect();
+    let earned: Vec<Address> = receipt.verified.iter().map(|v| v.operator).collect();
+    ensure(paid == earned, || "the payments do not go to the verified operators in their order".to_owned())?;
+    let tokens = u64::from(receipt.prompt_tokens) + u64::from(receipt.output_tokens);
+    let each = cost_micro(receipt.price_micro, tokens, 1);
+    ensure(receipt.payments.iter().all(|p| Some(p.amount_micro) == each), || {
+        format!("a payment is not {} per token for {tokens} tokens", receipt.price_micro)
+    })
 }
 
 fn check_anchor(report: &mut Report, document: &Document) {
@@ -233,6 +293,7 @@ fn check_evidence(report: &mut Report, receipt: &Receipt, evidence: &Evidence) {
             Err(error) => Err(error.to_string()),
         },
     );
+    report.push("request", evidence.check_request().map_err(|e| e.to_string()));
     report.push("draw", evidence.check_assignment().map_err(|e| e.to_string()));
     report.push("commitments and reveals", evidence.check_slots().map_err(|e| e.to_string()));
     report.push("post draw", evidence.check_post().map_err(|e| e.to_string()));

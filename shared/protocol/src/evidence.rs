@@ -8,7 +8,7 @@ use crate::{
     commitment::{Slot, commitment, commitments_root},
     hash::keccak,
     identity::{Domain, verify},
-    request::{Output, Request},
+    request::{MAX_REPLICAS, MIN_REPLICAS, Output, Request, check_output},
 };
 use serde::{Deserialize, Serialize};
 
@@ -92,6 +92,8 @@ pub enum EvidenceError {
     Draw { index: usize, expected: String, actual: NodeId },
     #[error("slot of {node}: {reason}")]
     Slot { node: NodeId, reason: &'static str },
+    #[error("{0}")]
+    Request(String),
     #[error("the evidence can't be written as JSON")]
     Json,
 }
@@ -137,6 +139,30 @@ impl Evidence {
         self.revealed().map(|(slot, output)| (slot.node, output.hash())).collect()
     }
 
+    /// Checks what was asked: request, sampling and k within their limits, an epoch between
+    /// submission and verdict.
+    ///
+    /// # Errors
+    /// [`EvidenceError::Request`], naming the field.
+    pub fn check_request(&self) -> Result<(), EvidenceError> {
+        let wrong = |reason: String| Err(EvidenceError::Request(reason));
+        if let Err(error) = self.request.validate() {
+            return wrong(error.to_string());
+        }
+        if let Err(error) = self.request.sampling.validate() {
+            return wrong(error.to_string());
+        }
+        if !(MIN_REPLICAS..=MAX_REPLICAS).contains(&self.k) {
+            return wrong(format!("k is {}; allowed are {MIN_REPLICAS} to {MAX_REPLICAS}", self.k));
+        }
+        let (first, last) =
+            (assignment::epoch_of(self.submitted_at_ms), assignment::epoch_of(self.decided_at_ms));
+        if !(first..=last).contains(&self.epoch) {
+            return wrong(format!("epoch is {}; submission and verdict allow {first} to {last}", self.epoch));
+        }
+        Ok(())
+    }
+
     /// Checks the assignment: signed by the dispatcher, slots are the first of the draw.
     ///
     /// # Errors
@@ -149,6 +175,7 @@ impl Evidence {
             &self.domain,
             self.request.id,
             &self.request_hash(),
+            self.k,
             self.attempt,
             self.epoch,
             &eligible_root(&self.eligible),
@@ -184,6 +211,7 @@ impl Evidence {
     }
 
     /// Checks every slot: commitments are signed, reveals open them, outcomes say what is there.
+    /// A result counts only if it keeps to [`check_output`]; one that does not is a mismatch.
     ///
     /// # Errors
     /// The first slot that doesn't hold.
@@ -202,9 +230,14 @@ impl Evidence {
                 }
                 _ => false,
             };
+            let output = slot.reveal.as_ref().map(|r| check_output(&self.request, &r.output));
+            if slot.outcome == SlotOutcome::Revealed && opened {
+                output.unwrap_or(Ok(())).map_err(wrong)?;
+            }
+            let counts = opened && output == Some(Ok(()));
             let holds = match slot.outcome {
-                SlotOutcome::Revealed => opened,
-                SlotOutcome::Mismatch => slot.commitment.is_some() && slot.reveal.is_some() && !opened,
+                SlotOutcome::Revealed => counts,
+                SlotOutcome::Mismatch => slot.commitment.is_some() && slot.reveal.is_some() && !counts,
                 SlotOutcome::NoReveal => slot.commitment.is_some() && slot.reveal.is_none(),
                 SlotOutcome::NoCommit | SlotOutcome::Declined | SlotOutcome::Disconnected => {
                     slot.commitment.is_none() && slot.reveal.is_none()

@@ -35,7 +35,9 @@ pub struct Receipt {
     pub prompt_hash: Hash32,
     /// Salted hash of the delivered output.
     pub output_hash: Hash32,
-    /// Replicas that counted for the quorum.
+    /// Replicas that were asked for; the dispatcher signed it with the assignment.
+    pub asked_k: u32,
+    /// Replicas that counted for the quorum: those asked for, or as many as revealed a result.
     pub k: u32,
     /// The verified set in beta2 order; the first one's result was delivered.
     pub verified: Vec<VerifiedNode>,
@@ -150,6 +152,7 @@ impl Receipt {
             calibration_hash: evidence.calibration_hash,
             prompt_hash: prompt_hash(&evidence.salt, &evidence.request.prompt),
             output_hash: first.output_hash,
+            asked_k: evidence.k,
             k: evidence.k.max(count(results.len())),
             payments: verified
                 .iter()
@@ -203,6 +206,7 @@ impl Receipt {
         abi.word(self.calibration_hash.0);
         abi.word(self.prompt_hash.0);
         abi.word(self.output_hash.0);
+        abi.word(uint(u64::from(self.asked_k)));
         abi.word(uint(u64::from(self.k)));
         abi.tuples(verified);
         abi.tuples(unpaid);

@@ -2,6 +2,7 @@
 
 use crate::{
     bytes::{Hash32, hex_bytes},
+    fingerprint::Fingerprint,
     hash::{Encoder, keccak},
     identity::Domain,
     sampling::SamplingParams,
@@ -139,6 +140,29 @@ impl Output {
     }
 }
 
+/// Checks an output against its request's limits: 1 to max_tokens tokens, `Length` only at exactly
+/// max_tokens, one well-formed fingerprint per token.
+///
+/// # Errors
+/// What is wrong, for people.
+pub fn check_output(request: &Request, output: &Output) -> Result<(), &'static str> {
+    let most = request.max_tokens as usize;
+    if output.tokens.is_empty() {
+        return Err("the result has no tokens");
+    }
+    if output.tokens.len() > most {
+        return Err("the result has more tokens than max_tokens");
+    }
+    if output.finish == Finish::Length && output.tokens.len() != most {
+        return Err("the result says `length` before max_tokens");
+    }
+    match Fingerprint::decode_all(&output.fingerprints) {
+        Err(_) => Err("the fingerprints are malformed"),
+        Ok(prints) if prints.len() != output.tokens.len() => Err("not one fingerprint per token"),
+        Ok(_) => Ok(()),
+    }
+}
+
 #[cfg(test)]
 pub(crate) mod tests {
     use super::*;
@@ -175,6 +199,42 @@ pub(crate) mod tests {
             assert_ne!(request.hash(&domain), base, "{request:?}");
         }
         assert_ne!(sample().hash(&Domain { chain_id: 2, ..domain }), base);
+    }
+
+    #[test]
+    fn outputs_keep_to_the_requests_limits() {
+        let print = |token: u32| {
+            let entry = crate::fingerprint::Entry { token, logprob: 0 };
+            Fingerprint::new(vec![entry]).unwrap().encode()
+        };
+        let output = |tokens: usize, prints: usize, finish| Output {
+            tokens: vec![7; tokens],
+            fingerprints: (0..prints).flat_map(|_| print(7)).collect(),
+            finish,
+        };
+        // max_tokens is 16.
+        let table = [
+            (output(1, 1, Finish::Eos), None),
+            (output(16, 16, Finish::Eos), None),
+            (output(16, 16, Finish::Length), None),
+            (output(3, 3, Finish::Stop), None),
+            (output(0, 0, Finish::Eos), Some("no tokens")),
+            (output(17, 17, Finish::Eos), Some("more tokens")),
+            (output(17, 17, Finish::Length), Some("more tokens")),
+            (output(15, 15, Finish::Length), Some("length")),
+            (output(2, 1, Finish::Eos), Some("one fingerprint per token")),
+            (output(1, 2, Finish::Eos), Some("one fingerprint per token")),
+            (output(1, 0, Finish::Eos), Some("one fingerprint per token")),
+            (Output { fingerprints: vec![1, 0], ..output(1, 1, Finish::Eos) }, Some("malformed")),
+        ];
+        for (output, expected) in table {
+            let actual = check_output(&sample(), &output).err();
+            let fits = match (actual, expected) {
+                (Some(actual), Some(expected)) => actual.contains(expected),
+                (actual, expected) => actual == expected,
+            };
+            assert!(fits, "{actual:?}, expected {expected:?}: {output:?}");
+        }
     }
 
     #[test]

@@ -226,7 +226,8 @@ impl Case {
         let request_hash = self.request.hash(&domain);
         let eligible = self.eligible();
         let root = eligible_root(&eligible);
-        let assign = assign_message(&domain, self.request.id, &request_hash, self.attempt, self.epoch, &root);
+        let assign =
+            assign_message(&domain, self.request.id, &request_hash, self.k, self.attempt, self.epoch, &root);
         let assign_signature = sign(&self.network.dispatcher, &assign);
         let drawn = draw(&beta(&assign_signature), &eligible);
         assert!(self.answers.len() <= drawn.len(), "more answers than nodes: raise `nodes`");

@@ -7,6 +7,7 @@ use infera_protocol::bytes::{NodeId, Signature};
 use infera_protocol::commitment::{self, commitments_root};
 use infera_protocol::evidence::{Reveal, SignedCommitment, SlotOutcome};
 use infera_protocol::identity::{node_id, sign, verify};
+use infera_protocol::request::check_output;
 use infera_wire::convert::{self, MAX_SLOTS};
 use infera_wire::v1;
 use uuid::Uuid;
@@ -74,11 +75,13 @@ impl Attempt {
         desk: &mut Desk,
     ) -> Self {
         let eligible = assignment::freeze(eligible);
-        let epoch = assignment::epoch_of(desk.now);
+        // A gateway's clock may be ahead of this one; no draw is older than its request.
+        let epoch = assignment::epoch_of(desk.now.max(desk.offer.funded.submitted.submitted_at_ms));
         let message = assignment::assign_message(
             &desk.rules.domain,
             desk.offer.id(),
             &desk.offer.request_hash,
+            desk.offer.funded.submitted.k,
             number,
             epoch,
             &assignment::eligible_root(&eligible),
@@ -169,9 +172,11 @@ impl Attempt {
         Ok(self.advance(desk))
     }
 
-    /// A reveal that was asked for; one that does not open its commitment is kept as a mismatch.
+    /// A reveal that was asked for; one that does not open its commitment or breaks the request's
+    /// limits is kept as a mismatch.
     pub fn reveal(&mut self, node: &NodeId, reveal: Reveal, desk: &mut Desk) -> Result<Progress, Rejection> {
         let room = self.room_for(&reveal);
+        let limits = check_output(&desk.offer.funded.submitted.request, &reveal.output);
         let place =
             commitment::Slot { request_hash: desk.offer.request_hash, attempt: self.number, node: *node };
         let slot = self.slot_mut(node).ok_or(Rejection::NotLeased)?;
@@ -184,10 +189,11 @@ impl Attempt {
         let digest = commitment::commitment(&desk.rules.domain, &place, &reveal.output, &reveal.salt);
         if !room {
             slot.end(SlotOutcome::NoReveal, "the reveals of this attempt exceed what a message carries");
-        } else if digest == commit.digest {
+        } else if digest == commit.digest && limits.is_ok() {
             slot.state = SlotState::Revealed { commit, reveal };
         } else {
-            slot.end(SlotOutcome::Mismatch, "the reveal does not open the commitment");
+            let broken = limits.err().filter(|_| digest == commit.digest);
+            slot.end(SlotOutcome::Mismatch, broken.unwrap_or("the reveal does not open the commitment"));
             if let SlotState::Ended { reveal: kept, .. } = &mut slot.state {
                 *kept = Some(reveal);
             }

@@ -185,7 +185,7 @@ impl World {
             let hash = request.hash(&domain);
             let epoch = epoch_of(clock::now_ms());
             let fits = (epoch..epoch + 3).all(|epoch| {
-                let message = assign_message(&domain, request.id, &hash, 1, epoch, &root);
+                let message = assign_message(&domain, request.id, &hash, 3, 1, epoch, &root);
                 let drawn = draw(&beta(&sign(&self.network.dispatcher, &message)), &set);
                 first.iter().zip(&drawn).all(|(wanted, drawn)| *wanted == drawn.node)
             });

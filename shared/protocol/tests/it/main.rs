@@ -66,6 +66,11 @@ fn output(tokens: &[u32]) -> Output {
 
 /// Three nodes answer; the node whose index in the draw is `outlier` answers something else.
 fn evidence(outlier: Option<usize>) -> Evidence {
+    evidence_of(3, 4, 8, outlier)
+}
+
+/// As above, with what a dishonest dispatcher may sign.
+fn evidence_of(k: u32, epoch: u64, max_tokens: u32, outlier: Option<usize>) -> Evidence {
     let keys: Vec<SigningKey> = (1..=4).map(|i| SigningKey::from_bytes(&[i; 32])).collect();
     let eligible = freeze(
         keys.iter()
@@ -84,18 +89,18 @@ fn evidence(outlier: Option<usize>) -> Evidence {
             model_root: Hash32([7; 32]),
             prompt: vec![10, 11, 12],
             sampling: SamplingParams::default(),
-            max_tokens: 8,
+            max_tokens,
             stop: vec![],
             seed: 5,
         },
         account: "alice".into(),
         model: "tiny".into(),
         salt: Hash32([5; 32]),
-        k: 3,
-        submitted_at_ms: 1_000,
-        decided_at_ms: 2_000,
+        k,
+        submitted_at_ms: 41_000,
+        decided_at_ms: 42_000,
         attempt: 1,
-        epoch: 4,
+        epoch,
         class: "exact".into(),
         price_micro: 3,
         calibration_hash: registry().calibration.hash(),
@@ -107,7 +112,7 @@ fn evidence(outlier: Option<usize>) -> Evidence {
     };
     let hash = evidence.request_hash();
     let root = eligible_root(&evidence.eligible);
-    let assign = assign_message(&DOMAIN, evidence.request.id, &hash, 1, 4, &root);
+    let assign = assign_message(&DOMAIN, evidence.request.id, &hash, k, 1, epoch, &root);
     evidence.assign_signature = sign(&dispatcher(), &assign);
     for (i, drawn) in draw(&beta(&evidence.assign_signature), &evidence.eligible).iter().take(3).enumerate() {
         let key = keys.iter().find(|k| node_id(k) == drawn.node).unwrap();
@@ -154,25 +159,145 @@ fn an_honest_document_passes_every_check() {
     let bytes = document(evidence(None)).canonical().unwrap();
     let report = check(&bytes, &manifest(), &registry());
     assert!(report.checks.iter().all(|c| c.outcome == Outcome::Passed), "{:?}", report.checks);
-    assert_eq!(report.checks.len(), 16);
+    assert_eq!(report.checks.len(), 19);
+    assert!(report.complete());
 }
 
 #[test]
 fn no_byte_can_be_changed() {
-    let bytes = document(evidence(None)).canonical().unwrap();
-    // Only the batch's number is not in the leaf: what stands under it is compared on the chain.
-    let sequence = String::from_utf8(bytes.clone()).unwrap().find("\"sequence\":").unwrap() + 11;
-    for at in (0..bytes.len()).filter(|at| *at != sequence) {
-        for change in [1_u8, 2, 32] {
-            let mut changed = bytes.clone();
-            changed[at] ^= change;
-            assert!(!failures(&changed).is_empty(), "byte {at} ({:?}) xor {change}", bytes[at] as char);
-        }
+    let whole = document(evidence(None));
+    let bytes = whole.canonical().unwrap();
+    for document in [
+        whole.clone(),
+        // The leaf holds every field of the receipt, with evidence or without.
+        Document { evidence: None, ..whole.clone() },
+        Document { status: Status::Pending, anchor: None, ..whole.clone() },
+    ] {
+        let bytes = document.canonical().unwrap();
+        // Only the batch's number is not in the leaf: what stands under it is compared on the chain.
+        let sequence = find(&bytes, "\"sequence\":").map(|at| at + 11);
+        flips_fail(&bytes, (0..bytes.len()).filter(|at| Some(*at) != sequence));
     }
     let mut longer = bytes.clone();
     longer.push(b'\n');
     assert_eq!(failures(&longer), ["encoding"]);
     assert_eq!(failures(&bytes[..bytes.len() - 1]), ["encoding"]);
+}
+
+fn find(bytes: &[u8], text: &str) -> Option<usize> {
+    bytes.windows(text.len()).position(|window| window == text.as_bytes())
+}
+
+fn flips_fail(bytes: &[u8], places: impl Iterator<Item = usize>) {
+    for at in places {
+        for change in [1_u8, 2, 32] {
+            let mut changed = bytes.to_vec();
+            changed[at] ^= change;
+            assert!(!failures(&changed).is_empty(), "byte {at} ({:?}) xor {change}", bytes[at] as char);
+        }
+    }
+}
+
+#[test]
+fn without_evidence_and_anchor_the_covered_fields_hold() {
+    let whole = document(evidence(Some(1)));
+    let document = Document { status: Status::Pending, anchor: None, evidence: None, ..whole };
+    let bytes = document.canonical().unwrap();
+    let report = check(&bytes, &manifest(), &registry());
+    assert!(!report.failed() && !report.complete(), "{:?}", report.checks);
+    let fields = serde_json::to_value(&document.receipt).unwrap();
+    for name in [
+        "id",
+        "chain_id",
+        "contract",
+        "request_hash",
+        "epoch",
+        "attempt",
+        "model_root",
+        "calibration_hash",
+        "asked_k",
+        "k",
+        "prompt_tokens",
+        "output_tokens",
+        "price_micro",
+        "charged_micro",
+        "dispatcher",
+        "eligible_root",
+        "commitments_root",
+        "assign_signature",
+        "post_signature",
+        "payments",
+    ] {
+        let start = find(&bytes, &format!("\"{name}\":")).unwrap();
+        // Of `payments` the order of keys is not kept by a generic value, its length is.
+        let end = start + name.len() + 3 + serde_json::to_string(&fields[name]).unwrap().len();
+        flips_fail(&bytes, start..end);
+    }
+}
+
+#[test]
+fn a_receipt_alone_must_be_consistent() {
+    type Change = fn(&mut Receipt);
+    let changes: [Change; 8] = [
+        |r| r.verified.truncate(1),
+        |r| r.verified[1].node = r.verified[0].node,
+        |r| r.unpaid[0].operator = r.verified[0].operator,
+        |r| r.payments.swap(0, 1),
+        |r| {
+            r.payments[0].amount_micro -= 1;
+            r.payments[1].amount_micro += 1;
+        },
+        |r| r.asked_k = 2,
+        |r| r.k = 4,
+        |r| r.output_tokens += 1,
+    ];
+    for (i, change) in changes.iter().enumerate() {
+        let mut document =
+            Document { status: Status::Pending, anchor: None, evidence: None, ..document(evidence(Some(1))) };
+        change(&mut document.receipt);
+        let failed = failures(&document.canonical().unwrap());
+        assert!(failed.contains(&"quorum"), "change {i}: {failed:?}");
+    }
+}
+
+#[test]
+fn what_a_dispatcher_may_not_sign_is_refused() {
+    let table = [
+        ("request", evidence_of(1, 4, 8, None)),
+        ("request", evidence_of(8, 4, 8, None)),
+        ("request", evidence_of(3, 3, 8, None)),
+        ("request", evidence_of(3, 5, 8, None)),
+        // Three tokens were answered.
+        ("commitments and reveals", evidence_of(3, 4, 2, None)),
+    ];
+    for (expected, forged) in table {
+        if let Ok(receipt) = Receipt::build(&forged) {
+            let document =
+                Document { receipt, status: Status::Pending, anchor: None, evidence: Some(forged) };
+            let failed = failures(&document.canonical().unwrap());
+            assert!(failed.contains(&expected), "{expected}: {failed:?}");
+            assert!(!failed.contains(&"assignment signature") && !failed.contains(&"draw"), "{failed:?}");
+        } else {
+            assert!(forged.check_request().is_err());
+        }
+    }
+    // k can't be lowered afterwards: it is signed.
+    let mut lowered = evidence_of(7, 4, 8, None);
+    lowered.k = 3;
+    assert!(lowered.check_assignment().is_err());
+}
+
+#[test]
+fn a_result_that_breaks_the_limits_is_a_mismatch() {
+    let mut evidence = evidence_of(3, 4, 2, None);
+    assert!(evidence.check_slots().is_err());
+    for slot in &mut evidence.slots {
+        slot.outcome = SlotOutcome::Mismatch;
+    }
+    evidence.check_slots().unwrap();
+    let mut honest = crate::evidence(None);
+    honest.slots[0].outcome = SlotOutcome::Mismatch;
+    assert!(honest.check_slots().is_err());
 }
 
 #[test]

@@ -88,12 +88,14 @@ fn slot(n: u8, request: u128, attempt: u32) -> Slot {
     Slot { request_hash: offer(request).request_hash, attempt, node: node_id(&key(n)) }
 }
 
-/// The node's answer in one of two versions; version 0 is everybody's.
+/// The node's answer in one of three versions; version 0 is everybody's, version 2 breaks a limit.
 fn answer(n: u8, version: u8) -> Reveal {
     // One candidate: the token, and a log-probability of 0.
     let fingerprints = vec![1, 0, 0, 0, 9, 0, 0];
     let token = if version == 0 { 9 } else { 10 + u32::from(n) };
-    let output = Output { tokens: vec![token], fingerprints, finish: Finish::Eos };
+    // Version 2 claims to have been cut at max_tokens, which it has not reached.
+    let finish = if version == 2 { Finish::Length } else { Finish::Eos };
+    let output = Output { tokens: vec![token], fingerprints, finish };
     Reveal { output, salt: Hash32([n; 32]) }
 }
 

@@ -78,6 +78,29 @@ fn the_first_of_two_commitments_counts() {
 }
 
 #[test]
+fn a_reveal_that_breaks_the_limits_is_replaced() {
+    let mut bench = Bench::offered(&[1, 2, 3, 4]);
+    let drawn = bench.drawn();
+    for (i, n) in drawn.iter().enumerate() {
+        bench.run(commit(*n, 1, 1, if i == 0 { 2 } else { 0 })).unwrap();
+    }
+    bench.run(reveal(drawn[0], 1, 1, 2)).unwrap();
+    assert_eq!(
+        bench.outcomes()[0],
+        Some(SlotOutcome::Mismatch),
+        "it opens its commitment and does not count"
+    );
+    assert_eq!(bench.drawn().len(), 4, "the fourth took its place");
+    let last = bench.drawn()[3];
+    bench.run(commit(last, 1, 1, 0)).unwrap();
+    for n in [drawn[1], drawn[2], last] {
+        bench.run(reveal(n, 1, 1, 0)).unwrap();
+    }
+    // The bench checks the evidence as the verifier does.
+    assert_eq!(bench.collected.len(), 1);
+}
+
+#[test]
 fn a_lost_node_that_was_replaced_stays_out() {
     let mut bench = Bench::offered(&[1, 2, 3, 4]);
     let n = bench.drawn()[0];
