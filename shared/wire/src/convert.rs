@@ -3,7 +3,7 @@
 use crate::{MAX_REVEAL_BYTES, WireError, v1};
 use infera_protocol::{
     assignment::{Eligible, MAX_ELIGIBLE},
-    bytes::{Address, BytesError, EvmSignature, Hash32, NodeId, Signature},
+    bytes::{BytesError, EvmSignature, Hash32, NodeId, Signature},
     evidence::{Evidence, Reveal, SignedCommitment, SlotEvidence, SlotOutcome},
     fingerprint::Fingerprint,
     identity::{Domain, HelloClaims, NodeBinding},
@@ -18,6 +18,8 @@ pub const MAX_SLOTS: usize = 64;
 pub const MAX_NODE_SLOTS: u32 = 64;
 /// Longest account name, model id and other short text, bytes.
 pub const MAX_NAME_BYTES: usize = 128;
+/// Longest name that a gateway is answered under, bytes.
+pub const MAX_REPLY_TO_BYTES: usize = 64;
 
 /// A UUID from 16 bytes.
 pub fn uuid(field: &'static str, bytes: &[u8]) -> Result<Uuid, WireError> {
@@ -247,6 +249,18 @@ pub struct Submitted {
     pub bid_micro: u64,
 }
 
+/// One word of a routing key: `[A-Za-z0-9_-]{1,64}`.
+fn reply_to(text: &str) -> Result<String, WireError> {
+    let word = |b: u8| b.is_ascii_alphanumeric() || b == b'-' || b == b'_';
+    if text.is_empty() || text.len() > MAX_REPLY_TO_BYTES || !text.bytes().all(word) {
+        return Err(WireError::invalid(
+            "submitted.reply_to",
+            format!("not 1 to {MAX_REPLY_TO_BYTES} letters, digits, - and _"),
+        ));
+    }
+    Ok(text.to_owned())
+}
+
 pub fn submitted(wire: &v1::RequestSubmitted) -> Result<Submitted, WireError> {
     use infera_protocol::request::{MAX_REPLICAS, MIN_REPLICAS};
     if !(MIN_REPLICAS..=MAX_REPLICAS).contains(&wire.k) {
@@ -263,7 +277,7 @@ pub fn submitted(wire: &v1::RequestSubmitted) -> Result<Submitted, WireError> {
         account: name("submitted.account", &wire.account)?,
         model: name("submitted.model", &wire.model)?,
         k: wire.k,
-        reply_to: name("submitted.reply_to", &wire.reply_to)?,
+        reply_to: reply_to(&wire.reply_to)?,
         stream: wire.stream,
         submitted_at_ms: wire.submitted_at_ms,
         deadline_ms: wire.deadline_ms,
@@ -357,14 +371,10 @@ pub fn evidence(
     })
 }
 
-/// An EVM address field.
-pub fn address(field: &'static str, bytes: &[u8]) -> Result<Address, WireError> {
-    fixed(field, bytes)
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
+    use infera_protocol::bytes::Address;
     use proptest::prelude::*;
     use prost::Message;
 
@@ -398,6 +408,16 @@ mod tests {
         assert!(field(|r| r.sampling = None).contains("request.sampling"));
         assert!(field(|r| r.max_tokens = 0).contains("max_tokens"));
         assert!(field(|r| r.stop = vec![String::new()]).contains("stop"));
+    }
+
+    #[test]
+    fn reply_to_is_one_word_of_a_routing_key() {
+        for good in ["g", "gw-1", "Gw_2", &"a".repeat(64)] {
+            assert_eq!(reply_to(good).unwrap(), good);
+        }
+        for bad in ["", "a.b", "#", "*", "gw 1", "gw\u{e9}", &"a".repeat(65)] {
+            assert!(reply_to(bad).unwrap_err().to_string().contains("submitted.reply_to"), "{bad}");
+        }
     }
 
     proptest! {
