@@ -67,6 +67,15 @@ impl Arbiter {
             domain::judge(case, MAX_BUS_BODY_BYTES).map_err(|e| self.reject(e))?;
         let (id, round) = (case.request_id(), case.round_key());
         tracing::Span::current().record("infera.outcome", domain::outcome_name(&verdict));
+        if matches!(verdict.outcome, Some(v1::verdict::Outcome::Failed(_)))
+            && let Some(last) = store::last_round(tx, id).await?
+            && domain::attempt_of(round) < domain::attempt_of(last)
+        {
+            // A newer attempt is under way; what an older one lacks says nothing about it.
+            tracing::info!(request_id = %id, attempt = case.evidence.attempt, newest = domain::attempt_of(last),
+                "failure of an older attempt ignored");
+            return Ok(());
+        }
         let row = verdicts::Model {
             request_id: id,
             round,
@@ -129,6 +138,11 @@ impl Arbiter {
             let stored = store::closing(tx, id).await?;
             let stored =
                 stored.ok_or_else(|| Reject::Retry("the closing verdict is not there yet".into()))?;
+            self.repeat(tx, stored).await?;
+            return Ok(false);
+        }
+        // Comparing took its time: the request may have been closed meanwhile.
+        if !closing && let Some(stored) = store::closing(tx, id).await? {
             self.repeat(tx, stored).await?;
             return Ok(false);
         }

@@ -51,8 +51,6 @@ pub enum Rejection {
     Round { attempt: u32, round: u32 },
     #[error("{0} results were revealed, at most {MAX_REPLICAS} are asked for")]
     TooMany(usize),
-    #[error("reply_to `{0}` is not one word of letters, digits, - and _")]
-    ReplyTo(String),
     #[error("a request closes for `deadline` or `cancelled`, not for `{0}`")]
     Reason(String),
 }
@@ -89,6 +87,11 @@ pub fn round_key(attempt: u32, round: u32) -> i64 {
     (i64::from(attempt) << 8) | i64::from(round & MAX_ROUND)
 }
 
+/// The attempt of a round key.
+pub fn attempt_of(round_key: i64) -> i64 {
+    round_key >> 8
+}
+
 /// Checks collected results against the network's roots.
 ///
 /// # Errors
@@ -99,7 +102,6 @@ pub fn admit(rules: &Rules, wire: &v1::ResultsCollected, decided_at_ms: i64) -> 
     let evidence = convert::evidence(wire, domain, calibration, decided_at_ms)?;
     let funded = convert::required("collected.funded", &wire.funded)?;
     let reply_to = convert::required("funded.submitted", &funded.submitted)?.reply_to.clone();
-    check_reply_to(&reply_to)?;
     if wire.attempt == 0 || wire.round == 0 || wire.round > MAX_ROUND {
         return Err(Rejection::Round { attempt: wire.attempt, round: wire.round });
     }
@@ -114,6 +116,7 @@ pub fn admit(rules: &Rules, wire: &v1::ResultsCollected, decided_at_ms: i64) -> 
     if model.price_micro != evidence.price_micro {
         return Err(Rejection::Price { actual: evidence.price_micro, expected: model.price_micro });
     }
+    evidence.check_request()?;
     evidence.check_assignment()?;
     evidence.check_slots()?;
     evidence.check_post()?;
@@ -123,16 +126,6 @@ pub fn admit(rules: &Rules, wire: &v1::ResultsCollected, decided_at_ms: i64) -> 
     }
     let threshold_millionths = model.similarity_threshold_millionths;
     Ok(Case { evidence, reply_to, round: wire.round, exhausted: wire.exhausted, threshold_millionths })
-}
-
-/// A routing key is made of it.
-fn check_reply_to(reply_to: &str) -> Result<(), Rejection> {
-    let word = |b: u8| b.is_ascii_alphanumeric() || b == b'-' || b == b'_';
-    if !reply_to.is_empty() && reply_to.bytes().all(word) {
-        Ok(())
-    } else {
-        Err(Rejection::ReplyTo(reply_to.to_owned()))
-    }
 }
 
 /// How two results of a case stand to each other.
@@ -267,7 +260,6 @@ fn verified(case: &Case, members: &[NodeId], evidence: Vec<u8>) -> v1::Verified 
 /// [`Rejection`] where the message is garbage.
 pub fn close(wire: &v1::CloseRequested, decided_at_ms: i64) -> Result<(Submitted, v1::Verdict), Rejection> {
     let submitted = convert::submitted(convert::required("close.submitted", &wire.submitted)?)?;
-    check_reply_to(&submitted.reply_to)?;
     let reason = match wire.reason.as_str() {
         "deadline" => "the deadline passed before enough results agreed",
         "cancelled" => "the account cancelled the request",

@@ -123,6 +123,13 @@ pub async fn closing<C: ConnectionTrait>(db: &C, request_id: Uuid) -> Result<Opt
     }
 }
 
+/// The latest round that has a verdict.
+pub async fn last_round<C: ConnectionTrait>(db: &C, request_id: Uuid) -> Result<Option<i64>, DbErr> {
+    let query = verdicts::Entity::find().filter(verdicts::Column::RequestId.eq(request_id));
+    let last = query.select_only().column(verdicts::Column::Round).order_by_desc(verdicts::Column::Round);
+    last.into_tuple().one(db).await
+}
+
 /// Every verdict of a request, oldest first.
 pub async fn verdicts_of<C: ConnectionTrait>(
     db: &C,

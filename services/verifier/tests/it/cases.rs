@@ -29,6 +29,7 @@ on_both! {
     equal_answers_are_verified
     an_outlier_is_left_out_and_alarms_the_exact_class
     too_few_equal_answers_ask_for_more_nodes_then_for_none
+    an_older_attempt_never_fails_a_newer_one
     repeats_get_the_stored_bytes
     the_first_to_close_wins
     close_and_collected_race_to_one_closing_verdict
@@ -187,6 +188,32 @@ async fn too_few_equal_answers_ask_for_more_nodes_then_for_none(mut world: World
     let (_, verdict) = world.verdict().await;
     assert_eq!(verified(&verdict).nodes.len(), 3);
     assert_eq!(verified(&verdict).tokens, tokens("Two."));
+    verifier.stop().await;
+}
+
+async fn an_older_attempt_never_fails_a_newer_one(mut world: World) {
+    let verifier = world.start().await;
+    let split = vec![answer("One."), answer("Two."), answer("Three.")];
+    let mut newer = Case { attempt: 2, nodes: 9, ..Case::new(&world.network).answers(split) };
+    world.collect(&newer).await;
+    assert!(matches!(world.verdict().await.1.outcome, Some(Outcome::MoreNodes(_))));
+    let older = Case { attempt: 1, exhausted: true, ..newer.clone() };
+    world.collect(&older).await;
+    world.settled().await;
+    newer.round = 2;
+    newer.answers.extend([answer("Two."), answer("Two.")]);
+    world.collect(&newer).await;
+    // Nothing was said about the older attempt in between.
+    let (_, verdict) = world.verdict().await;
+    assert_eq!((verified(&verdict).nodes.len(), verdict.attempt), (3, 2));
+    // An older attempt with a majority may close.
+    let first = Case::new(&world.network).answers(vec![answer("One."), answer("Two."), answer("Three.")]);
+    let newer = Case { attempt: 2, nodes: 9, ..first.clone() };
+    world.collect(&newer).await;
+    world.verdict().await;
+    world.collect(&Case { attempt: 1, answers: vec![answer("One."); 3], ..newer }).await;
+    let (_, verdict) = world.verdict().await;
+    assert_eq!((verified(&verdict).nodes.len(), verdict.attempt), (3, 1));
     verifier.stop().await;
 }
 
