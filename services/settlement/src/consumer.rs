@@ -62,8 +62,16 @@ impl Consumer {
         let quote = domain::quote(&submitted, &self.registry);
         let (price_micro, held_micro) =
             quote.as_ref().map_or((0, 0), |quote| (quote.price_micro, quote.hold_micro));
-        let new =
-            NewRequest { id, account: &submitted.account, model: &submitted.model, price_micro, held_micro };
+        let new = NewRequest {
+            id,
+            account: &submitted.account,
+            model: &submitted.model,
+            request_hash: submitted.request.hash(&self.manifest.domain),
+            k: submitted.k,
+            calibration_hash: self.registry.calibration.hash(),
+            price_micro,
+            held_micro,
+        };
         if !requests::open(tx, &new, now_ms).await? {
             return Err(Reject::Retry("the request is being funded by somebody else".into()));
         }
@@ -95,6 +103,12 @@ impl Consumer {
     ) -> Result<(), Reject> {
         if row.account != submitted.account {
             return Err(Reject::DeadLetter("the request's id belongs to another account".into()));
+        }
+        let hash = submitted.request.hash(&self.manifest.domain);
+        if row.request_hash != hash.0 || row.k != i64::from(submitted.k) {
+            return Err(Reject::DeadLetter(
+                "the request's id belongs to another request: its content or k differs".into(),
+            ));
         }
         match state(row)? {
             State::Open => {
@@ -159,7 +173,7 @@ impl Consumer {
         now_ms: i64,
     ) -> Result<(), Reject> {
         let (evidence, receipt) = self.receipt(row, &verified.evidence)?;
-        let closing = domain::settle_transfer(&row.account, positive(row.held_micro)?, &receipt)?;
+        let closing = domain::settle_transfer(&row.account, positive(row.held_micro)?, evidence.k, &receipt)?;
         let charged_micro = closing.charged_micro;
         let close = Close { state: State::Settled, charged_micro, code: "", message: "" };
         if !requests::close(tx, row.id, &close, now_ms).await? {
@@ -197,13 +211,16 @@ impl Consumer {
             ("price_micro", u64::try_from(row.price_micro) == Ok(evidence.price_micro)),
             ("domain", evidence.domain == self.manifest.domain),
             ("dispatcher", self.manifest.dispatchers.contains(&evidence.dispatcher)),
-            ("calibration_hash", evidence.calibration_hash == self.registry.calibration.hash()),
+            ("request_hash", evidence.request_hash().0[..] == row.request_hash[..]),
+            ("k", i64::from(evidence.k) == row.k),
+            ("calibration_hash", evidence.calibration_hash.0[..] == row.calibration_hash[..]),
         ];
         if let Some((field, _)) = fits.iter().find(|(_, fits)| !fits) {
             return Err(dead(format!("`{field}` is not the funded request's or this network's")));
         }
         evidence
-            .check_assignment()
+            .check_request()
+            .and_then(|()| evidence.check_assignment())
             .and_then(|()| evidence.check_slots())
             .and_then(|()| evidence.check_post())
             .map_err(|error| dead(error.to_string()))?;

@@ -8,6 +8,7 @@ use infera_protocol::{
     money::hold_micro,
     receipt::Receipt,
     registry::{Model, Registry},
+    request::MAX_REPLICAS,
 };
 use infera_wire::convert::Submitted;
 use uuid::Uuid;
@@ -126,18 +127,26 @@ pub struct Closing {
 }
 
 /// The transfer that closes a verified request: the charge goes to the operators as the receipt says, the rest of the
-/// hold back to the account. What replicas beyond the hold cost, the reserve pays.
+/// hold back to the account. What replicas beyond the `k` that were held for cost, the reserve pays: at most
+/// (MAX_REPLICAS - k) x price x (prompt + max tokens).
 ///
 /// # Errors
-/// [`LedgerError::TooLarge`].
-pub fn settle_transfer(account: &str, hold: u64, receipt: &Receipt) -> Result<Closing, LedgerError> {
+/// [`LedgerError::TooLarge`], [`LedgerError::Reserve`].
+pub fn settle_transfer(account: &str, hold: u64, k: u32, receipt: &Receipt) -> Result<Closing, LedgerError> {
     let id = message_id("transfer.close", receipt.id, 0);
     let (consumer, held) = (Account::Consumer(account.to_owned()), Account::Held(account.to_owned()));
     let charged_micro = receipt.charged_micro.min(hold);
+    let needed = receipt.charged_micro - charged_micro;
+    // The hold is k x price x (prompt + max tokens).
+    let replica = hold / u64::from(k.max(1));
+    let cap = replica.saturating_mul(u64::from(MAX_REPLICAS.saturating_sub(k)));
+    if needed > cap {
+        return Err(LedgerError::Reserve { needed, cap });
+    }
     let mut transfer = Transfer::new(id, Kind::Settle, Some(receipt.id))
         .with(&held, -amount(hold)?)
         .with(&consumer, amount(hold - charged_micro)?)
-        .with(&Account::Reserve, -amount(receipt.charged_micro - charged_micro)?);
+        .with(&Account::Reserve, -amount(needed)?);
     for payment in &receipt.payments {
         transfer = transfer.with(&Account::Operator(payment.operator), amount(payment.amount_micro)?);
     }

@@ -4,10 +4,14 @@
 //! |---|---|---|
 //! | `GET /v1/receipts/{id}` | everybody; with an API key of the account also the evidence | the receipt document in its canonical encoding |
 //! | `GET /v1/balance` | an API key | `{account, available_micro, held_micro}` |
-//! | `GET /v1/ledger/audit` | everybody | the sums that prove the ledger's invariants |
+//! | `GET /v1/ledger/audit` | everybody | the sums that prove the ledger's invariants, at most 2 s old; 429 while they are computed |
 //! | `/livez`, `/readyz`, `/metrics` | | see [`infera_runtime::health`] |
 
-use std::sync::Arc;
+use std::{
+    collections::VecDeque,
+    sync::{Arc, PoisonError},
+    time::{Duration, Instant},
+};
 
 use actix_web::{
     HttpRequest, HttpResponse,
@@ -15,6 +19,7 @@ use actix_web::{
     web::{self, ServiceConfig},
 };
 use infera_protocol::{
+    bytes::Hash32,
     document::{Anchor, Document, Status},
     evidence::Evidence,
     merkle::MerkleTree,
@@ -29,10 +34,14 @@ use uuid::Uuid;
 use crate::{
     batcher::is_anchored,
     config::AUDIENCE,
-    ledger::{self, Account},
+    ledger::{self, Account, Audit},
     store::{batches, corrupt, hash, requests, unsigned},
 };
 
+/// How long an audit is answered again.
+const AUDIT_LIFE: Duration = Duration::from_secs(2);
+/// Trees kept in memory: at most 65,536 leaves each, some MB.
+const MAX_TREES: usize = 8;
 /// Bodies are not read here at all.
 const MAX_BODY: usize = 1024;
 
@@ -41,8 +50,33 @@ const MAX_BODY: usize = 1024;
 pub struct State {
     pub db: DatabaseConnection,
     pub keys: Verifier,
-    /// One audit at a time: it reads every row.
-    pub audit: Arc<Mutex<()>>,
+    /// One audit at a time, kept for [`AUDIT_LIFE`]: it reads every row.
+    pub audit: Arc<Mutex<Option<(Instant, Audit)>>>,
+    /// Trees of the batches that were asked for last, newest first.
+    pub trees: Trees,
+}
+
+/// The Merkle trees of the last few batches, by sequence; whoever has one proves any of its receipts.
+#[derive(Clone, Default)]
+pub struct Trees(Arc<std::sync::Mutex<VecDeque<(u64, Arc<MerkleTree>)>>>);
+
+impl Trees {
+    /// The tree of a batch with this root. A batch that was posted again may have another one.
+    fn get(&self, sequence: u64, root: &Hash32) -> Option<Arc<MerkleTree>> {
+        let mut kept = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let at = kept.iter().position(|(of, tree)| *of == sequence && tree.root() == *root)?;
+        let found = kept.remove(at)?;
+        let tree = found.1.clone();
+        kept.push_front(found);
+        Some(tree)
+    }
+
+    fn put(&self, sequence: u64, tree: Arc<MerkleTree>) {
+        let mut kept = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        kept.retain(|(of, _)| *of != sequence);
+        kept.push_front((sequence, tree));
+        kept.truncate(MAX_TREES);
+    }
 }
 
 /// A balance, 10^-6 INFER.
@@ -82,7 +116,7 @@ async fn receipt(
         return Err(no_receipt(known));
     };
     let owner = claims.is_some_and(|claims| claims.sub == row.account);
-    let document = document(&state.db, row, owner).await.map_err(ApiError::internal)?;
+    let document = document(&state, row, owner).await.map_err(ApiError::internal)?;
     let bytes = document.canonical().map_err(ApiError::internal)?;
     Ok(HttpResponse::Ok().content_type("application/json").body(bytes))
 }
@@ -98,11 +132,7 @@ fn no_receipt(known: bool) -> ApiError {
     }
 }
 
-async fn document(
-    db: &DatabaseConnection,
-    row: requests::ReceiptRow,
-    with_evidence: bool,
-) -> Result<Document, DbErr> {
+async fn document(state: &State, row: requests::ReceiptRow, with_evidence: bool) -> Result<Document, DbErr> {
     let receipt: Receipt =
         serde_json::from_slice(&row.receipt).map_err(|e| corrupt("receipts.receipt", &e.to_string()))?;
     let evidence: Option<Evidence> = if with_evidence {
@@ -113,12 +143,13 @@ async fn document(
     } else {
         None
     };
-    let anchor = anchor(db, row.request_id).await?;
+    let anchor = anchor(state, row.request_id).await?;
     let status = if anchor.is_some() { Status::Anchored } else { Status::Pending };
     Ok(Document { receipt, status, anchor, evidence })
 }
 
-async fn anchor(db: &DatabaseConnection, id: Uuid) -> Result<Option<Anchor>, DbErr> {
+async fn anchor(state: &State, id: Uuid) -> Result<Option<Anchor>, DbErr> {
+    let db = &state.db;
     let Some((sequence, index)) =
         batches::entry(db, id).await?.and_then(|entry| entry.batch_sequence.zip(entry.batch_index))
     else {
@@ -126,19 +157,30 @@ async fn anchor(db: &DatabaseConnection, id: Uuid) -> Result<Option<Anchor>, DbE
     };
     let sequence_number = unsigned("journal.batch_sequence", sequence)?;
     let Some(batch) = batches::find(db, sequence_number).await?.filter(is_anchored) else { return Ok(None) };
-    let leaves: Vec<_> = batches::leaves(db, sequence).await?.into_iter().map(|(_, leaf)| leaf).collect();
-    let index = usize::try_from(index).map_err(|_| corrupt("journal.batch_index", "it is negative"))?;
-    // A large batch is some ten thousand hashes: not on the thread that serves others.
-    let tree =
-        web::block(move || MerkleTree::new(&leaves).and_then(|tree| Some((tree.root(), tree.proof(index)?))))
-            .await
-            .map_err(|error| DbErr::Custom(error.to_string()))?;
-    let (root, proof) = tree.ok_or_else(|| corrupt("journal.batch_index", "the batch has no such leaf"))?;
     let receipts_root = hash("batches.receipts_root", &batch.receipts_root)?;
-    if root != receipts_root {
-        return Err(corrupt("batches.receipts_root", "the batch's leaves lead to another root"));
-    }
+    let index = usize::try_from(index).map_err(|_| corrupt("journal.batch_index", "it is negative"))?;
+    let tree = match state.trees.get(sequence_number, &receipts_root) {
+        Some(tree) => tree,
+        None => {
+            let tree = Arc::new(tree(db, sequence, &receipts_root).await?);
+            state.trees.put(sequence_number, tree.clone());
+            tree
+        }
+    };
+    let proof =
+        tree.proof(index).ok_or_else(|| corrupt("journal.batch_index", "the batch has no such leaf"))?;
     Ok(Some(Anchor { sequence: sequence_number, receipts_root, proof }))
+}
+
+/// The tree of a batch, which must have this root.
+async fn tree(db: &DatabaseConnection, sequence: i64, root: &Hash32) -> Result<MerkleTree, DbErr> {
+    let leaves: Vec<_> = batches::leaves(db, sequence).await?.into_iter().map(|(_, leaf)| leaf).collect();
+    // A large batch is some ten thousand hashes: not on the thread that serves others.
+    web::block(move || MerkleTree::new(&leaves))
+        .await
+        .map_err(|error| DbErr::Custom(error.to_string()))?
+        .filter(|tree| tree.root() == *root)
+        .ok_or_else(|| corrupt("batches.receipts_root", "the batch's leaves lead to another root"))
 }
 
 async fn balance(state: web::Data<State>, request: HttpRequest) -> Result<HttpResponse, ApiError> {
@@ -152,8 +194,17 @@ async fn balance(state: web::Data<State>, request: HttpRequest) -> Result<HttpRe
 }
 
 async fn audit(state: web::Data<State>) -> Result<HttpResponse, ApiError> {
-    let _turn = state.audit.lock().await;
-    Ok(HttpResponse::Ok().json(ledger::audit(&state.db).await.map_err(ApiError::internal)?))
+    let Ok(mut kept) = state.audit.try_lock() else {
+        return Err(ApiError::rate_limited("an audit runs; ask again in a moment"));
+    };
+    if let Some((at, audit)) = kept.as_ref().filter(|(at, _)| at.elapsed() < AUDIT_LIFE) {
+        tracing::trace!(age_ms = at.elapsed().as_millis(), "audit said again");
+        return Ok(HttpResponse::Ok().json(audit));
+    }
+    let audit = ledger::audit(&state.db).await.map_err(ApiError::internal)?;
+    let response = HttpResponse::Ok().json(&audit);
+    *kept = Some((Instant::now(), audit));
+    Ok(response)
 }
 
 /// Who asks; `None` without a key. A key that is there must be good.

@@ -104,6 +104,9 @@ pub enum LedgerError {
     /// Nothing was changed.
     #[error("{account} has not enough for transfer {id}")]
     Overdraft { id: Uuid, account: String },
+    /// More than the replicas beyond those asked for can cost.
+    #[error("the reserve would pay {needed} micro-INFER for one request, at most {cap} are allowed")]
+    Reserve { needed: u64, cap: u64 },
     #[error(transparent)]
     Db(#[from] DbErr),
 }

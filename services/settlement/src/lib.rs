@@ -95,7 +95,7 @@ pub async fn run(config: Config, deps: Deps, shutdown: CancellationToken) -> Res
     };
     let consuming = consume_both(spec, &handlers, &stop);
     let batching = anchor(batcher, &stop);
-    let state = http::State { db: db.clone(), keys, audit: Arc::default() };
+    let state = http::State { db: db.clone(), keys, audit: Arc::default(), trees: http::Trees::default() };
     let routes = {
         let health = health.clone();
         move |config: &mut actix_web::web::ServiceConfig| {

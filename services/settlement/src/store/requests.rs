@@ -1,5 +1,6 @@
 //! Requests with their holds, and the receipts of those that were verified.
 
+use infera_protocol::bytes::Hash32;
 use sea_orm::{
     ColumnTrait, ConnectionTrait, DbErr, EntityTrait, QueryFilter, QueryTrait, Set,
     sea_query::{Expr, OnConflict},
@@ -21,6 +22,9 @@ pub struct NewRequest<'a> {
     pub id: Uuid,
     pub account: &'a str,
     pub model: &'a str,
+    pub request_hash: Hash32,
+    pub k: u32,
+    pub calibration_hash: Hash32,
     pub price_micro: u64,
     pub held_micro: u64,
 }
@@ -35,6 +39,9 @@ pub async fn open<C: ConnectionTrait>(tx: &C, new: &NewRequest<'_>, now_ms: i64)
         account: Set(new.account.to_owned()),
         model: Set(new.model.to_owned()),
         state: Set(State::Open.name().to_owned()),
+        request_hash: Set(new.request_hash.to_vec()),
+        k: Set(i64::from(new.k)),
+        calibration_hash: Set(new.calibration_hash.to_vec()),
         price_micro: Set(signed("requests.price_micro", new.price_micro)?),
         held_micro: Set(signed("requests.held_micro", new.held_micro)?),
         charged_micro: Set(0),

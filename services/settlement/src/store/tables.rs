@@ -72,6 +72,10 @@ pub mod requests {
         pub model: String,
         /// See [`crate::domain::State`].
         pub state: String,
+        /// What was funded: verdicts must be about exactly this.
+        pub request_hash: Vec<u8>,
+        pub k: i64,
+        pub calibration_hash: Vec<u8>,
         pub price_micro: i64,
         pub held_micro: i64,
         pub charged_micro: i64,

@@ -69,7 +69,16 @@ fn id(request: u8) -> Uuid {
 async fn hold(db: &DatabaseConnection, request: u8, account: usize, micro: u64, commit: bool) -> bool {
     let account = ACCOUNTS[account];
     let tx = db.begin().await.unwrap();
-    let new = NewRequest { id: id(request), account, model: "m", price_micro: 1, held_micro: micro };
+    let new = NewRequest {
+        id: id(request),
+        account,
+        model: "m",
+        request_hash: infera_protocol::bytes::Hash32::ZERO,
+        k: 3,
+        calibration_hash: infera_protocol::bytes::Hash32::ZERO,
+        price_micro: 1,
+        held_micro: micro,
+    };
     if !requests::open(&tx, &new, 1).await.unwrap() {
         return false;
     }

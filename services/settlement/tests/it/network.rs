@@ -11,7 +11,7 @@ use infera_protocol::{
     identity::{Domain, node_id, sign},
     ids::message_id,
     registry::{Manifest, Model, Registry},
-    request::{Finish, Output, Request},
+    request::{Finish, Request},
     sampling::SamplingParams,
 };
 use infera_wire::{
@@ -107,22 +107,16 @@ impl Network {
         );
         let request_hash = submitted.request.hash(&domain);
         let root = eligible_root(&eligible);
-        let message = assign_message(&domain, submitted.request.id, &request_hash, 1, 5, &root);
+        let message = assign_message(&domain, submitted.request.id, &request_hash, submitted.k, 1, 0, &root);
         let assign_signature = sign(&self.dispatcher, &message);
         let slots = draw(&beta(&assign_signature), &eligible)
             .into_iter()
             .take(honest + wrong)
             .enumerate()
             .map(|(i, drawn)| {
-                let output = Output {
-                    tokens: if i < honest {
-                        (100..120).collect()
-                    } else {
-                        vec![u32::try_from(i).unwrap() + 500]
-                    },
-                    fingerprints: vec![],
-                    finish: Finish::Eos,
-                };
+                let tokens: Vec<u32> =
+                    if i < honest { (100..120).collect() } else { vec![u32::try_from(i).unwrap() + 500] };
+                let output = infera_testkit::evidence::output(&tokens, Finish::Eos);
                 let key = self.nodes.iter().find(|key| node_id(key) == drawn.node).unwrap();
                 let salt = Hash32([u8::try_from(i).unwrap(); 32]);
                 let digest =
@@ -146,7 +140,7 @@ impl Network {
             submitted_at_ms: submitted.submitted_at_ms,
             decided_at_ms: 3_000,
             attempt: 1,
-            epoch: 5,
+            epoch: 0,
             class: "exact".into(),
             price_micro: PRICE,
             calibration_hash: self.registry.calibration.hash(),

@@ -201,6 +201,15 @@ async fn garbage_and_forged_evidence_are_dead_letters(column: Column) {
     let submitted = place.network.submitted("alice");
     place.submit(&submitted);
     let _: v1::RequestFunded = funded.next().await;
+    // The same id for another request.
+    let mut swapped = submitted.clone();
+    swapped.request.seed += 1;
+    place.publish("request.submitted", Uuid::now_v7(), submitted_bytes(&swapped).1);
+    assert!(dead.dead().await.contains("another request"));
+    let mut fewer = submitted.clone();
+    fewer.k = 5;
+    place.publish("request.submitted", Uuid::now_v7(), submitted_bytes(&fewer).1);
+    assert!(dead.dead().await.contains("another request"));
     let honest = place.network.evidence(&submitted, 2, 1);
     let other = place.network.submitted("alice");
     let mut forgeries = Vec::new();
@@ -212,9 +221,13 @@ async fn garbage_and_forged_evidence_are_dead_letters(column: Column) {
     forge("price_micro", &|e| e.price_micro = 3);
     forge("account", &|e| e.account = "bob".into());
     forge("request.id", &|e| e.request.id = other.request.id);
+    forge("request_hash", &|e| e.request.max_tokens += 1);
+    forge("`k`", &|e| e.k = 1);
+    forge("calibration_hash", &|e| e.calibration_hash = e.salt);
     forge("dispatcher", &|e| e.dispatcher = e.slots[0].node);
     forge("draw", &|e| e.slots.swap(0, 2));
-    forge("assignment", &|e| e.epoch += 1);
+    forge("epoch", &|e| e.epoch += 1);
+    forge("assignment", &|e| e.assign_signature = e.post_signature);
     forge("commitment", &|e| {
         let stolen = e.slots[0].reveal.clone();
         e.slots[2].reveal = stolen;
