@@ -16,7 +16,7 @@ use infera_protocol::bytes::NodeId;
 use infera_protocol::evidence::{Evidence, EvidenceError};
 use infera_protocol::registry::{Manifest, Registry};
 use infera_protocol::request::{MAX_REPLICAS, Output};
-use infera_wire::convert::{self, Submitted};
+use infera_wire::convert::{self, CloseReason, Submitted};
 use infera_wire::{Message, WireError, v1};
 use uuid::Uuid;
 
@@ -260,10 +260,13 @@ fn verified(case: &Case, members: &[NodeId], evidence: Vec<u8>) -> v1::Verified 
 /// [`Rejection`] where the message is garbage.
 pub fn close(wire: &v1::CloseRequested, decided_at_ms: i64) -> Result<(Submitted, v1::Verdict), Rejection> {
     let submitted = convert::submitted(convert::required("close.submitted", &wire.submitted)?)?;
-    let reason = match wire.reason.as_str() {
-        "deadline" => "the deadline passed before enough results agreed",
-        "cancelled" => "the account cancelled the request",
-        other => return Err(Rejection::Reason(other.chars().take(64).collect())),
+    let Some(reason) = CloseReason::parse(&wire.reason) else {
+        return Err(Rejection::Reason(wire.reason.chars().take(64).collect()));
+    };
+    let text = match reason {
+        CloseReason::Deadline => "the deadline passed before enough results agreed",
+        CloseReason::Cancelled => "the account cancelled the request",
+        CloseReason::Overloaded => "the network has more requests waiting than it takes",
     };
     let verdict = v1::Verdict {
         request_id: submitted.request.id.as_bytes().to_vec(),
@@ -273,8 +276,8 @@ pub fn close(wire: &v1::CloseRequested, decided_at_ms: i64) -> Result<(Submitted
         account: submitted.account.clone(),
         decided_at_ms,
         outcome: Some(v1::verdict::Outcome::Failed(v1::Failed {
-            code: wire.reason.clone(),
-            reason: reason.to_owned(),
+            code: reason.as_str().to_owned(),
+            reason: text.to_owned(),
         })),
     };
     Ok((submitted, verdict))

@@ -371,6 +371,35 @@ pub fn evidence(
     })
 }
 
+/// Why a request is closed before enough of its results agree; also the code of the verdict that says so.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum CloseReason {
+    /// Its deadline passed.
+    Deadline,
+    /// Its own account cancelled it.
+    Cancelled,
+    /// The mempool was full when it came.
+    Overloaded,
+}
+
+impl CloseReason {
+    pub const ALL: [Self; 3] = [Self::Deadline, Self::Cancelled, Self::Overloaded];
+
+    /// As in `CloseRequested.reason`.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Deadline => "deadline",
+            Self::Cancelled => "cancelled",
+            Self::Overloaded => "overloaded",
+        }
+    }
+
+    /// The reason of that name.
+    pub fn parse(name: &str) -> Option<Self> {
+        Self::ALL.into_iter().find(|reason| reason.as_str() == name)
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -408,6 +437,14 @@ mod tests {
         assert!(field(|r| r.sampling = None).contains("request.sampling"));
         assert!(field(|r| r.max_tokens = 0).contains("max_tokens"));
         assert!(field(|r| r.stop = vec![String::new()]).contains("stop"));
+    }
+
+    #[test]
+    fn close_reasons_have_names_of_their_own() {
+        for reason in CloseReason::ALL {
+            assert_eq!(CloseReason::parse(reason.as_str()), Some(reason));
+        }
+        assert_eq!(CloseReason::parse("boredom"), None);
     }
 
     #[test]
