@@ -29,6 +29,7 @@ use crate::domain::answer::Head;
 use crate::domain::chat::ChatRequest;
 use crate::domain::merge::Mode;
 use crate::error::database;
+use crate::http::LeaveGuard;
 use crate::metrics::Metrics;
 use crate::store::{self, NewRequest, request};
 use crate::wait::Waiter;
@@ -45,7 +46,7 @@ pub(crate) struct App {
     pub relay: Relay,
     pub metrics: Metrics,
     /// Prompts that may be rendered at a time.
-    pub renders: Semaphore,
+    pub renders: Arc<Semaphore>,
     /// Cancelled when waiting clients must be sent away.
     pub drained: CancellationToken,
 }
@@ -53,13 +54,10 @@ pub(crate) struct App {
 /// A request that is submitted, now or earlier under the same `Idempotency-Key`.
 pub(crate) struct Submission {
     pub id: Uuid,
-    pub account: String,
     pub served: Arc<Served>,
     pub head: Head,
     pub waiter: Waiter,
     pub stops: Vec<String>,
-    /// The client can come back for the answer: it gave a key.
-    pub repeatable: bool,
 }
 
 /// A request as every node will see it.
@@ -70,12 +68,15 @@ struct Fixed {
 
 impl App {
     /// Fixes the request (section 3), stores it together with the message that submits it, and begins to
-    /// wait. A repeat of a stored request begins to wait for that one.
+    /// wait. A repeat of a stored request begins to wait for that one. `guard` is armed before anything is
+    /// stored, unless the client gave a key and may come back: one that leaves during this, or gets an error
+    /// although the row may be there, has its request cancelled.
     pub(crate) async fn submit(
         &self,
         account: &str,
         chat: &ChatRequest,
         key: Option<String>,
+        guard: &mut LeaveGuard,
     ) -> Result<Submission, ApiError> {
         let served = self.served(&chat.model)?;
         let body_hash = body_hash(chat)?;
@@ -86,6 +87,9 @@ impl App {
         }
         let fixed = self.fix(account, chat, key, &served, body_hash).await?;
         let waiter = self.wait(&fixed.submitted, chat, false).await?;
+        if fixed.new.idempotency_key.is_none() {
+            guard.arm(fixed.new.id);
+        }
         if !self.store(&fixed).await.map_err(database)? {
             // Another request with the same key was faster.
             let key = fixed.new.idempotency_key.as_deref().unwrap_or_default();
@@ -95,11 +99,9 @@ impl App {
         }
         Ok(Submission {
             id: fixed.new.id,
-            account: account.to_owned(),
             head: self.head(&served, fixed.new.id, fixed.new.submitted_ms),
             served,
             waiter,
-            repeatable: fixed.new.idempotency_key.is_some(),
             stops: fixed.new.stop,
         })
     }
@@ -173,9 +175,14 @@ impl App {
 
     /// Token ids of the chat. A megabyte of text takes a second or two: not on this thread, and not on all cores.
     async fn render(&self, served: Arc<Served>, chat: &ChatRequest) -> Result<Vec<u32>, ApiError> {
-        let _turn = self.renders.acquire().await.map_err(ApiError::internal)?;
+        let turn = self.renders.clone().acquire_owned().await.map_err(ApiError::internal)?;
         let messages = chat.messages.clone();
-        let rendered = tokio::task::spawn_blocking(move || served.prompt.render(&messages)).await;
+        // The turn ends with the work, not with a client that leaves meanwhile.
+        let render = move || {
+            let _turn = turn;
+            served.prompt.render(&messages)
+        };
+        let rendered = tokio::task::spawn_blocking(render).await;
         rendered.map_err(ApiError::internal)?.map_err(|error| match error {
             PromptError::NoMessages | PromptError::Role { .. } | PromptError::Template(_) => {
                 ApiError::bad_request("messages", error.to_string()).with_code("invalid_value")
@@ -226,12 +233,10 @@ impl App {
         let waiter = self.waiter(wait, row.deadline_ms, true).await?;
         Ok(Submission {
             id: row.id,
-            account: row.account.clone(),
             head: self.head(&served, row.id, row.submitted_ms),
             served,
             waiter,
             stops: row.stops().map_err(ApiError::internal)?,
-            repeatable: true,
         })
     }
 

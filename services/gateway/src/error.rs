@@ -54,6 +54,7 @@ fn failed(code: &str, reason: &str) -> ApiError {
     let (status, message) = match code {
         "deadline" => (StatusCode::GATEWAY_TIMEOUT, "there was no verdict before the deadline"),
         "cancelled" => (closed_by_client(), "the request was cancelled"),
+        "overloaded" => (StatusCode::SERVICE_UNAVAILABLE, "too many requests wait; try again later"),
         "no_nodes" => (StatusCode::SERVICE_UNAVAILABLE, "too few nodes serve this model now"),
         "no_quorum" => (StatusCode::BAD_GATEWAY, "the nodes' answers did not agree"),
         _ => (StatusCode::BAD_GATEWAY, "the request failed"),
@@ -93,6 +94,7 @@ mod tests {
             (failed("deadline"), 504),
             (failed("cancelled"), 499),
             (failed("no_nodes"), 503),
+            (failed("overloaded"), 503),
             (failed("no_quorum"), 502),
             (failed("anything"), 502),
             (rejected("insufficient_quota"), 429),

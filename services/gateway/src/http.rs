@@ -5,7 +5,7 @@
 //! | `POST /v1/chat/completions` | key with scope `chat` | an answer, plain or streamed |
 //! | `GET /v1/models`, `/v1/models/{id}` | key | what is served |
 //! | `GET /v1/requests/{id}` | key of the account that asked | where it stands |
-//! | `DELETE /v1/requests/{id}` | key of the account that asked | cancels it |
+//! | `DELETE /v1/requests/{id}` | key of the account that asked, with scope `chat` | cancels it |
 //! | `/livez`, `/readyz`, `/metrics` | | |
 
 mod auth;
@@ -19,6 +19,8 @@ mod sse;
 use actix_web::web::{self, ServiceConfig};
 use infera_runtime::health::{self, Health};
 use infera_runtime::http::defaults;
+
+pub(crate) use leave::LeaveGuard;
 
 use crate::app::App;
 

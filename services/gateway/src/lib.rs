@@ -37,6 +37,7 @@ pub mod store;
 mod wait;
 
 use std::net::SocketAddr;
+use std::sync::Arc;
 use std::time::Duration;
 
 use actix::{Actor, Addr};
@@ -122,7 +123,9 @@ pub async fn run(config: Config, deps: Deps, shutdown: CancellationToken) -> Res
         replies,
         relay: relay.clone(),
         metrics,
-        renders: Semaphore::new(std::thread::available_parallelism().map_or(1, usize::from).div_ceil(2)),
+        renders: Arc::new(Semaphore::new(
+            std::thread::available_parallelism().map_or(1, usize::from).div_ceil(2),
+        )),
         drained: drained.clone(),
     };
     let routes = http::routes(Data::new(app), health);

@@ -12,15 +12,16 @@ use serde::de::DeserializeOwned;
 
 use crate::{cli::VerifyArgs, say};
 
-/// Exit status of a receipt in which nothing is wrong, but which is not on the chain yet.
-const PENDING: u8 = 3;
+/// Exit status of a document in which nothing is wrong, but which does not show everything: it has no
+/// evidence, or its receipt is not on the chain yet.
+const PARTLY: u8 = 3;
 /// Exit status of a receipt that fails a check.
 const FAILED: u8 = 1;
 /// Exit status where a check could not be made: no manifest, no chain.
 const UNKNOWN: u8 = 2;
 
-/// Exit status 0: everything that the document allows to check holds; 1: a check failed; 2: it could not be
-/// checked; 3: nothing is wrong, but it is not anchored yet.
+/// Exit status 0: every check holds; 1: a check failed; 2: it could not be checked; 3: nothing is wrong, but
+/// not everything could be checked.
 pub fn verify(args: &VerifyArgs) -> Result<ExitCode, String> {
     Ok(checked(args).unwrap_or_else(|message| {
         eprintln!("infera: {message}");
@@ -53,13 +54,12 @@ fn checked(args: &VerifyArgs) -> Result<ExitCode, String> {
     if let (Some(message), false) = (unreachable, report.failed()) {
         return Err(message);
     }
-    let anchored = report.document.as_ref().is_some_and(|d| d.anchor.is_some());
     Ok(if report.failed() {
         ExitCode::from(FAILED)
-    } else if anchored {
+    } else if report.complete() {
         ExitCode::SUCCESS
     } else {
-        ExitCode::from(PENDING)
+        ExitCode::from(PARTLY)
     })
 }
 
@@ -142,8 +142,9 @@ fn print(report: &Report, json: bool) -> Result<(), String> {
             |anchor| format!("anchored in batch {} on chain {}", anchor.sequence, receipt.chain_id),
         );
         format!(
-            "receipt {} holds: {} of {} nodes agreed, {place}",
+            "receipt {} {}: {} of {} nodes agreed, {place}",
             receipt.id,
+            if report.complete() { "holds" } else { "is only partly checked, and nothing is wrong with it" },
             receipt.verified.len(),
             receipt.k
         )

@@ -3,16 +3,17 @@
 
 use std::collections::BTreeSet;
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use actix::fut::wrap_future;
 use actix::{Actor, ActorContext, ActorFutureExt, AsyncContext, Context, Handler, Message, MessageResult};
 use infera_bus::outbox::Relay;
 use infera_runtime::{CancellationToken, clock, planned};
+use infera_wire::convert::CloseReason;
 use sea_orm::{DatabaseConnection, DbErr, TransactionTrait};
 use uuid::Uuid;
 
-use crate::domain::{CloseReason, Command, Effect, ModelSummary, State};
+use crate::domain::{Command, Effect, ModelSummary, State};
 use crate::metrics::Metrics;
 use crate::store;
 
@@ -33,6 +34,9 @@ pub struct Tools {
 pub struct Admission {
     state: State,
     tools: Arc<Tools>,
+    /// What is told of the set, and when it was summed up.
+    summaries: Arc<Vec<ModelSummary>>,
+    summed_up: Option<Instant>,
     /// Old offers without a dispatcher that were logged.
     unheld: BTreeSet<Uuid>,
 }
@@ -42,13 +46,20 @@ pub struct Admission {
 #[rtype(result = "()")]
 pub struct Noted(pub Command);
 
+/// Asks for what is in the set, as of at most a second ago.
 #[derive(Message)]
-#[rtype(result = "Vec<ModelSummary>")]
+#[rtype(result = "Arc<Vec<ModelSummary>>")]
 pub struct Summaries;
 
 impl Admission {
     pub fn new(state: State, tools: Tools) -> Self {
-        Self { state, tools: Arc::new(tools), unheld: BTreeSet::new() }
+        Self {
+            state,
+            tools: Arc::new(tools),
+            summaries: Arc::default(),
+            summed_up: None,
+            unheld: BTreeSet::new(),
+        }
     }
 
     fn run(&mut self, command: Command, ctx: &mut Context<Self>) {
@@ -102,9 +113,18 @@ impl Admission {
         }
     }
 
+    /// Looks at the whole set at most once in `COUNT_EVERY`, however often it is asked.
+    fn summaries(&mut self) -> Arc<Vec<ModelSummary>> {
+        if self.summed_up.is_none_or(|at| at.elapsed() >= COUNT_EVERY) {
+            self.summaries = Arc::new(self.state.summaries());
+            self.summed_up = Some(Instant::now());
+        }
+        self.summaries.clone()
+    }
+
     fn count(&mut self) {
         let (mut pending, mut offered, mut closing) = (0, 0, 0);
-        for summary in self.state.summaries() {
+        for summary in self.summaries().iter() {
             pending += summary.pending;
             offered += summary.offered;
             closing += summary.closing;
@@ -194,6 +214,6 @@ impl Handler<Summaries> for Admission {
     type Result = MessageResult<Summaries>;
 
     fn handle(&mut self, _: Summaries, _: &mut Self::Context) -> Self::Result {
-        MessageResult(self.state.summaries())
+        MessageResult(self.summaries())
     }
 }

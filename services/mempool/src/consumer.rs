@@ -39,11 +39,11 @@ impl Consumers {
     async fn reread(&self, request: Uuid) {
         match store::find(&self.db, request).await {
             Ok(Some(entry)) => {
-                let closing = matches!(entry.stage, Stage::Closing { .. });
+                let stage = entry.stage;
                 // New, or known already: then only its stage is news.
                 self.tell(Command::Admitted(Box::new(entry))).await;
-                if closing {
-                    self.tell(Command::CloseAsked { request }).await;
+                if let Stage::Closing { reason, .. } = stage {
+                    self.tell(Command::CloseAsked { request, reason }).await;
                 }
             }
             Ok(None) => {}

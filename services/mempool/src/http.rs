@@ -55,13 +55,13 @@ struct Bids {
 async fn mempool(admission: Data<Addr<Admission>>) -> Result<web::Json<Mempool>, ApiError> {
     let summaries = admission.send(Summaries).await.map_err(ApiError::internal)?;
     let depth = summaries.iter().map(|s| s.pending + s.offered + s.closing).sum();
-    Ok(web::Json(Mempool { depth, models: summaries.into_iter().map(item).collect() }))
+    Ok(web::Json(Mempool { depth, models: summaries.iter().map(item).collect() }))
 }
 
-fn item(summary: ModelSummary) -> ModelItem {
+fn item(summary: &ModelSummary) -> ModelItem {
     ModelItem {
         bids_micro: bids(&summary.bids_micro),
-        model: summary.model,
+        model: summary.model.clone(),
         model_root: summary.model_root.to_string(),
         pending: summary.pending,
         offered: summary.offered,

@@ -5,7 +5,7 @@ use infera_bus::outbox;
 use infera_protocol::bytes::Hash32;
 use infera_protocol::ids::message_id;
 use infera_runtime::{clock, trace};
-use infera_wire::convert::Funded;
+use infera_wire::convert::{CloseReason, Funded};
 use infera_wire::topology::keys;
 use infera_wire::{Message, v1};
 use sea_orm::sea_query::OnConflict;
@@ -17,7 +17,7 @@ use sea_orm_migration::prelude::*;
 use tracing::Instrument;
 use uuid::Uuid;
 
-use crate::domain::{CloseReason, Entry, Stage};
+use crate::domain::{Entry, Stage};
 
 mod requests {
     use sea_orm::entity::prelude::*;
@@ -38,6 +38,8 @@ mod requests {
         pub stage: String,
         /// When the stage began.
         pub stage_ms: i64,
+        /// Why, while it is `closing`: the same for all of its closes.
+        pub close_reason: Option<String>,
         /// Closes asked for.
         pub closes: i64,
         /// The `RequestFunded` as it came.
@@ -77,7 +79,7 @@ const CLOSING: &str = "closing";
 pub const KEEP_CANCELS_MS: i64 = 3600 * 1000;
 
 /// What the columns that decide hold; the body stays on disk.
-type Row = (Uuid, String, Vec<u8>, String, i64, i64, i64, i64, String, i64);
+type Row = (Uuid, String, Vec<u8>, String, i64, i64, i64, i64, String, i64, Option<String>);
 
 /// All requests in the set.
 ///
@@ -88,7 +90,7 @@ pub async fn load<C: ConnectionTrait>(db: &C) -> Result<Vec<Entry>, DbErr> {
     let rows: Vec<Row> = requests::Entity::find()
         .select_only()
         .columns([R::Request, R::Account, R::ModelRoot, R::Model, R::K, R::BidMicro])
-        .columns([R::SubmittedAtMs, R::DeadlineMs, R::Stage, R::StageMs])
+        .columns([R::SubmittedAtMs, R::DeadlineMs, R::Stage, R::StageMs, R::CloseReason])
         .order_by_asc(R::SubmittedAtMs)
         .into_tuple()
         .all(db)
@@ -97,12 +99,16 @@ pub async fn load<C: ConnectionTrait>(db: &C) -> Result<Vec<Entry>, DbErr> {
 }
 
 fn entry_of_row(row: Row) -> Result<Entry, DbErr> {
-    let (request, account, model_root, model, k, bid, submitted_at_ms, deadline_ms, stage, stage_ms) = row;
+    let (request, account, model_root, model, k, bid, submitted_at_ms, deadline_ms, stage, stage_ms, reason) =
+        row;
     let broken = |what: &str| DbErr::Custom(format!("request {request} has an impossible {what}"));
     let stage = match stage.as_str() {
         PENDING => Stage::Pending,
         OFFERED => Stage::Offered { at_ms: stage_ms },
-        CLOSING => Stage::Closing { asked_at_ms: stage_ms },
+        CLOSING => {
+            let reason = close_reason(reason.as_deref()).ok_or_else(|| broken("close_reason"))?;
+            Stage::Closing { asked_at_ms: stage_ms, reason }
+        }
         _ => return Err(broken("stage")),
     };
     Ok(Entry {
@@ -116,6 +122,11 @@ fn entry_of_row(row: Row) -> Result<Entry, DbErr> {
         deadline_ms,
         stage,
     })
+}
+
+/// What the column says; rows of earlier versions say nothing, as most were closed at their deadline.
+fn close_reason(column: Option<&str>) -> Option<CloseReason> {
+    column.map_or(Some(CloseReason::Deadline), CloseReason::parse)
 }
 
 /// Adds a funded request. One whose cancel came first is closed at once.
@@ -135,6 +146,7 @@ pub async fn admit<C: ConnectionTrait>(tx: &C, funded: &Funded, body: &[u8]) -> 
         deadline_ms: Set(s.deadline_ms),
         stage: Set(PENDING.to_owned()),
         stage_ms: Set(clock::now_ms()),
+        close_reason: Set(None),
         closes: Set(0),
         body: Set(body.to_vec()),
         traceparent: Set(trace::current_traceparent()),
@@ -160,7 +172,7 @@ pub async fn find<C: ConnectionTrait>(db: &C, request: Uuid) -> Result<Option<En
     let row: Option<Row> = requests::Entity::find_by_id(request)
         .select_only()
         .columns([R::Request, R::Account, R::ModelRoot, R::Model, R::K, R::BidMicro])
-        .columns([R::SubmittedAtMs, R::DeadlineMs, R::Stage, R::StageMs])
+        .columns([R::SubmittedAtMs, R::DeadlineMs, R::Stage, R::StageMs, R::CloseReason])
         .into_tuple()
         .one(db)
         .await?;
@@ -211,12 +223,15 @@ pub async fn cancel<C: ConnectionTrait>(tx: &C, request: Uuid, account: &str) ->
     Ok(Cancelled::Yes)
 }
 
-/// Asks the verifier to close a request; says whether it was there.
+/// Asks the verifier to close a request, for `reason` unless it was asked before: then for the same as
+/// then. Says whether it was there.
 ///
 /// # Errors
 /// The database's.
 pub async fn close<C: ConnectionTrait>(tx: &C, request: Uuid, reason: CloseReason) -> Result<bool, DbErr> {
     let Some(row) = requests::Entity::find_by_id(request).one(tx).await? else { return Ok(false) };
+    let before = (row.stage == CLOSING).then(|| close_reason(row.close_reason.as_deref())).flatten();
+    let reason = before.unwrap_or(reason);
     let closes = row.closes + 1;
     let message =
         v1::CloseRequested { submitted: funded(&row)?.submitted, reason: reason.as_str().to_owned() };
@@ -225,6 +240,7 @@ pub async fn close<C: ConnectionTrait>(tx: &C, request: Uuid, reason: CloseReaso
     outbox::enqueue(tx, keys::CLOSE_REQUESTED, id, &message).instrument(span).await?;
     let mut row = row.into_active_model();
     row.stage = Set(CLOSING.to_owned());
+    row.close_reason = Set(Some(reason.as_str().to_owned()));
     row.stage_ms = Set(clock::now_ms());
     row.closes = Set(closes);
     requests::Entity::update(row).exec(tx).await?;
@@ -292,7 +308,7 @@ pub struct Migrator;
 #[async_trait::async_trait]
 impl MigratorTrait for Migrator {
     fn migrations() -> Vec<Box<dyn MigrationTrait>> {
-        vec![outbox::migration(), infera_bus::inbox::migration(), Box::new(Create)]
+        vec![outbox::migration(), infera_bus::inbox::migration(), Box::new(Create), Box::new(AddReason)]
     }
 }
 
@@ -341,5 +357,21 @@ impl MigrationTrait for Create {
                     .to_owned(),
             )
             .await
+    }
+}
+
+struct AddReason;
+
+impl MigrationName for AddReason {
+    fn name(&self) -> &str {
+        "mempool_0002_close_reason"
+    }
+}
+
+#[async_trait::async_trait]
+impl MigrationTrait for AddReason {
+    async fn up(&self, manager: &SchemaManager) -> Result<(), DbErr> {
+        let column = ColumnDef::new(requests::Column::CloseReason).string().null().to_owned();
+        manager.alter_table(Table::alter().table(requests::Entity).add_column(column).to_owned()).await
     }
 }

@@ -41,6 +41,17 @@ pub(crate) enum Ticket {
 }
 
 impl Delivery {
+    /// Whether it can still be settled. False once its connection or subscription is gone: then the message is
+    /// delivered again, whatever becomes of this delivery.
+    #[must_use]
+    pub fn is_usable(&self) -> bool {
+        match &self.ticket {
+            Ticket::Transient => true,
+            Ticket::Memory(ticket) => ticket.usable(),
+            Ticket::Rabbit(ticket) => ticket.usable(),
+        }
+    }
+
     /// The message is processed.
     ///
     /// # Errors

@@ -9,6 +9,7 @@ use infera_bus::{BusError, Delivery, Envelope};
 use infera_protocol::bytes::NodeId;
 use infera_protocol::ids::message_id;
 use infera_runtime::{clock, planned, trace};
+use infera_wire::convert::CloseReason;
 use infera_wire::topology::keys;
 use infera_wire::v1::{self, from_dispatcher};
 use infera_wire::{Message as _, v1::SlotOutcome};
@@ -91,11 +92,13 @@ impl Assignments {
         }
     }
 
-    /// The same offer, delivered again while it is held (the connection to the broker was lost), takes
-    /// the place of the first delivery; another offer of the request is superfluous.
+    /// The same offer, delivered again because the connection of the first delivery was lost, takes its
+    /// place. Any other is superfluous: another offer of the request, or one message published twice.
     pub(super) fn again(&mut self, request: Uuid, delivery: Delivery, ctx: &mut Context<Self>) {
         match self.offers.get_mut(&request) {
-            Some(held) if held.delivery.envelope.id == delivery.envelope.id => held.delivery = delivery,
+            Some(held) if held.delivery.envelope.id == delivery.envelope.id && !held.delivery.is_usable() => {
+                held.delivery = delivery;
+            }
             _ => {
                 ctx.spawn(wrap_future(ack(request, delivery)));
             }
@@ -180,7 +183,10 @@ impl Assignments {
 
     fn ask_close(&mut self, request: Uuid, submitted: v1::RequestSubmitted, n: u32, ctx: &mut Context<Self>) {
         tracing::warn!(%request, n, "past its deadline without a verdict, asking for it");
-        let close = v1::CloseRequested { submitted: Some(submitted), reason: "deadline".to_owned() };
+        let close = v1::CloseRequested {
+            submitted: Some(submitted),
+            reason: CloseReason::Deadline.as_str().to_owned(),
+        };
         // Every asking has an id of its own, across replicas too: it is the verdict that is wanted.
         let id = Uuid::now_v7();
         let tools = self.tools.clone();

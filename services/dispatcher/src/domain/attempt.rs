@@ -20,6 +20,9 @@ use super::{Effect, Offer, Rejection, Rules, frames};
 /// the eligible set and the frames around them. Seven of the largest reveals fit.
 const MAX_REVEALS_BYTES: usize = 7 * 512 * 1024;
 
+/// A node's reason to decline when all its slots are taken.
+const FULL: &str = "full";
+
 /// What an attempt works with.
 pub struct Desk<'a> {
     pub rules: &'a Rules,
@@ -63,6 +66,8 @@ pub enum Progress {
     Open,
     /// Everybody was drawn and no majority is possible: try again with a new set.
     Exhausted,
+    /// As `Exhausted`, but whoever is missing had no room or was not there: a try that does not count.
+    NoRoom,
 }
 
 impl Attempt {
@@ -166,6 +171,7 @@ impl Attempt {
             return Err(Rejection::Late);
         }
         slot.state = SlotState::Committed(commit);
+        slot.no_room = false;
         slot.detail.clear();
         desk.nodes.release(node, request);
         desk.out.push(Effect::SlotsChanged);
@@ -225,6 +231,7 @@ impl Attempt {
         }
         slot.end(SlotOutcome::Declined, reason);
         slot.decline_signature = Some(signature);
+        slot.no_room = reason == FULL;
         desk.nodes.release(node, desk.offer.id());
         desk.out.push(Effect::SlotsChanged);
         Ok(self.advance(desk))
@@ -269,6 +276,7 @@ impl Attempt {
         let Some(slot) = self.slot_mut(node) else { return };
         if slot.is_leased() || (resumable && slot.may_resume(now)) {
             slot.state = SlotState::Leased;
+            slot.no_room = false;
             slot.detail.clear();
             let until_ms = slot.lease_until_ms;
             desk.nodes.lease(node, request);
@@ -276,6 +284,10 @@ impl Attempt {
         } else if let SlotState::Asked { until_ms, .. } = slot.state {
             desk.out
                 .push(Effect::Send { node: *node, frame: frames::reveal_request(request, number, until_ms) });
+        } else if slot.outcome().is_some() && slot.commitment().is_none() {
+            // It may still compute what it lost.
+            let frame = frames::cancel(request, number, "the slot has ended");
+            desk.out.push(Effect::Send { node: *node, frame });
         }
     }
 
@@ -352,16 +364,17 @@ impl Attempt {
             return Progress::Open;
         }
         let majority = desk.offer.k() / 2 + 1;
-        let try_again = self.number_of_tries_left(desk) && desk.now < desk.offer.deadline_ms();
-        if self.revealed() < majority && try_again {
-            return Progress::Exhausted;
+        let may_retry = self.round == 1 && desk.now < desk.offer.deadline_ms();
+        if self.revealed() < majority && may_retry {
+            if self.slots.iter().all(|slot| slot.is_alive() || slot.no_room) {
+                return Progress::NoRoom;
+            }
+            if desk.offer.tries < desk.rules.max_tries {
+                return Progress::Exhausted;
+            }
         }
         self.collect(desk);
         Progress::Open
-    }
-
-    fn number_of_tries_left(&self, desk: &Desk) -> bool {
-        self.round == 1 && desk.offer.tries < desk.rules.max_tries
     }
 
     fn lease_missing(&mut self, desk: &mut Desk) {
@@ -376,6 +389,7 @@ impl Attempt {
                 desk.out.push(Effect::SlotsChanged);
             } else {
                 slot.end(SlotOutcome::Disconnected, "not connected when drawn");
+                slot.no_room = true;
             }
             self.slots.push(slot);
         }
@@ -440,7 +454,8 @@ impl Attempt {
     /// No verdict came: it may have been missed, so ask for it by saying the same again.
     fn repeat(&mut self, desk: &mut Desk) {
         let Some(collected) = &mut self.collected else { return };
-        let due = collected.confirmed_at_ms.is_some_and(|at| at + desk.rules.verdict_ms <= desk.now);
+        let patience = super::doubled(desk.rules.verdict_ms, collected.repeats);
+        let due = collected.confirmed_at_ms.is_some_and(|at| at + patience <= desk.now);
         if due {
             collected.repeats += 1;
             collected.confirmed_at_ms = None;

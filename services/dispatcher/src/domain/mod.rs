@@ -34,6 +34,10 @@ use peers::Peers;
 /// How long to wait before a further try with a new set, per try made, ms: nodes that declined
 /// because they were full need a moment.
 const TRY_AGAIN_MS: i64 = 500;
+/// The longest of those waits, ms.
+const LONGEST_TRY_AGAIN_MS: i64 = 2_000;
+/// The longest wait for a verdict before it is asked for again, ms.
+const LONGEST_PATIENCE_MS: i64 = 300_000;
 
 /// Everything that one replica holds.
 pub struct State {
@@ -103,6 +107,11 @@ impl State {
             Phase::Working(attempt) => Some(attempt),
             Phase::Storing | Phase::Waiting { .. } => None,
         }
+    }
+
+    #[cfg(test)]
+    fn tries(&self, request: Uuid) -> u32 {
+        self.requests.get(&request).map_or(0, |held| held.offer.tries)
     }
 
     /// Slots for a model and the requests for it that are held here. What a request that has not begun
@@ -224,7 +233,8 @@ impl State {
         if !matches!(held.phase, Phase::Storing) {
             return Err(Rejection::Stale);
         }
-        let not_before_ms = now + TRY_AGAIN_MS * i64::from(held.offer.tries);
+        let before = i64::from(held.offer.tries.saturating_add(held.offer.waits));
+        let not_before_ms = now + TRY_AGAIN_MS.saturating_mul(before).min(LONGEST_TRY_AGAIN_MS);
         held.offer.tries += 1;
         held.phase = Phase::Waiting { attempt, traceparent, not_before_ms, since_ms: now };
         Ok(())
@@ -295,8 +305,8 @@ impl State {
             if held.ask_close_at_ms > now {
                 continue;
             }
-            held.ask_close_at_ms = now + self.rules.close_grace_ms;
             held.close_asked += 1;
+            held.ask_close_at_ms = now + doubled(self.rules.close_grace_ms, held.close_asked);
             if let Some(submitted) = held.offer.wire.submitted.clone() {
                 let (submitted, n) = (Box::new(submitted), held.close_asked);
                 out.push(Effect::AskClose { request: *request, submitted, n });
@@ -371,6 +381,11 @@ impl State {
     }
 }
 
+/// `wait` (ms) after `repeats` repeats: doubled each time, up to [`LONGEST_PATIENCE_MS`].
+fn doubled(wait: i64, repeats: u32) -> i64 {
+    wait.saturating_mul(1 << repeats.min(16)).min(LONGEST_PATIENCE_MS.max(wait))
+}
+
 /// Starts over when an attempt can't reach a majority any more.
 fn after(
     held: &mut Held,
@@ -386,6 +401,10 @@ fn after(
     if let Phase::Working(attempt) = &mut held.phase {
         let mut desk = Desk { rules, offer: &held.offer, nodes, now, out };
         attempt.end("a new attempt begins", &mut desk);
+        if progress == Progress::NoRoom {
+            held.offer.tries = held.offer.tries.saturating_sub(1);
+            held.offer.waits = held.offer.waits.saturating_add(1);
+        }
     }
     held.phase = Phase::Storing;
     out.push(Effect::StoreAttempt { request: held.offer.id() });

@@ -4,6 +4,7 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use infera_protocol::assignment::{Eligible, MAX_ELIGIBLE};
 use infera_protocol::bytes::{Address, Hash32, NodeId};
+use infera_protocol::request::MIN_REPLICAS;
 use uuid::Uuid;
 
 /// A node whose hello was checked.
@@ -35,7 +36,8 @@ pub struct NodeView {
 pub struct ModelSlots {
     /// Distinct operators connected.
     pub operators: u32,
-    /// Slots without a lease.
+    /// Slots without a lease that requests can use, which take each of theirs from another operator: the
+    /// smallest number of replicas times the requests of so many that fit.
     pub free: u32,
     pub total: u32,
 }
@@ -130,13 +132,15 @@ impl Nodes {
         let class =
             self.best_class(model, |entry| entry.free() > 0).or_else(|| self.best_class(model, |_| true));
         let Some(class) = class else { return ModelSlots::default() };
-        let mut operators = BTreeSet::new();
+        let mut operators: BTreeMap<Address, u32> = BTreeMap::new();
         let mut slots = ModelSlots::default();
         for entry in self.of_model(model).filter(|entry| entry.info.class == class) {
-            operators.insert(entry.info.operator);
-            slots.free = slots.free.saturating_add(entry.free());
+            let free = operators.entry(entry.info.operator).or_default();
+            *free = free.saturating_add(entry.free());
             slots.total = slots.total.saturating_add(entry.info.slots);
         }
+        let free: Vec<u32> = operators.values().copied().collect();
+        slots.free = usable(&free, MIN_REPLICAS);
         slots.operators = u32::try_from(operators.len()).unwrap_or(u32::MAX);
         slots
     }
@@ -180,7 +184,45 @@ impl Nodes {
     }
 }
 
+/// Of slots that are free at each operator, those that requests of `k` can use: the most requests `m` whose
+/// slots are on `k` operators each, which is when the operators have `k * m` with at most `m` of any, times `k`.
+fn usable(free: &[u32], k: u32) -> u32 {
+    let k = u64::from(k.max(1));
+    let of_each = |m: u64| free.iter().map(|free| u64::from(*free).min(m)).sum::<u64>();
+    let (mut fits, mut too_many) = (0, of_each(u64::MAX) / k + 1);
+    while fits + 1 < too_many {
+        let m = fits + (too_many - fits) / 2;
+        if of_each(m) >= k * m { fits = m } else { too_many = m }
+    }
+    u32::try_from(k * fits).unwrap_or(u32::MAX)
+}
+
 /// How many different operators the nodes have.
 pub fn distinct_operators(set: &[Eligible]) -> usize {
     set.iter().map(|e| e.operator).collect::<BTreeSet<_>>().len()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::usable;
+
+    #[test]
+    fn slots_of_one_operator_do_not_serve_one_request() {
+        for (free, expected) in [
+            (&[][..], 0),
+            (&[64], 0),
+            (&[64, 64], 0),
+            (&[1, 1, 1], 3),
+            (&[2, 2, 2], 6),
+            (&[64, 1, 1], 3),
+            (&[64, 64, 2], 6),
+            (&[2, 2, 2, 2], 6),
+            (&[3, 3, 3, 3], 12),
+            (&[64, 2, 2, 2], 9),
+            (&[0, 5, 5], 0),
+        ] {
+            assert_eq!(usable(free, 3), expected, "{free:?}");
+        }
+        assert_eq!(usable(&[u32::MAX; 9], 3), u32::MAX);
+    }
 }

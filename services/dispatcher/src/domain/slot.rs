@@ -13,6 +13,8 @@ pub struct Slot {
     pub state: SlotState,
     /// Over the decline, when the node declined.
     pub decline_signature: Option<Signature>,
+    /// Ended, and the node never worked on it: it had no room, or was not there.
+    pub no_room: bool,
     /// Why the slot ended, for people.
     pub detail: String,
 }
@@ -43,7 +45,14 @@ pub enum SlotState {
 
 impl Slot {
     pub fn leased(who: Eligible, lease_until_ms: i64) -> Self {
-        Self { who, lease_until_ms, state: SlotState::Leased, decline_signature: None, detail: String::new() }
+        Self {
+            who,
+            lease_until_ms,
+            state: SlotState::Leased,
+            decline_signature: None,
+            no_room: false,
+            detail: String::new(),
+        }
     }
 
     /// Counts towards the wanted results: has one, or may still get there.

@@ -22,11 +22,13 @@ pub struct Rules {
     pub key: SigningKey,
     pub lease_ms: i64,
     pub reveal_ms: i64,
-    /// Silence after which a collected message is sent again.
+    /// Silence after which a collected message is sent again; doubled by each repeat.
     pub verdict_ms: i64,
-    /// Attempts with a new set that this replica makes before it reports what it has.
+    /// Attempts with a new set that this replica makes before it reports what it has. One that found the
+    /// nodes full or gone does not count: those are repeated until the request's deadline.
     pub max_tries: u32,
-    /// After the deadline, how long to wait for the verdict before asking for it; and between asking.
+    /// After the deadline, how long to wait for the verdict before asking for it; and between asking,
+    /// doubled each time.
     pub close_grace_ms: i64,
     /// How long a request waits here before a replica that has room for it gets it.
     pub hand_back_ms: i64,
@@ -40,14 +42,16 @@ pub struct Offer {
     /// As it came, to be passed on.
     pub wire: v1::RequestFunded,
     pub request_hash: Hash32,
-    /// Attempts that this replica began.
+    /// Attempts that this replica began, without those below.
     pub tries: u32,
+    /// Attempts whose missing nodes had no room or were not there.
+    pub waits: u32,
 }
 
 impl Offer {
     pub fn new(funded: Funded, wire: v1::RequestFunded, domain: &Domain) -> Self {
         let request_hash = funded.submitted.request.hash(domain);
-        Self { funded, wire, request_hash, tries: 0 }
+        Self { funded, wire, request_hash, tries: 0, waits: 0 }
     }
 
     pub fn id(&self) -> Uuid {

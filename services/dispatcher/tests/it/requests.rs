@@ -33,6 +33,7 @@ mod on_both {
         a_node_reconnects_within_its_lease,
         too_few_operators_wait,
         deltas_reach_the_gateway,
+        an_offer_that_is_said_twice_is_held_once,
     );
 }
 
@@ -253,7 +254,8 @@ async fn too_few_operators_wait(on: On) {
         let report = v1::SlotsReport::decode(delivery.envelope.body.as_ref()).unwrap();
         let held = report.models[0].offers_held.contains(&offered.id.as_bytes().to_vec());
         if held && report.models[0].operators == 2 {
-            assert_eq!((report.models[0].free, report.models[0].total), (9, 12), "3 of them are promised");
+            let slots = (report.models[0].free, report.models[0].total);
+            assert_eq!(slots, (0, 12), "a request of three needs a third operator");
             break;
         }
     }
@@ -302,6 +304,34 @@ async fn deltas_reach_the_gateway(on: On) {
         }
     }
     world.collected().await;
+    running.stop().await;
+}
+
+/// Two live deliveries of one message: the second is acked, and neither comes back until it is a dead letter.
+async fn an_offer_that_is_said_twice_is_held_once(on: On) {
+    let mut world = World::new(on).await;
+    let running = world.start(world.config()).await;
+    let funded = world.funded(Uuid::now_v7(), 3);
+    let both = [world.offer(&funded), world.offer(&funded)];
+    eventually(PATIENCE, async || {
+        both.iter().any(|offered| offered.published.is_finished()) || on == On::Cluster
+    })
+    .await;
+    let mut playing = Vec::new();
+    for node in nodes(&world, 3) {
+        playing.push(node.run(running.address, Behaviour::Honest).await);
+    }
+    let (collected, _) = world.collected().await;
+    assert_eq!(collected.attempt, 1);
+    // Whatever had become a dead letter would be in front of this one.
+    let garbage = infera_bus::Envelope::new(Uuid::now_v7(), keys::REQUEST_OFFERED, vec![0xff; 40]);
+    world.bus.publish(keys::REQUEST_OFFERED, garbage).await.unwrap();
+    let (_, reason) = world.dead_letter().await;
+    assert!(reason.contains("RequestOffered"), "{reason}");
+    close(&world, funded.submitted.request.id, 1, &playing.iter().collect::<Vec<_>>()).await;
+    for offered in both {
+        offered.published.await.unwrap();
+    }
     running.stop().await;
 }
 

@@ -32,8 +32,8 @@ pub(crate) async fn caller(app: &App, request: &HttpRequest) -> Result<Claims, A
     Ok(claims)
 }
 
-/// [`caller`], with the scope and the quota that asking for answers needs.
-pub(crate) async fn chat_caller(app: &App, request: &HttpRequest) -> Result<Claims, ApiError> {
+/// [`caller`], with the scope that asking for answers, and taking that back, needs.
+pub(crate) async fn scoped_caller(app: &App, request: &HttpRequest) -> Result<Claims, ApiError> {
     let claims = caller(app, request).await?;
     if !claims.allows(SCOPE_CHAT) {
         return Err(ApiError::forbidden(format!(
@@ -41,6 +41,12 @@ pub(crate) async fn chat_caller(app: &App, request: &HttpRequest) -> Result<Clai
         ))
         .with_code("insufficient_scope"));
     }
+    Ok(claims)
+}
+
+/// [`scoped_caller`], with the quota that asking for answers needs.
+pub(crate) async fn chat_caller(app: &App, request: &HttpRequest) -> Result<Claims, ApiError> {
+    let claims = scoped_caller(app, request).await?;
     quota(app, &claims).await?;
     Ok(claims)
 }

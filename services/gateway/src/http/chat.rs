@@ -71,7 +71,8 @@ async fn answer(
     key: Option<String>,
 ) -> Result<HttpResponse, ApiError> {
     let mut pending = app.metrics.start(&chat.model);
-    let submission = match app.submit(&account, &chat, key).await {
+    let mut guard = LeaveGuard::new(app.clone(), &account);
+    let submission = match app.submit(&account, &chat, key, &mut guard).await {
         Ok(submission) => submission,
         Err(error) => {
             pending.end(Ending::Refused);
@@ -79,7 +80,6 @@ async fn answer(
         }
     };
     Span::current().record("gen_ai.response.id", format!("chatcmpl-{}", submission.id));
-    let guard = LeaveGuard::new(app.clone(), submission.id, &submission.account, submission.repeatable);
     if chat.stream {
         sse::respond(&app, submission, &chat, pending, guard).await
     } else {

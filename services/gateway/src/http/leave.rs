@@ -6,41 +6,43 @@ use uuid::Uuid;
 
 use crate::app::App;
 
-/// Cancels the request when it is dropped, unless [`LeaveGuard::stay`] was called.
+/// Cancels the request that it was armed with when it is dropped, unless [`LeaveGuard::stay`] was called.
 pub(crate) struct LeaveGuard {
     app: Data<App>,
-    id: Uuid,
     account: String,
-    armed: bool,
+    /// The request that it cancels.
+    armed: Option<Uuid>,
 }
 
 impl LeaveGuard {
-    /// `repeatable`: the client gave an `Idempotency-Key` and may come back, so nothing is cancelled.
-    pub(crate) fn new(app: Data<App>, id: Uuid, account: &str, repeatable: bool) -> Self {
-        let armed = app.config.cancel_on_disconnect && !repeatable;
-        Self { app, id, account: account.to_owned(), armed }
+    pub(crate) fn new(app: Data<App>, account: &str) -> Self {
+        Self { app, account: account.to_owned(), armed: None }
+    }
+
+    /// From now on there may be a request to cancel. Not for a client that gave an `Idempotency-Key` and
+    /// may come back.
+    pub(crate) fn arm(&mut self, id: Uuid) {
+        self.armed = self.app.config.cancel_on_disconnect.then_some(id);
     }
 
     /// The client is sent away before its answer, and cannot come back for it: cancels at once.
     pub(crate) async fn send_away(&mut self) {
-        if std::mem::take(&mut self.armed) {
-            cancel(&self.app, self.id, &self.account).await;
+        if let Some(id) = self.armed.take() {
+            cancel(&self.app, id, &self.account).await;
         }
     }
 
     /// The client has its answer, or was told that there will be none.
     pub(crate) fn stay(&mut self) {
-        self.armed = false;
+        self.armed = None;
     }
 }
 
 impl Drop for LeaveGuard {
     fn drop(&mut self) {
         let Ok(runtime) = tokio::runtime::Handle::try_current() else { return };
-        if !self.armed {
-            return;
-        }
-        let (app, id, account) = (self.app.clone(), self.id, std::mem::take(&mut self.account));
+        let Some(id) = self.armed.take() else { return };
+        let (app, account) = (self.app.clone(), std::mem::take(&mut self.account));
         runtime.spawn(async move { cancel(&app, id, &account).await }.in_current_span());
     }
 }

@@ -3,6 +3,7 @@
 use actix_web::web::{Data, Path};
 use actix_web::{HttpRequest, HttpResponse};
 use infera_runtime::http::ApiError;
+use infera_runtime::jwt::Claims;
 use serde_json::{Value, json};
 use uuid::Uuid;
 
@@ -16,7 +17,7 @@ pub(crate) async fn get(
     request: HttpRequest,
     id: Path<String>,
 ) -> Result<HttpResponse, ApiError> {
-    let row = own(&app, &request, &id).await?;
+    let row = own(&app, &auth::caller(&app, &request).await?, &id).await?;
     let status = row.state.clone();
     Ok(HttpResponse::Ok().json(body(&row, &status)))
 }
@@ -26,7 +27,7 @@ pub(crate) async fn cancel(
     request: HttpRequest,
     id: Path<String>,
 ) -> Result<HttpResponse, ApiError> {
-    let row = own(&app, &request, &id).await?;
+    let row = own(&app, &auth::scoped_caller(&app, &request).await?, &id).await?;
     if !row.is_open() {
         // Too late, and no harm: the answer says how it ended.
         let status = row.state.clone();
@@ -37,8 +38,7 @@ pub(crate) async fn cancel(
 }
 
 /// The caller's request: another account's is as unknown as one that never was.
-async fn own(app: &App, request: &HttpRequest, id: &str) -> Result<request::Model, ApiError> {
-    let claims = auth::caller(app, request).await?;
+async fn own(app: &App, claims: &Claims, id: &str) -> Result<request::Model, ApiError> {
     let unknown = || {
         ApiError::not_found("this account has no such request; it may be too old")
             .with_code("request_not_found")

@@ -2,6 +2,7 @@
 
 use infera_protocol::bytes::Hash32;
 use infera_protocol::request::derived_seed;
+use infera_runtime::jwt::Claims;
 use infera_testkit::eventually;
 use infera_wire::{convert, v1};
 use serde_json::json;
@@ -82,7 +83,9 @@ async fn parameters_reach_the_nodes(column: Column) {
 
 async fn every_failure_has_its_error(column: Column) {
     let mut world = World::new(column).await;
-    for (code, status) in [("no_quorum", 502), ("deadline", 504), ("cancelled", 499), ("no_nodes", 503)] {
+    for (code, status) in
+        [("no_quorum", 502), ("deadline", 504), ("cancelled", 499), ("no_nodes", 503), ("overloaded", 503)]
+    {
         let pending = world.send(&chat(json!({})));
         let submitted = world.net.next().await;
         world.net.failed(&submitted, code);
@@ -156,6 +159,12 @@ async fn a_request_can_be_cancelled(column: Column) {
         let response = request.bearer_auth(&stranger).send().await.unwrap();
         assert_eq!(response.status(), 404, "another account's request is unknown");
     }
+    let reader = Claims::new("alice", infera_gateway::keys::AUDIENCE, &["receipts"], 600);
+    let reader = world.files.signer.issue(&reader).unwrap();
+    let response = world.client.delete(&url).bearer_auth(&reader).send().await.unwrap();
+    assert_eq!(response.status(), 403, "who may not ask may not cancel");
+    assert_eq!(json_of(response).await["error"]["code"], "insufficient_scope");
+    assert!(world.net.none_cancelled());
     for _ in 0..2 {
         let response = world.client.delete(&url).bearer_auth(&world.key).send().await.unwrap();
         assert_eq!(response.status(), 202);

@@ -13,6 +13,8 @@ pub mod window;
 use std::collections::BTreeMap;
 
 use infera_protocol::bytes::Hash32;
+use infera_protocol::request::MIN_REPLICAS;
+use infera_wire::convert::CloseReason;
 use uuid::Uuid;
 
 use lane::{Lane, Place};
@@ -57,26 +59,8 @@ pub enum Stage {
     /// Its close was asked for; the verdict decides.
     Closing {
         asked_at_ms: i64,
+        reason: CloseReason,
     },
-}
-
-/// Why a request is closed before it has a verdict.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum CloseReason {
-    Deadline,
-    Cancelled,
-    Overloaded,
-}
-
-impl CloseReason {
-    /// As in `CloseRequested.reason`.
-    pub fn as_str(self) -> &'static str {
-        match self {
-            Self::Deadline => "deadline",
-            Self::Cancelled => "cancelled",
-            Self::Overloaded => "overloaded",
-        }
-    }
 }
 
 /// What happened.
@@ -87,6 +71,7 @@ pub enum Command {
     /// The close of a request is in the database.
     CloseAsked {
         request: Uuid,
+        reason: CloseReason,
     },
     /// The request had its closing verdict and left the database.
     Closed {
@@ -148,12 +133,20 @@ pub struct State {
     rules: Rules,
     entries: BTreeMap<Uuid, Entry>,
     lanes: BTreeMap<Hash32, Lane>,
+    /// What is offered and not being closed, with its k.
+    under_way: BTreeMap<Hash32, BTreeMap<Uuid, u32>>,
     reports: Reports,
 }
 
 impl State {
     pub fn new(rules: Rules) -> Self {
-        Self { rules, entries: BTreeMap::new(), lanes: BTreeMap::new(), reports: Reports::default() }
+        Self {
+            rules,
+            entries: BTreeMap::new(),
+            lanes: BTreeMap::new(),
+            under_way: BTreeMap::new(),
+            reports: Reports::default(),
+        }
     }
 
     /// Takes in what the database held at the start.
@@ -190,18 +183,19 @@ impl State {
                 let full = self.entries.len() >= self.rules.max_requests;
                 self.insert(*entry);
                 if full {
-                    self.close(&[request], now);
-                    effects.push(Effect::Close { requests: vec![request], reason: CloseReason::Overloaded });
+                    let reason = CloseReason::Overloaded;
+                    self.close(request, reason, now);
+                    effects.push(Effect::Close { requests: vec![request], reason });
                 }
             }
-            Command::CloseAsked { request } => {
+            Command::CloseAsked { request, reason } => {
                 if !self.entries.contains_key(&request) {
                     return Err(Rejection::Unknown);
                 }
-                self.close(&[request], now);
+                self.close(request, reason, now);
             }
             Command::Closed { request } => {
-                self.leave_lane(&request);
+                self.leave(&request);
                 self.entries.remove(&request).ok_or(Rejection::Unknown)?;
             }
             Command::Report(report) => self.reports.take(report, now),
@@ -216,13 +210,20 @@ impl State {
     }
 
     fn insert(&mut self, entry: Entry) {
-        if entry.stage == Stage::Pending {
-            self.lanes.entry(entry.model_root).or_default().insert(&entry.account, entry.place());
+        match entry.stage {
+            Stage::Pending => {
+                self.lanes.entry(entry.model_root).or_default().insert(&entry.account, entry.place());
+            }
+            Stage::Offering | Stage::Offered { .. } => {
+                self.under_way.entry(entry.model_root).or_default().insert(entry.request, entry.k);
+            }
+            Stage::Closing { .. } => {}
         }
         self.entries.insert(entry.request, entry);
     }
 
-    fn leave_lane(&mut self, request: &Uuid) {
+    /// Out of its lane, or of what is under way.
+    fn leave(&mut self, request: &Uuid) {
         let Some(entry) = self.entries.get(request) else { return };
         if let Some(lane) = self.lanes.get_mut(&entry.model_root) {
             lane.remove(&entry.account, entry.place());
@@ -230,14 +231,23 @@ impl State {
                 self.lanes.remove(&entry.model_root);
             }
         }
+        if let Some(offers) = self.under_way.get_mut(&entry.model_root) {
+            offers.remove(request);
+            if offers.is_empty() {
+                self.under_way.remove(&entry.model_root);
+            }
+        }
     }
 
-    fn close(&mut self, requests: &[Uuid], now: i64) {
-        for request in requests {
-            self.leave_lane(request);
-            if let Some(entry) = self.entries.get_mut(request) {
-                entry.stage = Stage::Closing { asked_at_ms: now };
-            }
+    /// The first reason stays: repeats say the same.
+    fn close(&mut self, request: Uuid, reason: CloseReason, now: i64) {
+        self.leave(&request);
+        if let Some(entry) = self.entries.get_mut(&request) {
+            let reason = match entry.stage {
+                Stage::Closing { reason, .. } => reason,
+                _ => reason,
+            };
+            entry.stage = Stage::Closing { asked_at_ms: now, reason };
         }
     }
 
@@ -250,16 +260,27 @@ impl State {
     }
 
     /// Asks to close what is past its deadline, and again what was asked for long ago.
-    fn overdue(&mut self, now: i64) -> Option<Effect> {
+    fn overdue(&mut self, now: i64) -> Vec<Effect> {
         let repeat_ms = self.rules.close_repeat_ms;
-        let due = |entry: &&Entry| match entry.stage {
-            Stage::Pending | Stage::Offering | Stage::Offered { .. } => entry.deadline_ms <= now,
-            Stage::Closing { asked_at_ms } => asked_at_ms + repeat_ms <= now,
+        let due = |entry: &Entry| match entry.stage {
+            Stage::Pending | Stage::Offering | Stage::Offered { .. } => {
+                (entry.deadline_ms <= now).then_some((entry.request, CloseReason::Deadline))
+            }
+            Stage::Closing { asked_at_ms, reason } => {
+                (asked_at_ms + repeat_ms <= now).then_some((entry.request, reason))
+            }
         };
-        let requests: Vec<Uuid> =
-            self.entries.values().filter(due).map(|entry| entry.request).take(MAX_CLOSES).collect();
-        self.close(&requests, now);
-        (!requests.is_empty()).then_some(Effect::Close { requests, reason: CloseReason::Deadline })
+        let overdue: Vec<(Uuid, CloseReason)> =
+            self.entries.values().filter_map(due).take(MAX_CLOSES).collect();
+        for (request, reason) in &overdue {
+            self.close(*request, *reason, now);
+        }
+        let of = |reason| {
+            let requests: Vec<Uuid> =
+                overdue.iter().filter(|(_, why)| *why == reason).map(|(request, _)| *request).collect();
+            (!requests.is_empty()).then_some(Effect::Close { requests, reason })
+        };
+        CloseReason::ALL.into_iter().filter_map(of).collect()
     }
 
     /// Offers as much as the free slots allow.
@@ -273,7 +294,14 @@ impl State {
     }
 
     fn offer_model(&mut self, model: &Hash32, now: i64, requests: &mut Vec<Uuid>) {
+        // Nothing asks for less: without room for it, nothing that waits needs to be looked at.
+        if !self.reports.window(model).fits(MIN_REPLICAS) {
+            return;
+        }
         let mut window = self.window(model);
+        if !window.fits(MIN_REPLICAS) {
+            return;
+        }
         let Some(lane) = self.lanes.get_mut(model) else { return };
         while requests.len() < MAX_OFFERS {
             let entries = &self.entries;
@@ -286,6 +314,7 @@ impl State {
             if let Some(entry) = self.entries.get_mut(&place.1) {
                 entry.stage = Stage::Offering;
                 window.debit(entry.k);
+                self.under_way.entry(*model).or_default().insert(entry.request, entry.k);
                 requests.push(entry.request);
             }
         }
@@ -297,13 +326,10 @@ impl State {
     /// The room for a model: what is reported free, less the offers that no dispatcher reports yet.
     fn window(&self, model: &Hash32) -> window::Window {
         let mut window = self.reports.window(model);
-        let under_way = self.entries.values().filter(|entry| {
-            entry.model_root == *model
-                && matches!(entry.stage, Stage::Offering | Stage::Offered { .. })
-                && !self.reports.holds(model, &entry.request)
-        });
-        for entry in under_way {
-            window.debit(entry.k);
+        for (request, k) in self.under_way.get(model).into_iter().flatten() {
+            if !self.reports.holds(model, request) {
+                window.debit(*k);
+            }
         }
         window
     }
@@ -311,11 +337,12 @@ impl State {
     /// Offers that no dispatcher reports although they are old: they wait on the bus, or in its dead
     /// letters.
     pub fn unheld(&self, now: i64) -> Vec<Uuid> {
-        let old = |entry: &&Entry| {
+        let old = |entry: &Entry| {
             matches!(entry.stage, Stage::Offered { at_ms } if at_ms + self.rules.unheld_ms <= now)
                 && !self.reports.holds(&entry.model_root, &entry.request)
         };
-        self.entries.values().filter(old).map(|entry| entry.request).collect()
+        let offers = self.under_way.values().flatten().filter_map(|(request, _)| self.entries.get(request));
+        offers.filter(|entry| old(entry)).map(|entry| entry.request).collect()
     }
 
     /// One summary per model, by its id.
@@ -330,7 +357,7 @@ impl State {
                 closing: 0,
                 bids_micro: Vec::new(),
                 oldest_ms: None,
-                window: self.window(&entry.model_root).count(infera_protocol::request::MIN_REPLICAS),
+                window: self.window(&entry.model_root).count(MIN_REPLICAS),
             });
             match entry.stage {
                 Stage::Pending => {

@@ -98,22 +98,30 @@ fn deadlines_and_cancels_close() {
     state.apply(Command::Admitted(entry(2, "b", 3)), 0).unwrap();
     state.apply(Command::Admitted(entry(3, "c", 3)), 0).unwrap();
     assert_eq!(run(&mut state, report(1, 3, &[]), 10), [1]);
-    state.apply(Command::CloseAsked { request: id(2) }, 20).unwrap();
+    state.apply(Command::CloseAsked { request: id(2), reason: CloseReason::Cancelled }, 20).unwrap();
     assert_eq!(run(&mut state, report(2, 6, &[1]), 30), [3], "a cancelled one is passed over");
-    let close = |requests: &[u128]| {
+    let close = |requests: &[u128], reason| {
         let requests = requests.iter().copied().map(id).collect();
-        vec![Effect::Close { requests, reason: CloseReason::Deadline }]
+        Effect::Close { requests, reason }
     };
+    let again = close(&[2], CloseReason::Cancelled);
     assert_eq!(state.apply(Command::Tick, DEADLINE_MS - 95_000), Ok(vec![]));
-    assert_eq!(state.apply(Command::Tick, 5_020), Ok(close(&[2])), "asked again, no verdict came");
-    assert_eq!(state.apply(Command::Tick, DEADLINE_MS), Ok(close(&[1, 2, 3])));
+    assert_eq!(state.apply(Command::Tick, 5_020), Ok(vec![again.clone()]), "asked again, no verdict came");
+    assert_eq!(
+        state.apply(Command::Tick, DEADLINE_MS),
+        Ok(vec![close(&[1, 3], CloseReason::Deadline), again]),
+        "each for its own reason"
+    );
     assert_eq!(state.apply(Command::Tick, DEADLINE_MS + 1), Ok(vec![]));
     for n in 1..=3 {
         state.apply(Command::Closed { request: id(n) }, DEADLINE_MS + 2).unwrap();
     }
     assert!(state.is_empty());
     assert_eq!(state.apply(Command::Closed { request: id(1) }, 0), Err(Rejection::Unknown));
-    assert_eq!(state.apply(Command::CloseAsked { request: id(1) }, 0), Err(Rejection::Unknown));
+    assert_eq!(
+        state.apply(Command::CloseAsked { request: id(1), reason: CloseReason::Cancelled }, 0),
+        Err(Rejection::Unknown)
+    );
 }
 
 #[test]
@@ -124,6 +132,10 @@ fn one_too_many_is_closed() {
     let closed = Effect::Close { requests: vec![id(2)], reason: CloseReason::Overloaded };
     assert_eq!(state.apply(Command::Admitted(entry(2, "a", 3)), 0), Ok(vec![closed]));
     assert_eq!(run(&mut state, report(1, 9, &[]), 10), [1]);
+    // Neither a cancel nor its deadline changes what its close is asked for.
+    state.apply(Command::CloseAsked { request: id(2), reason: CloseReason::Cancelled }, 20).unwrap();
+    let repeated = Effect::Close { requests: vec![id(2)], reason: CloseReason::Overloaded };
+    assert_eq!(state.apply(Command::Tick, 5_020), Ok(vec![repeated]));
 }
 
 #[test]
@@ -201,7 +213,7 @@ proptest! {
                 Event::Verdict(n) | Event::Cancel(n) if next > 0 => {
                     let request = u128::from(n) % next + 1;
                     if matches!(event, Event::Cancel(_)) {
-                        Command::CloseAsked { request: id(request) }
+                        Command::CloseAsked { request: id(request), reason: CloseReason::Cancelled }
                     } else {
                         // The dispatcher lets go of it with the same verdict; its next report says so.
                         held.remove(&request);
@@ -262,7 +274,7 @@ proptest! {
         for request in open {
             state.apply(Command::Closed { request }, now).unwrap();
         }
-        prop_assert!(state.is_empty() && state.lanes.is_empty());
+        prop_assert!(state.is_empty() && state.lanes.is_empty() && state.under_way.is_empty());
     }
 }
 

@@ -123,6 +123,10 @@ pub(crate) struct Ticket {
 }
 
 impl Ticket {
+    pub fn usable(&self) -> bool {
+        self.unsettled.held.lock().entries.contains_key(&self.tag)
+    }
+
     pub fn ack(self) -> Result<(), BusError> {
         let entry = self.unsettled.take(self.tag).ok_or(BusError::Stale)?;
         entry.acked();

@@ -8,6 +8,8 @@
 //! recognise it by its id. On the in-process bus the confirm is the consumers' ack, so the row is
 //! what makes the message durable; messages that end as dead letters there move to
 //! `outbox_dead`, and come back into the queue of dead letters at the next start.
+//! A message that can never be published, because no queue receives its key, moves there too, under its
+//! key instead of a queue.
 
 mod relay;
 mod schema;

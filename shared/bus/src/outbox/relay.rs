@@ -1,6 +1,6 @@
 //! Publishes what the outbox holds.
 
-use std::collections::HashSet;
+use std::collections::{HashMap, HashSet};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -9,8 +9,8 @@ use futures::future::BoxFuture;
 use futures::stream::FuturesUnordered;
 use infera_runtime::{CancellationToken, clock, planned};
 use sea_orm::{DatabaseConnection, DbBackend, DbErr};
-use tokio::sync::Notify;
-use tokio::task::JoinSet;
+use tokio::sync::{Notify, oneshot};
+use tokio::task::{Id, JoinError, JoinSet};
 use uuid::Uuid;
 
 use super::schema::outbox;
@@ -51,18 +51,7 @@ impl Relay {
     /// earlier process left. The order of messages is kept only roughly: consumers must not rely on it.
     pub fn start(db: DatabaseConnection, bus: Bus, shutdown: CancellationToken) -> Self {
         let relay = Self { wake: Arc::new(Notify::new()), stopped: CancellationToken::new() };
-        let worker = Worker {
-            shared: db.get_database_backend() == DbBackend::Postgres,
-            db,
-            bus,
-            owner: Uuid::now_v7(),
-            wake: relay.wake.clone(),
-            publishing: JoinSet::new(),
-            in_flight: HashSet::new(),
-            in_flight_bytes: 0,
-            confirmed: Vec::new(),
-            graves: FuturesUnordered::new(),
-        };
+        let worker = Worker::new(db, bus, relay.wake.clone());
         let stopped = relay.stopped.clone().drop_guard();
         tokio::spawn(async move {
             worker.run(shutdown).await;
@@ -91,6 +80,10 @@ struct Worker {
     shared: bool,
     wake: Arc<Notify>,
     publishing: JoinSet<Option<Published>>,
+    /// What each task of `publishing` has: its row, and the bytes of its body.
+    tasks: HashMap<Id, (Key, usize)>,
+    /// Rows whose task ended without a confirm; free again at the next tick.
+    lost: Vec<(Key, usize)>,
     /// Rows that are not to be published again: being published, or confirmed and not yet deleted.
     in_flight: HashSet<Key>,
     in_flight_bytes: usize,
@@ -106,6 +99,23 @@ struct Published {
 }
 
 impl Worker {
+    fn new(db: DatabaseConnection, bus: Bus, wake: Arc<Notify>) -> Self {
+        Self {
+            shared: db.get_database_backend() == DbBackend::Postgres,
+            db,
+            bus,
+            owner: Uuid::now_v7(),
+            wake,
+            publishing: JoinSet::new(),
+            tasks: HashMap::new(),
+            lost: Vec::new(),
+            in_flight: HashSet::new(),
+            in_flight_bytes: 0,
+            confirmed: Vec::new(),
+            graves: FuturesUnordered::new(),
+        }
+    }
+
     async fn run(mut self, shutdown: CancellationToken) {
         self.restore_dead_letters(&shutdown).await;
         let mut tick = tokio::time::interval(TICK);
@@ -115,8 +125,11 @@ impl Worker {
             tokio::select! {
                 () = shutdown.cancelled() => break,
                 () = wake.notified() => {}
-                _ = tick.tick() => self.renew().await,
-                Some(published) = self.publishing.join_next() => self.collect(published),
+                _ = tick.tick() => {
+                    self.free_lost().await;
+                    self.renew().await;
+                }
+                Some(ended) = self.publishing.join_next_with_id() => self.collect(ended),
                 Some(handled) = self.graves.next() => {
                     if let Some((id, queue)) = handled {
                         self.handled(id, &queue).await;
@@ -125,8 +138,8 @@ impl Worker {
                 }
             }
             // Those that are confirmed by now leave in one transaction.
-            while let Some(published) = self.publishing.try_join_next() {
-                self.collect(published);
+            while let Some(ended) = self.publishing.try_join_next_with_id() {
+                self.collect(ended);
             }
             self.step().await;
         }
@@ -173,16 +186,53 @@ impl Worker {
         }
         let envelope =
             Envelope { id: row.id, kind: row.kind, body: row.body.into(), traceparent: row.traceparent };
-        self.in_flight_bytes += envelope.body.len();
+        let bytes = envelope.body.len();
         let bus = self.bus.clone();
-        self.publishing.spawn(publish(bus, key, envelope));
+        self.spawn(key.clone(), bytes, publish(bus, key, envelope));
     }
 
-    fn collect(&mut self, published: Result<Option<Published>, tokio::task::JoinError>) {
+    fn spawn(
+        &mut self,
+        key: Key,
+        bytes: usize,
+        task: impl Future<Output = Option<Published>> + Send + 'static,
+    ) {
+        self.in_flight_bytes += bytes;
+        let id = self.publishing.spawn(task).id();
+        self.tasks.insert(id, (key, bytes));
+    }
+
+    fn collect(&mut self, ended: Result<(Id, Option<Published>), JoinError>) {
+        let (id, published) = match ended {
+            Ok(ended) => ended,
+            Err(error) => {
+                tracing::error!(%error, "publishing from the outbox ended");
+                (error.id(), None)
+            }
+        };
+        let task = self.tasks.remove(&id);
         match published {
-            Ok(Some(published)) => self.confirmed.push(published),
-            Ok(None) => {}
-            Err(error) => tracing::error!(%error, "publishing from the outbox ended"),
+            Some(published) => self.confirmed.push(published),
+            None => self.lost.extend(task),
+        }
+    }
+
+    /// Lets rows whose task died be published again. Only now and then, so that one which fails every
+    /// time does not keep the relay busy.
+    async fn free_lost(&mut self) {
+        if self.lost.is_empty() {
+            return;
+        }
+        if self.shared {
+            let keys: Vec<Key> = self.lost.iter().map(|(key, _)| key.clone()).collect();
+            if let Err(error) = store::release_rows(&self.db, self.owner, &keys).await {
+                tracing::warn!(%error, "outbox is not reachable, trying again");
+                return;
+            }
+        }
+        for (key, bytes) in std::mem::take(&mut self.lost) {
+            self.in_flight.remove(&key);
+            self.in_flight_bytes -= bytes;
         }
     }
 
@@ -191,10 +241,12 @@ impl Worker {
             .into_iter()
             .partition(|published| published.buried.is_empty());
         self.confirmed = dead;
-        for chunk in chunks(plain) {
+        let mut chunks = chunks(plain).into_iter();
+        while let Some(chunk) = chunks.next() {
             let keys: Vec<Key> = chunk.iter().map(|published| published.key.clone()).collect();
             if let Err(error) = store::delete(&self.db, &keys).await {
                 self.confirmed.extend(chunk);
+                self.confirmed.extend(chunks.flatten());
                 return Err(error);
             }
             for published in &chunk {
@@ -268,8 +320,8 @@ impl Worker {
         loop {
             tokio::select! {
                 () = &mut deadline => break,
-                next = self.publishing.join_next() => match next {
-                    Some(published) => self.collect(published),
+                next = self.publishing.join_next_with_id() => match next {
+                    Some(ended) => self.collect(ended),
                     None => break,
                 },
             }
@@ -285,7 +337,8 @@ impl Worker {
     }
 }
 
-/// Publishes one message until it is confirmed; `None` when the bus is closed.
+/// Publishes one message until it is confirmed; `None` when the bus is closed. One that can never be
+/// published is a dead letter of its routing key.
 async fn publish(bus: Bus, key: Key, envelope: Envelope) -> Option<Published> {
     let kind = envelope.kind.clone();
     planned::pause(&format!("outbox.{kind}.before_publish")).await;
@@ -294,6 +347,10 @@ async fn publish(bus: Bus, key: Key, envelope: Envelope) -> Option<Published> {
         match bus.publish_confirmed(&key.1, envelope.clone()).await {
             Ok(buried) => break buried,
             Err(BusError::Closed) => return None,
+            Err(error @ (BusError::Unroutable { .. } | BusError::TooLarge { .. })) => {
+                tracing::error!(%error, id = %key.0, "message can't be published, moved to the dead letters");
+                break vec![unpublished(&bus, &key, &envelope, &error)];
+            }
             Err(error) => tracing::warn!(%error, id = %key.0, "message not published, trying again"),
         }
         tokio::time::sleep(backoff).await;
@@ -303,10 +360,17 @@ async fn publish(bus: Bus, key: Key, envelope: Envelope) -> Option<Published> {
     Some(Published { key, envelope, buried })
 }
 
+fn unpublished(bus: &Bus, key: &Key, envelope: &Envelope, error: &BusError) -> Buried {
+    let dead = DeadLetter { origin_queue: key.1.clone(), reason: error.to_string() };
+    // A broker gets no message that it can't route: the row in the dead letters is all there is.
+    bus.restore_dead_letter(envelope.clone(), dead.clone())
+        .unwrap_or_else(|| Buried { dead, handled: oneshot::channel().1 })
+}
+
 fn grave(
     id: Uuid,
     queue: String,
-    handled: tokio::sync::oneshot::Receiver<()>,
+    handled: oneshot::Receiver<()>,
 ) -> BoxFuture<'static, Option<(Uuid, String)>> {
     // Pushed out of the bus by others: the row stays.
     Box::pin(async move { handled.await.ok().map(|()| (id, queue)) })
@@ -322,4 +386,83 @@ fn chunks(mut all: Vec<Published>) -> Vec<Vec<Published>> {
         chunks.push(all);
     }
     chunks
+}
+
+#[cfg(test)]
+mod tests {
+    use sea_orm::ConnectionTrait;
+    use sea_orm_migration::{MigrationTrait, MigratorTrait};
+
+    use super::*;
+
+    struct Migrator;
+
+    impl MigratorTrait for Migrator {
+        fn migrations() -> Vec<Box<dyn MigrationTrait>> {
+            vec![super::super::migration()]
+        }
+    }
+
+    async fn worker(dir: &tempfile::TempDir) -> Worker {
+        let url = format!("sqlite://{}/outbox.sqlite?mode=rwc", dir.path().display());
+        let db = infera_runtime::db::connect(&url, None).await.unwrap();
+        infera_runtime::db::migrate::<Migrator>(&db).await.unwrap();
+        Worker::new(db, Bus::in_process(), Arc::new(Notify::new()))
+    }
+
+    async fn rows(worker: &Worker, count: usize) -> Vec<outbox::Model> {
+        for n in 0..count {
+            let message = n.to_string();
+            super::super::enqueue(&worker.db, "order.placed", Uuid::now_v7(), &message).await.unwrap();
+        }
+        store::waiting(&worker.db, &HashSet::new(), count).await.unwrap()
+    }
+
+    /// Takes a row as if its message had been confirmed, or as if its task had died.
+    async fn end(worker: &mut Worker, row: outbox::Model, dies: bool) {
+        let key = (row.id, row.routing_key);
+        let envelope = Envelope { id: row.id, kind: row.kind, body: row.body.into(), traceparent: None };
+        worker.in_flight.insert(key.clone());
+        let bytes = envelope.body.len();
+        worker.spawn(key.clone(), bytes, async move {
+            assert!(!dies, "planned");
+            Some(Published { key, envelope, buried: Vec::new() })
+        });
+        let ended = worker.publishing.join_next_with_id().await.unwrap();
+        worker.collect(ended);
+    }
+
+    #[tokio::test]
+    async fn confirms_outlive_a_database_that_is_away() {
+        let dir = tempfile::tempdir().unwrap();
+        let mut worker = worker(&dir).await;
+        for row in rows(&worker, 3 * BATCH + 1).await {
+            end(&mut worker, row, false).await;
+        }
+        let refuse = "CREATE TRIGGER refuse BEFORE DELETE ON outbox BEGIN SELECT RAISE(ABORT, 'away'); END";
+        worker.db.execute_unprepared(refuse).await.unwrap();
+        for _ in 0..3 {
+            worker.settle().await.unwrap_err();
+            assert_eq!(worker.confirmed.len(), 3 * BATCH + 1, "all are tried again");
+        }
+        worker.db.execute_unprepared("DROP TRIGGER refuse").await.unwrap();
+        worker.settle().await.unwrap();
+        assert_eq!(super::super::pending(&worker.db).await.unwrap(), 0);
+        assert!(worker.in_flight.is_empty() && worker.tasks.is_empty());
+        assert_eq!(worker.in_flight_bytes, 0);
+    }
+
+    #[tokio::test]
+    async fn a_task_that_dies_frees_its_row() {
+        let dir = tempfile::tempdir().unwrap();
+        let mut worker = worker(&dir).await;
+        let row = rows(&worker, 1).await.remove(0);
+        end(&mut worker, row.clone(), true).await;
+        worker.settle().await.unwrap();
+        assert_eq!(worker.in_flight.len(), 1, "not before the next tick");
+        worker.free_lost().await;
+        assert!(worker.in_flight.is_empty() && worker.tasks.is_empty());
+        assert_eq!(worker.in_flight_bytes, 0);
+        assert_eq!(store::waiting(&worker.db, &worker.in_flight, BATCH).await.unwrap(), [row]);
+    }
 }

@@ -46,7 +46,7 @@ pub(super) mod dead {
     pub struct Model {
         #[sea_orm(primary_key, auto_increment = false)]
         pub id: Uuid,
-        /// The queue it failed in.
+        /// The queue it failed in; the routing key of what no queue receives.
         #[sea_orm(primary_key, auto_increment = false)]
         pub queue: String,
         pub reason: String,

@@ -116,6 +116,17 @@ pub(super) async fn release<C: ConnectionTrait>(db: &C, owner: Uuid) -> Result<(
         .map(drop)
 }
 
+/// Gives up these rows of `owner`.
+pub(super) async fn release_rows<C: ConnectionTrait>(db: &C, owner: Uuid, keys: &[Key]) -> Result<(), DbErr> {
+    outbox::Entity::update_many()
+        .col_expr(outbox::Column::LeaseUntilMs, Expr::value(0_i64))
+        .filter(outbox::Column::LeaseOwner.eq(owner))
+        .filter(any_of(keys))
+        .exec(db)
+        .await
+        .map(drop)
+}
+
 /// Deletes rows whose messages are confirmed.
 pub(super) async fn delete<C: ConnectionTrait>(db: &C, keys: &[Key]) -> Result<(), DbErr> {
     outbox::Entity::delete_many().filter(any_of(keys)).exec(db).await.map(drop)

@@ -284,7 +284,7 @@ pub(crate) struct Ticket {
 }
 
 impl Ticket {
-    fn usable(&self) -> bool {
+    pub fn usable(&self) -> bool {
         self.acker.usable()
     }
 

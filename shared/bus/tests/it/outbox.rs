@@ -18,6 +18,7 @@ on_all!(
     the_same_message_is_not_written_twice,
     a_message_nobody_takes_holds_up_no_other,
     a_dead_letter_survives_a_restart,
+    what_no_queue_receives_is_a_dead_letter,
     a_relay_ends_with_its_token,
 );
 
@@ -156,6 +157,30 @@ async fn a_dead_letter_survives_a_restart(world: World, store: Store) {
             let mut dead = bus.subscribe("dead", 5).await.unwrap();
             next(&mut dead).await.ack().await.unwrap();
         }
+    }
+}
+
+async fn what_no_queue_receives_is_a_dead_letter(world: World, store: Store) {
+    let relay = Relay::start(store.db.clone(), world.bus.clone(), CancellationToken::new());
+    let lost = enqueue(&store.db, "nobody.listens", "lost").await;
+    let id = enqueue(&store.db, "order.placed", "found").await;
+    relay.wake();
+    let mut orders = world.bus.subscribe("orders", 5).await.unwrap();
+    let delivery = next(&mut orders).await;
+    assert_eq!(delivery.envelope.id, id);
+    delivery.ack().await.unwrap();
+    until_empty(&store.db).await;
+    assert_eq!(outbox::dead_letters(&store.db).await.unwrap(), 1);
+    if world.adapter == Adapter::InProcess {
+        let mut dead = world.bus.subscribe("dead", 5).await.unwrap();
+        let letter = next(&mut dead).await;
+        assert_eq!(letter.envelope.id, lost);
+        let why = letter.dead_letter.clone().unwrap();
+        assert_eq!(why.origin_queue, "nobody.listens");
+        assert!(why.reason.contains("no queue receives"), "{}", why.reason);
+        letter.ack().await.unwrap();
+        let db = &store.db;
+        eventually(DEADLINE, || async { outbox::dead_letters(db).await.unwrap() == 0 }).await;
     }
 }
 

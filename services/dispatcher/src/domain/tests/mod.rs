@@ -140,6 +140,8 @@ struct Bench {
     /// Who was asked for a reveal.
     asked: BTreeSet<(Uuid, u32, NodeId)>,
     collected: BTreeSet<(Uuid, u32, u32)>,
+    /// Collected messages, with repeats.
+    published: usize,
     closed: BTreeSet<Uuid>,
     equivocations: usize,
     deltas: usize,
@@ -156,6 +158,7 @@ impl Bench {
             leased: BTreeMap::new(),
             asked: BTreeSet::new(),
             collected: BTreeSet::new(),
+            published: 0,
             closed: BTreeSet::new(),
             equivocations: 0,
             deltas: 0,
@@ -205,6 +208,7 @@ impl Bench {
             }
             Effect::Send { node, frame } => self.check_frame(node, frame),
             Effect::Publish { request, attempt, round, repeat, message } => {
+                self.published += 1;
                 let first = self.collected.insert((request, attempt, round));
                 assert_eq!(first, repeat == 0, "one collected message a round, whose repeats say so");
                 let evidence = convert::evidence(&message, DOMAIN, Hash32::ZERO, 0).unwrap();

@@ -158,19 +158,34 @@ fn a_deadline_without_a_verdict_asks_for_it() {
     bench.tick(10_000);
     bench.tick(9_999);
     assert_eq!(bench.asked_close, 1);
+    bench.tick(10_000);
+    assert_eq!(bench.asked_close, 1, "each wait is twice the last one");
     bench.tick(1);
     assert_eq!(bench.asked_close, 2);
+    for _ in 0..10 {
+        bench.tick(300_000);
+    }
+    assert!(bench.asked_close >= 10, "and none is longer than 5 minutes: {}", bench.asked_close);
     bench.run(Command::NodeJoined(connected(3, 1))).unwrap();
     assert!(bench.state.attempt(Uuid::from_u128(1)).is_none(), "nothing begins after the deadline");
 }
 
 #[test]
 fn slots_that_waiting_requests_will_take_are_not_free() {
-    let mut bench = Bench::with_nodes(&[1, 2]);
-    assert_eq!(bench.state.model_slots(&MODEL).0.free, 4);
-    bench.run(Command::Offered(Box::new(offer(1)))).unwrap();
+    let mut bench = Bench::with_nodes(&[1, 2, 3]);
+    assert_eq!(bench.state.model_slots(&MODEL).0.free, 6);
+    let mut wide = offer(1);
+    wide.funded.submitted.k = 5;
+    bench.run(Command::Offered(Box::new(wide))).unwrap();
     let (slots, held) = bench.state.model_slots(&MODEL);
-    assert_eq!((slots.operators, slots.free, slots.total, held.len()), (2, 1, 4, 1));
+    assert_eq!((slots.operators, slots.free, slots.total, held.len()), (3, 1, 6, 1));
+}
+
+#[test]
+fn offers_wait_for_operators() {
+    let mut bench = Bench::with_nodes(&[1, 2]);
+    assert_eq!(bench.state.model_slots(&MODEL).0.free, 0, "no request can be served by two operators");
+    bench.run(Command::Offered(Box::new(offer(1)))).unwrap();
     assert_eq!(bench.run(Command::Offered(Box::new(offer(1)))), Err(Rejection::AlreadyHeld));
     bench.run(Command::Offered(Box::new(offer(2)))).unwrap();
     bench.run(Command::Offered(Box::new(offer(3)))).unwrap();
@@ -225,4 +240,75 @@ fn the_class_with_most_operators_is_drawn_from() {
         Eligible { node: NodeId([2; 32]), operator: Address([1; 20]), weight: 1 },
     ];
     assert_eq!(distinct_operators(&set), 1);
+}
+
+/// What a crashed dispatcher's nodes answer until they notice: they are full, and that is no failed try.
+#[test]
+fn full_nodes_are_waited_for_until_the_deadline() {
+    let mut bench = Bench::offered(&[1, 2, 3]);
+    let request = Uuid::from_u128(1);
+    for attempt in 1..=20 {
+        for n in bench.drawn() {
+            bench.run(decline(n, 1, attempt)).unwrap();
+        }
+        assert!(bench.state.attempt(request).is_none(), "attempt {attempt} is over");
+        bench.tick(2_000);
+        assert_eq!(bench.state.attempt(request).map(|a| a.number), Some(attempt + 1), "within 2 s");
+    }
+    assert!(bench.collected.is_empty());
+    for n in bench.drawn() {
+        bench.run(commit(n, 1, 21, 0)).unwrap();
+    }
+    for n in bench.drawn() {
+        bench.run(reveal(n, 1, 21, 0)).unwrap();
+    }
+    assert!(bench.collected.contains(&(request, 21, 1)));
+}
+
+/// Nodes that had their chance are failed tries, however many others are full.
+#[test]
+fn silent_nodes_use_tries_up() {
+    let mut bench = Bench::offered(&[1, 2, 3]);
+    for attempt in 1..=3 {
+        let drawn = bench.drawn();
+        bench.run(decline(drawn[0], 1, attempt)).unwrap();
+        bench.run(decline(drawn[1], 1, attempt)).unwrap();
+        bench.tick(1_000);
+        bench.tick(1_500);
+    }
+    assert!(bench.collected.contains(&(Uuid::from_u128(1), 3, 1)));
+}
+
+#[test]
+fn a_lost_node_that_was_replaced_is_told_to_stop() {
+    let mut bench = Bench::offered(&[1, 2, 3, 4]);
+    let n = bench.drawn()[0];
+    bench.run(Command::NodeLeft { node: node_id(&key(n)), session: Uuid::from_u128(1) }).unwrap();
+    let mut out = Vec::new();
+    bench.state.apply(Command::NodeJoined(connected(n, 2)), 0, &mut out).unwrap();
+    let cancelled = out.iter().any(|effect| match effect {
+        Effect::Send { node, frame } => {
+            *node == node_id(&key(n)) && matches!(frame.message, Some(Message::Cancel(_)))
+        }
+        _ => false,
+    });
+    assert!(cancelled, "{out:?}");
+}
+
+#[test]
+fn results_without_a_verdict_are_repeated_ever_more_rarely() {
+    let mut bench = Bench::offered(&[1, 2, 3]);
+    for n in bench.drawn() {
+        bench.run(commit(n, 1, 1, 0)).unwrap();
+    }
+    for n in bench.drawn() {
+        bench.run(reveal(n, 1, 1, 0)).unwrap();
+    }
+    for wait in [2_000, 4_000, 8_000, 16_000, 32_000, 64_000, 128_000, 256_000, 300_000, 300_000] {
+        bench.tick(wait - 1);
+        let before = bench.published;
+        bench.tick(1);
+        assert_eq!(bench.published, before + 1, "after {wait} ms");
+    }
+    assert_eq!(bench.published, 11);
 }
