@@ -58,7 +58,10 @@ pub struct State {
 
 /// The Merkle trees of the last few batches, by sequence; whoever has one proves any of its receipts.
 #[derive(Clone, Default)]
-pub struct Trees(Arc<std::sync::Mutex<VecDeque<(u64, Arc<MerkleTree>)>>>);
+pub struct Trees(Arc<std::sync::Mutex<VecDeque<CachedTree>>>);
+
+/// A batch's sequence and its tree.
+type CachedTree = (u64, Arc<MerkleTree>);
 
 impl Trees {
     /// The tree of a batch with this root. A batch that was posted again may have another one.
