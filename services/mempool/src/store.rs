@@ -10,8 +10,8 @@ use infera_wire::topology::keys;
 use infera_wire::{Message, v1};
 use sea_orm::sea_query::OnConflict;
 use sea_orm::{
-    ColumnTrait, ConnectionTrait, DbErr, EntityTrait, IntoActiveModel, QueryFilter, QueryOrder, QuerySelect,
-    Set,
+    ColumnTrait, ConnectionTrait, DbBackend, DbErr, EntityTrait, IntoActiveModel, QueryFilter, QueryOrder,
+    QuerySelect, Set, Statement,
 };
 use sea_orm_migration::prelude::*;
 use tracing::Instrument;
@@ -135,6 +135,7 @@ fn close_reason(column: Option<&str>) -> Option<CloseReason> {
 /// The database's.
 pub async fn admit<C: ConnectionTrait>(tx: &C, funded: &Funded, body: &[u8]) -> Result<(), DbErr> {
     let s = &funded.submitted;
+    one_at_a_time(tx, s.request.id).await?;
     let row = requests::ActiveModel {
         request: Set(s.request.id),
         account: Set(s.account.clone()),
@@ -160,6 +161,22 @@ pub async fn admit<C: ConnectionTrait>(tx: &C, funded: &Funded, body: &[u8]) -> 
         cancels::Entity::delete_by_id((s.request.id, s.account.clone())).exec(tx).await?;
         close(tx, s.request.id, CloseReason::Cancelled).await?;
     }
+    Ok(())
+}
+
+/// Lets admission and cancel of one request follow each other: at once, on PostgreSQL, neither would see the
+/// other's row, and the cancel would be lost. SQLite has one writer.
+async fn one_at_a_time<C: ConnectionTrait>(tx: &C, request: Uuid) -> Result<(), DbErr> {
+    if tx.get_database_backend() != DbBackend::Postgres {
+        return Ok(());
+    }
+    let (_, low) = request.as_u64_pair();
+    let lock = Statement::from_sql_and_values(
+        DbBackend::Postgres,
+        "SELECT pg_advisory_xact_lock($1)",
+        [low.cast_signed().into()],
+    );
+    tx.execute_raw(lock).await?;
     Ok(())
 }
 
@@ -197,6 +214,7 @@ pub enum Cancelled {
 /// # Errors
 /// The database's.
 pub async fn cancel<C: ConnectionTrait>(tx: &C, request: Uuid, account: &str) -> Result<Cancelled, DbErr> {
+    one_at_a_time(tx, request).await?;
     let Some(row) = requests::Entity::find_by_id(request).one(tx).await? else {
         let row = cancels::ActiveModel {
             request: Set(request),
