@@ -348,6 +348,11 @@ pub(super) fn groups(r: &Receipt, model: &str) -> Vec<Group> {
                     r.class.clone(),
                     "Numerics class of the nodes: in `exact`, honest answers are equal token by token.",
                 ),
+                field(
+                    "asked_k",
+                    r.asked_k.to_string(),
+                    "Nodes that were asked for; the dispatcher signed it with the draw.",
+                ),
                 field("k", r.k.to_string(), "Nodes whose results counted for the majority."),
             ],
         },
