@@ -11,6 +11,7 @@
 
 mod error;
 mod model;
+mod quant;
 mod sequence;
 mod shape;
 mod thread;

@@ -10,8 +10,9 @@ use tch::{Device, Kind, TchError, Tensor};
 
 use super::Class;
 use super::error::EngineError;
+use super::quant::Raw;
 use super::shape::Shape;
-use super::weights::{Linear, ROWS, Raw};
+use super::weights::{Linear, ROWS};
 
 const F32: (Kind, Device) = (Kind::Float, Device::Cpu);
 

@@ -7,7 +7,28 @@ use super::{Class, EngineConfig};
 
 const MIB: u64 = 1 << 20;
 
-/// The dimensions of a Llama model.
+#[allow(dead_code)]
+/// What the gate of a feed-forward block goes through.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Activation {
+    /// `x * sigmoid(x)`.
+    Silu,
+    /// The tanh form of GELU.
+    GeluTanh,
+}
+
+#[allow(dead_code)]
+/// Layers that see only the last `size` tokens, the present one included, and turn by a base of their own.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub(super) struct Window {
+    pub size: usize,
+    /// Every `every`-th layer (counted from 1) sees everything; 0: none does.
+    pub every: usize,
+    pub rope_base: f64,
+}
+
+#[allow(dead_code)]
+/// The dimensions of a decoder and what distinguishes its family from the others.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub(super) struct Shape {
     pub layers: usize,
@@ -21,6 +42,18 @@ pub(super) struct Shape {
     pub rope_base: f64,
     pub norm_eps: f64,
     pub tied: bool,
+    pub activation: Activation,
+    /// Token embeddings are multiplied by it.
+    pub embedding_scale: f32,
+    /// Scores of queries and keys are multiplied by it.
+    pub attention_scale: f32,
+    /// Queries, keys and values have a bias.
+    pub qkv_bias: bool,
+    /// Each head of queries and keys is normalised before it is turned.
+    pub qk_norm: bool,
+    /// What attention and feed-forward give is normalised before it is added.
+    pub post_norms: bool,
+    pub window: Option<Window>,
 }
 
 /// Bytes that an engine will hold.
@@ -108,6 +141,13 @@ impl Shape {
             rope_base: gguf.f32("llama.rope.freq_base").map_or(10_000.0, f64::from),
             norm_eps: f64::from(gguf.f32("llama.attention.layer_norm_rms_epsilon")?),
             tied: gguf.tensor("output.weight").is_err(),
+            activation: Activation::Silu,
+            embedding_scale: 1.0,
+            attention_scale: 1.0 / (head as f32).sqrt(),
+            qkv_bias: false,
+            qk_norm: false,
+            post_norms: false,
+            window: None,
         })
     }
 
