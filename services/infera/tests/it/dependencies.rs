@@ -30,7 +30,7 @@ fn layer(krate: &str) -> Option<u32> {
     Some(match krate {
         "infera-protocol" => 0,
         "infera-wire" => 1,
-        "infera-runtime" | "infera-prompt" => 2,
+        "infera-runtime" | "infera-prompt" | "infera-kernels" => 2,
         "infera-bus" | "infera-embed" => 3,
         "infera-gateway" | "infera-mempool" | "infera-dispatcher" | "infera-verifier"
         | "infera-settlement" | "infera-explorer" | "infera-node" => 4,
