@@ -122,6 +122,8 @@ struct View {
     layer: usize,
     heads: usize,
     q: *const f32,
+    /// Distance of two rows of `q`.
+    stride: usize,
     out: *mut f32,
 }
 
@@ -334,10 +336,12 @@ unsafe fn task_body<S: Simd>(
         let group = view.heads / view.kv_heads;
         let row = |i: usize| {
             let (query, head) = (from + i / group, kv_head * group + i % group);
-            let at = (queries.first_row + query) * view.heads * view.head + head * view.head;
+            let (row, at) = (queries.first_row + query, head * view.head);
             let end = queries.position + query + 1;
             let begin = queries.window.map_or(0, |w| end.saturating_sub(w));
-            Row { q: view.q.add(at), out: view.out.add(at), from: begin, to: end }
+            let (q, out) =
+                (view.q.add(row * view.stride + at), view.out.add(row * view.heads * view.head + at));
+            Row { q, out, from: begin, to: end }
         };
         let total = (to - from) * group;
         let mut i = 0;
@@ -367,16 +371,18 @@ pub(crate) fn check(
     layer: usize,
     queries: &[Queries<'_>],
     heads: usize,
-    q: &[f32],
+    (q, stride): (&[f32], usize),
     out: &[f32],
 ) -> usize {
     assert!(layer < kv.layers && heads.is_multiple_of(kv.heads) && heads > 0, "no such layer or heads");
-    assert!(q.len() == out.len(), "queries and results of different sizes");
+    let (width, rows) = (heads * kv.head, out.len() / (heads * kv.head));
+    assert!(rows * width == out.len() && stride >= width, "rows of another width");
+    assert!(rows == 0 || q.len() >= (rows - 1) * stride + width, "queries and results of different sizes");
     let mut longest = 0;
     for query in queries {
         let end = query.position + query.count;
         assert!(query.blocks.len() * BLOCK >= end, "positions without a block");
-        assert!((query.first_row + query.count) * heads * kv.head <= q.len(), "queries without a row");
+        assert!(query.first_row + query.count <= rows, "queries without a row");
         assert!(query.window != Some(0), "an empty window");
         assert!(query.blocks.iter().all(|b| (*b as usize) < kv.blocks), "no such block");
         longest = longest.max(end);
@@ -402,7 +408,7 @@ pub(crate) fn attend(
     layer: usize,
     queries: &[Queries<'_>],
     heads: usize,
-    q: &[f32],
+    (q, stride): (&[f32], usize),
     out: &mut [f32],
 ) {
     let view = View {
@@ -415,6 +421,7 @@ pub(crate) fn attend(
         layer,
         heads,
         q: q.as_ptr(),
+        stride,
         out: out.as_mut_ptr(),
     };
     let mut tasks = Vec::new();

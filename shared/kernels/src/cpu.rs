@@ -71,15 +71,12 @@ impl Cpu {
     /// # Panics
     /// If sizes do not fit.
     pub fn linear(&mut self, w: &Matrix, x: &[f32], y: &mut [f32], add: bool, precision: Precision) {
-        let rows = x.len() / w.cols();
-        assert!(rows * w.cols() == x.len() && y.len() == rows * w.padded_rows(), "product of other sizes");
-        let scratch = self.scratch(linear::scratch(rows));
-        let rounded = (precision == Precision::Int8 && w.is_four_bit()).then_some(&mut self.rounded);
-        linear::linear(self.isa, &mut self.pool, &scratch, rounded, w, x, y, add);
+        self.linear_into(w, x, (y, w.padded_rows(), 0), add, precision);
     }
 
-    /// Attention of some queries to what the pool holds for their sequences: rows of `heads * head` numbers, where head
-    /// `h` looks at key-value head `h / (heads / kv heads)`.
+    /// Attention of some queries to what the pool holds for their sequences: `q` has rows of `heads * head` numbers that
+    /// begin every `stride` numbers, `out` the same rows without gaps. Head `h` looks at key-value head
+    /// `h / (heads / kv heads)`.
     ///
     /// # Panics
     /// If sizes do not fit.
@@ -89,12 +86,32 @@ impl Cpu {
         layer: usize,
         queries: &[Queries<'_>],
         heads: usize,
-        q: &[f32],
+        q: (&[f32], usize),
         out: &mut [f32],
     ) {
         let longest = attention::check(kv, layer, queries, heads, q, out);
         let scratch = self.scratch(attention::scratch(kv, longest));
         attention::attend(self.isa, &mut self.pool, &scratch, kv, layer, queries, heads, q, out);
+    }
+
+    /// `y += x w^T` or `y = x w^T` where a row of `y` is `stride` numbers long and the results begin at number `offset`.
+    ///
+    /// # Panics
+    /// If sizes do not fit.
+    pub fn linear_into(
+        &mut self,
+        w: &Matrix,
+        x: &[f32],
+        (y, stride, offset): (&mut [f32], usize, usize),
+        add: bool,
+        precision: Precision,
+    ) {
+        let rows = x.len() / w.cols();
+        assert!(rows * w.cols() == x.len() && y.len() == rows * stride, "product of other sizes");
+        assert!(offset + w.padded_rows() <= stride, "results beyond their row");
+        let scratch = self.scratch(linear::scratch(rows));
+        let rounded = (precision == Precision::Int8 && w.is_four_bit()).then_some(&mut self.rounded);
+        linear::linear(self.isa, &mut self.pool, &scratch, rounded, w, x, (y, stride, offset), add);
     }
 
     /// Calls `task` for each row of `x` (of `width` numbers) with its number, several at once if there are many.

@@ -23,7 +23,7 @@ pub(crate) unsafe fn exp_lanes<S: Simd>(x: S::F) -> S::F {
         let limited = S::sub(S::splat(0.0), S::max(S::sub(S::splat(0.0), x), S::sub(S::splat(0.0), top)));
         let n = S::round(S::mul(limited, S::splat(std::f32::consts::LOG2_E)));
         // ln 2 in two parts (Cody and Waite): the first has 15 bits, so that n times it is exact.
-        let r = S::fma(n, S::splat(-0.693_359_375), limited);
+        let r = S::fma(n, S::splat(-0.693_359_4), limited);
         let r = S::fma(n, S::splat(2.121_944_4e-4), r);
         let mut p = S::splat(1.0 / 5040.0);
         for c in [1.0 / 720.0, 1.0 / 120.0, 1.0 / 24.0, 1.0 / 6.0, 0.5, 1.0, 1.0] {
@@ -91,7 +91,7 @@ unsafe fn gate_body<S: Simd>(kind: Gate, both: *const f32, out: *mut f32, n: usi
                 Gate::GeluTanh => {
                     // 0.5 (1 + tanh u) = 1 / (1 + exp(-2 u))
                     let cube = S::mul(S::mul(x, x), S::mul(x, S::splat(0.044_715)));
-                    S::mul(S::add(x, cube), S::splat(-1.595_769_1))
+                    S::mul(S::add(x, cube), S::splat(-1.595_769))
                 }
             };
             let sigmoid = S::add(S::splat(1.0), exp_lanes::<S>(exponent));

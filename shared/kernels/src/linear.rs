@@ -333,6 +333,9 @@ unsafe fn integers<S: Simd, const M: usize, const T: usize>(
     }
 }
 
+/// Rows up to which weights are not unpacked into a panel first.
+const DIRECT_ROWS: usize = 2;
+
 /// Tiles that a task computes at most.
 const TASK_TILES: usize = 4;
 
@@ -351,7 +354,7 @@ unsafe fn plain_body<S: Simd>(
         let mut tile = first;
         while tile < last {
             let left = last - tile;
-            if !quantised || inputs.rows > 8 {
+            if !quantised || inputs.rows > DIRECT_ROWS {
                 let two = left >= 2;
                 if two {
                     panels::<S, 2>(w, tile, inputs, out, scratch)
@@ -364,14 +367,14 @@ unsafe fn plain_body<S: Simd>(
             macro_rules! by_rows {
                 ($t:literal: $($n:literal)*) => { match inputs.rows { $($n => direct::<S, $n, $t>(w, tile, 0, inputs, out),)* _ => {} } };
             }
-            if left >= 4 && inputs.rows <= 4 {
-                by_rows!(4: 1 2 3 4);
+            if left >= 4 {
+                by_rows!(4: 1 2);
                 tile += 4;
             } else if left >= 2 {
-                by_rows!(2: 1 2 3 4 5 6 7 8);
+                by_rows!(2: 1 2);
                 tile += 2;
             } else {
-                by_rows!(1: 1 2 3 4 5 6 7 8);
+                by_rows!(1: 1 2);
                 tile += 1;
             }
         }
@@ -473,7 +476,8 @@ pub(crate) struct Scratch(pub Vec<*mut f32>);
 // SAFETY: a task uses only the buffer of its own thread.
 unsafe impl Sync for Scratch {}
 
-/// One product as [`crate::Cpu::linear`] describes it; the sizes were checked.
+#[allow(clippy::too_many_arguments)]
+/// One product as [`crate::Cpu::linear_into`] describes it; the sizes were checked.
 pub(crate) fn linear(
     isa: Isa,
     pool: &mut Pool,
@@ -481,11 +485,11 @@ pub(crate) fn linear(
     rounded: Option<&mut Rounded>,
     w: &Matrix,
     x: &[f32],
-    y: &mut [f32],
+    (y, stride, offset): (&mut [f32], usize, usize),
     add: bool,
 ) {
     let tiles = w.tiles();
-    let out = Out { y: y.as_mut_ptr(), stride: w.padded_rows(), add };
+    let out = Out { y: y.as_mut_ptr().wrapping_add(offset), stride, add };
     let integers = rounded.is_some();
     let inputs = match rounded {
         Some(rounded) => rounded.fill(isa, pool, x, w.cols()),

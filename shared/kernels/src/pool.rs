@@ -97,7 +97,7 @@ impl Pool {
         s.tasks.store(tasks, Ordering::Relaxed);
         s.next.store(0, Ordering::Relaxed);
         let epoch = s.state.load(Ordering::Relaxed) / EPOCH;
-        s.state.store((epoch.wrapping_add(1) % EPOCH) * EPOCH | OPEN, Ordering::SeqCst);
+        s.state.store(((epoch.wrapping_add(1) % EPOCH) * EPOCH) | OPEN, Ordering::SeqCst);
         for (me, thread) in self.handles.iter().enumerate() {
             if s.sleeping[me].load(Ordering::SeqCst) {
                 thread.unpark();
@@ -117,7 +117,7 @@ impl Drop for Done<'_> {
     fn drop(&mut self) {
         self.0.state.fetch_and(!OPEN, Ordering::AcqRel);
         let mut spins = 0u32;
-        while self.0.state.load(Ordering::Acquire) % OPEN > 0 {
+        while self.0.state.load(Ordering::Acquire) & (OPEN - 1) != 0 {
             pause(&mut spins);
         }
     }

@@ -50,7 +50,7 @@ impl Setting {
                 window,
             })
             .collect();
-        cpu.attend(&self.kv, 1, &queries, self.heads, q, &mut out);
+        cpu.attend(&self.kv, 1, &queries, self.heads, (q, width), &mut out);
         out
     }
 
