@@ -73,19 +73,32 @@ pub enum Value {
     Array(Vec<Value>),
 }
 
-/// How a tensor's numbers are stored.
+/// How a tensor's numbers are stored. The layouts are ggml's (`ggml-quants.c`); `d`, `m` and `dmin` are f16.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum GgmlType {
     /// 4 bytes a number.
     F32,
     /// 2 bytes a number.
     F16,
-    /// Blocks of 32: f16 scale, 16 bytes of nibbles; value = (q - 8) d.
+    /// 2 bytes a number: the upper half of an f32.
+    BF16,
+    /// Blocks of 32: d, 16 bytes of nibbles; value = (q - 8) d.
     Q4_0,
-    /// Blocks of 32: f16 scale d, f16 minimum m, 16 bytes of nibbles; value = q d + m.
+    /// Blocks of 32: d, m, 16 bytes of nibbles; value = q d + m.
     Q4_1,
-    /// Blocks of 32: f16 scale, 32 signed bytes.
+    /// Blocks of 32: d, 32 fifth bits, 16 bytes of nibbles; value = (q - 16) d.
+    Q5_0,
+    /// Blocks of 32: d, m, 32 fifth bits, 16 bytes of nibbles; value = q d + m.
+    Q5_1,
+    /// Blocks of 32: d, 32 signed bytes.
     Q8_0,
+    /// Blocks of 256: d, dmin, 8 pairs of 6 bits (s, t) for groups of 32, 128 bytes of nibbles; value = q (d s) - dmin t.
+    Q4K,
+    /// Like `Q4K`, with 256 fifth bits before the nibbles.
+    Q5K,
+    /// Blocks of 256: 128 bytes of nibbles, 64 bytes of upper bit pairs, 16 signed bytes s for groups of 16, d;
+    /// value = (q - 32) (d s).
+    Q6K,
     /// Known to GGUF, not to this reader.
     Other(u32),
 }
@@ -97,7 +110,13 @@ impl GgmlType {
             1 => Self::F16,
             2 => Self::Q4_0,
             3 => Self::Q4_1,
+            6 => Self::Q5_0,
+            7 => Self::Q5_1,
             8 => Self::Q8_0,
+            12 => Self::Q4K,
+            13 => Self::Q5K,
+            14 => Self::Q6K,
+            30 => Self::BF16,
             other => Self::Other(other),
         }
     }
@@ -107,10 +126,15 @@ impl GgmlType {
     pub fn block(self) -> Option<(u64, u64)> {
         match self {
             Self::F32 => Some((1, 4)),
-            Self::F16 => Some((1, 2)),
+            Self::F16 | Self::BF16 => Some((1, 2)),
             Self::Q4_0 => Some((32, 18)),
             Self::Q4_1 => Some((32, 20)),
+            Self::Q5_0 => Some((32, 22)),
+            Self::Q5_1 => Some((32, 24)),
             Self::Q8_0 => Some((32, 34)),
+            Self::Q4K => Some((256, 144)),
+            Self::Q5K => Some((256, 176)),
+            Self::Q6K => Some((256, 210)),
             Self::Other(_) => None,
         }
     }

@@ -13,9 +13,12 @@ pub enum EngineError {
     /// Its tokenizer cannot be used.
     #[error(transparent)]
     Prompt(#[from] PromptError),
-    /// Reading the weights failed.
-    #[error("cannot read the weights: {0}")]
+    /// Reading a file of the model failed.
+    #[error("cannot read the model file: {0}")]
     Io(#[from] std::io::Error),
+    /// A file of the model is broken or does not belong to it.
+    #[error("not a usable model: {0}")]
+    Format(String),
     /// The model has something that this engine does not compute.
     #[error("unsupported model: {0}")]
     Unsupported(String),

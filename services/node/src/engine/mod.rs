@@ -14,18 +14,17 @@ mod model;
 mod quant;
 mod sequence;
 mod shape;
+mod source;
 mod thread;
 mod weights;
 
 use std::collections::HashMap;
-use std::fs::File;
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{SyncSender, sync_channel};
 use std::sync::{Arc, Once};
 use std::thread::JoinHandle;
 
-use infera_prompt::gguf::Gguf;
 use infera_prompt::{Prompt, Tokenizer};
 use infera_protocol::fingerprint::Fingerprint;
 pub use infera_protocol::request::Finish;
@@ -37,10 +36,13 @@ use tokio::sync::{mpsc, oneshot};
 use uuid::Uuid;
 
 pub use error::{Busy, EngineError};
+#[doc(hidden)]
+pub use model::reference_logits;
 pub use shape::MemoryNeed;
 
 use model::Model;
 use shape::Shape;
+use source::Source;
 
 /// Most sequences at once.
 pub const MAX_SLOTS: usize = 64;
@@ -72,7 +74,7 @@ impl Class {
 /// What to load and how.
 #[derive(Debug, Clone)]
 pub struct EngineConfig {
-    /// A GGUF file of the llama architecture.
+    /// A GGUF file, or a folder with config.json and safetensors, of one of the architectures that the engine computes.
     pub model_path: PathBuf,
     /// Numerics.
     pub class: Class,
@@ -153,13 +155,13 @@ fn in_range(field: &'static str, range: &'static str, got: usize, most: usize) -
     if got >= 1 && got <= most { Ok(()) } else { Err(EngineError::Setting { field, got, range }) }
 }
 
-fn read_shape(config: &EngineConfig) -> Result<(Gguf, Shape), EngineError> {
+fn read_shape(config: &EngineConfig) -> Result<(Source, Shape), EngineError> {
     in_range("slots", "1 to 64", config.slots, MAX_SLOTS)?;
     in_range("threads", "1 to 256", config.threads, MAX_THREADS)?;
-    let gguf = Gguf::open(&config.model_path)?;
-    let shape = Shape::read(&gguf)?;
+    let source = Source::open(&config.model_path)?;
+    let shape = source.shape();
     in_range("max_context", "1 to the model's context length", config.max_context, shape.context)?;
-    Ok((gguf, shape))
+    Ok((source, shape))
 }
 
 /// What an engine of this configuration will need, from the header of the model file alone.
@@ -184,11 +186,11 @@ impl Engine {
     /// # Errors
     /// The file, the configuration or the memory that it needs; see [`EngineError`].
     pub fn start(config: EngineConfig) -> Result<Self, EngineError> {
-        let (gguf, shape) = read_shape(&config)?;
+        let (source, shape) = read_shape(&config)?;
         let need = shape.memory(&config);
         need.check(config.memory_limit)?;
-        let tokenizer = Arc::new(Tokenizer::new(&gguf)?);
-        let file = File::open(&config.model_path)?;
+        let no_tokenizer = || EngineError::Unsupported("a tokenizer outside a GGUF file".into());
+        let tokenizer = Arc::new(Tokenizer::new(source.gguf().ok_or_else(no_tokenizer)?)?);
         // A slot has one job at a time, so that a start always finds room.
         let (starts, inbox) = sync_channel(config.slots);
         let active: Active = Arc::default();
@@ -202,10 +204,10 @@ impl Engine {
             let _ends = ends;
             set_threads(config.threads);
             let guard = tch::no_grad_guard();
-            match Model::load(&gguf, &file, shape, config.class, config.max_context) {
+            match Model::load(&source, config.class, config.max_context) {
                 Err(e) => drop(ready.send(Err(e))),
                 Ok(model) => {
-                    drop(file);
+                    drop(source);
                     if ready.send(Ok(())).is_ok() {
                         thread::Worker::new(model, names, actives).run(&inbox);
                     }

@@ -1,18 +1,18 @@
-//! The forward pass of a Llama model.
+//! The forward pass of a decoder; what distinguishes the families is in its [`Shape`].
 //!
 //! Residuals, norms, rotary embedding, attention and logits are f32 in both classes; the class decides what the
 //! matrices of the layers are. Attention runs for each sequence alone, so that its shape depends on that sequence only.
 
-use std::fs::File;
+use std::ops::Range;
+use std::path::Path;
 
-use infera_prompt::gguf::Gguf;
 use tch::{Device, Kind, TchError, Tensor};
 
 use super::Class;
 use super::error::EngineError;
-use super::quant::Raw;
-use super::shape::Shape;
-use super::weights::{Linear, ROWS};
+use super::shape::{Activation, Shape};
+use super::source::{Name, Part, Source};
+use super::weights::{Linear, ROWS, table, vector};
 
 const F32: (Kind, Device) = (Kind::Float, Device::Cpu);
 
@@ -20,10 +20,25 @@ const F32: (Kind, Device) = (Kind::Float, Device::Cpu);
 struct Layer {
     attention_norm: Tensor,
     qkv: Linear,
+    /// Of queries, keys and values, one after another.
+    qkv_bias: Option<Tensor>,
+    /// Of a head of queries and of keys.
+    qk_norm: Option<(Tensor, Tensor)>,
     output: Linear,
+    post_attention_norm: Option<Tensor>,
     ffn_norm: Tensor,
     gate_up: Linear,
     down: Linear,
+    post_ffn_norm: Option<Tensor>,
+    /// How many tokens back it sees, the present one included; `None`: all.
+    reach: Option<usize>,
+}
+
+/// Cosines and sines of the rotary embedding, [positions, 1, head].
+#[derive(Debug)]
+struct Rotary {
+    cos: Tensor,
+    sin: Tensor,
 }
 
 /// A loaded model.
@@ -34,8 +49,10 @@ pub(super) struct Model {
     layers: Vec<Layer>,
     norm: Tensor,
     head: Linear,
-    cos: Tensor,
-    sin: Tensor,
+    /// For layers that see everything.
+    full: Rotary,
+    /// For layers with a window.
+    windowed: Option<Rotary>,
 }
 
 /// Keys and values of one sequence.
@@ -56,40 +73,47 @@ pub(super) struct Step<'a> {
 /// What a layer does with queries, keys and values of all rows: the attention of the real ones.
 type Attend<'a> = dyn FnMut(usize, &Tensor, &Tensor, &Tensor) -> Result<Tensor, TchError> + 'a;
 
-fn vector(gguf: &Gguf, file: &File, name: &str, size: usize) -> Result<Tensor, EngineError> {
-    Ok(Tensor::f_from_slice(&Raw::read(gguf, file, name, 1, size)?.dequantise())?)
-}
-
-fn load_layer(gguf: &Gguf, file: &File, i: usize, s: &Shape, class: Class) -> Result<Layer, EngineError> {
-    let raw = |name: &str, rows, cols| Raw::read(gguf, file, &format!("blk.{i}.{name}.weight"), rows, cols);
-    let linear = |parts: &[Raw]| match class {
-        Class::Exact => Linear::f32(parts),
-        Class::Fast => Linear::int4(parts),
+fn load_layer(source: &Source, i: usize, class: Class) -> Result<Layer, EngineError> {
+    let s = source.shape();
+    let (q, kv) = (s.query_width(), s.kv_width());
+    let raw = |part, rows, cols| source.matrix(Name::Layer(i, part), rows, cols);
+    let vector = |part, size| vector(source, Name::Layer(i, part), size);
+    let maybe = |there: bool, part| there.then(|| vector(part, s.width)).transpose();
+    let qkv_bias = match s.qkv_bias {
+        true => Some(Tensor::f_cat(
+            &[vector(Part::QBias, q)?, vector(Part::KBias, kv)?, vector(Part::VBias, kv)?],
+            0,
+        )?),
+        false => None,
     };
-    let kv = s.kv_heads * s.head;
+    let qk_norm = match s.qk_norm {
+        true => Some((vector(Part::QNorm, s.head)?, vector(Part::KNorm, s.head)?)),
+        false => None,
+    };
     Ok(Layer {
-        attention_norm: vector(gguf, file, &format!("blk.{i}.attn_norm.weight"), s.width)?,
-        qkv: linear(&[
-            raw("attn_q", s.width, s.width)?.unpermute(s.heads),
-            raw("attn_k", kv, s.width)?.unpermute(s.kv_heads),
-            raw("attn_v", kv, s.width)?,
-        ])?,
-        output: linear(&[raw("attn_output", s.width, s.width)?])?,
-        ffn_norm: vector(gguf, file, &format!("blk.{i}.ffn_norm.weight"), s.width)?,
-        gate_up: linear(&[raw("ffn_gate", s.ffn, s.width)?, raw("ffn_up", s.ffn, s.width)?])?,
-        down: linear(&[raw("ffn_down", s.width, s.ffn)?])?,
+        attention_norm: vector(Part::AttnNorm, s.width)?,
+        qkv: Linear::new(
+            &[raw(Part::Q, q, s.width)?, raw(Part::K, kv, s.width)?, raw(Part::V, kv, s.width)?],
+            class,
+        )?,
+        qkv_bias,
+        qk_norm,
+        output: Linear::new(&[raw(Part::Output, s.width, q)?], class)?,
+        post_attention_norm: maybe(s.post_norms, Part::PostAttnNorm)?,
+        ffn_norm: vector(Part::FfnNorm, s.width)?,
+        gate_up: Linear::new(&[raw(Part::Gate, s.ffn, s.width)?, raw(Part::Up, s.ffn, s.width)?], class)?,
+        down: Linear::new(&[raw(Part::Down, s.width, s.ffn)?], class)?,
+        post_ffn_norm: maybe(s.post_norms, Part::PostFfnNorm)?,
+        reach: s.reach(i),
     })
 }
 
-/// Cosines and sines of the rotary embedding, [positions, head], computed in f64.
-fn rotary(s: &Shape, positions: usize) -> Result<(Tensor, Tensor), TchError> {
-    let half = s.head / 2;
-    let mut cos = Vec::with_capacity(positions * s.head);
-    let mut sin = Vec::with_capacity(positions * s.head);
-    let speeds: Vec<f64> =
-        (0..half).map(|i| libm::pow(s.rope_base, -2.0 * i as f64 / s.head as f64)).collect();
+/// The tables for `speeds`, computed in f64.
+fn rotary(speeds: &[f64], positions: usize) -> Result<Rotary, TchError> {
+    let half = speeds.len();
+    let (mut cos, mut sin) = (Vec::new(), Vec::new());
     for position in 0..positions {
-        for i in 0..s.head {
+        for i in 0..2 * half {
             let angle = position as f64 * speeds[i % half];
             cos.push(libm::cos(angle) as f32);
             // The first half is turned by -sin, the second by +sin.
@@ -97,34 +121,45 @@ fn rotary(s: &Shape, positions: usize) -> Result<(Tensor, Tensor), TchError> {
             sin.push((sign * libm::sin(angle)) as f32);
         }
     }
-    let table = |v: &[f32]| Tensor::f_from_slice(v)?.f_view([positions as i64, 1, s.head as i64]);
-    Ok((table(&cos)?, table(&sin)?))
+    let table = |v: &[f32]| Tensor::f_from_slice(v)?.f_view([positions as i64, 1, 2 * half as i64]);
+    Ok(Rotary { cos: table(&cos)?, sin: table(&sin)? })
+}
+
+impl Rotary {
+    fn at(&self, places: &Tensor) -> Result<Self, TchError> {
+        Ok(Self { cos: self.cos.f_index_select(0, places)?, sin: self.sin.f_index_select(0, places)? })
+    }
+
+    /// `x` [rows, heads, head]: the first half of each head turned against the second.
+    fn turn(&self, x: &Tensor, head: i64) -> Result<Tensor, TchError> {
+        let half = head / 2;
+        let swapped = Tensor::f_cat(&[x.f_narrow(2, half, half)?, x.f_narrow(2, 0, half)?], 2)?;
+        x.f_mul(&self.cos)?.f_add(&swapped.f_mul(&self.sin)?)
+    }
+}
+
+/// Which tokens of a cache a piece of a prompt sees: those from `from` on, as far as the additive mask says.
+struct Sight {
+    from: usize,
+    mask: Tensor,
 }
 
 impl Model {
     /// Reads the weights. Positions from `max_context` on have no rotary embedding.
-    pub fn load(
-        gguf: &Gguf,
-        file: &File,
-        shape: Shape,
-        class: Class,
-        max_context: usize,
-    ) -> Result<Self, EngineError> {
-        let embedding =
-            Linear::f32(&[Raw::read(gguf, file, "token_embd.weight", shape.vocabulary, shape.width)?])?;
-        let Linear::F32(embedding) = embedding else {
-            return Err(EngineError::Unsupported("token_embd.weight".into()));
-        };
-        let head = if shape.tied {
-            Linear::F32(embedding.shallow_clone())
-        } else {
-            Linear::f32(&[Raw::read(gguf, file, "output.weight", shape.vocabulary, shape.width)?])?
+    pub fn load(source: &Source, class: Class, max_context: usize) -> Result<Self, EngineError> {
+        let shape = source.shape();
+        let embedding = table(source, Name::Embedding, shape.vocabulary, shape.width)?;
+        let head = match shape.tied {
+            true => embedding.shallow_clone(),
+            false => table(source, Name::Head, shape.vocabulary, shape.width)?,
         };
         let layers: Result<Vec<Layer>, EngineError> =
-            (0..shape.layers).map(|i| load_layer(gguf, file, i, &shape, class)).collect();
-        let (cos, sin) = rotary(&shape, max_context)?;
-        let norm = vector(gguf, file, "output_norm.weight", shape.width)?;
-        Ok(Self { shape, embedding, layers: layers?, norm, head, cos, sin })
+            (0..shape.layers).map(|i| load_layer(source, i, class)).collect();
+        let speeds = source.speeds()?;
+        let windowed = shape.window.map(|_| rotary(&speeds.windowed, max_context)).transpose()?;
+        let full = rotary(&speeds.full, max_context)?;
+        let norm = vector(source, Name::Norm, shape.width)?;
+        Ok(Self { shape, embedding, layers: layers?, norm, head: Linear::F32(head), full, windowed })
     }
 
     /// An empty cache for at most `capacity` tokens.
@@ -145,9 +180,11 @@ impl Model {
     ) -> Result<Option<Vec<f32>>, TchError> {
         let (count, start) = (tokens.len(), cache.length);
         let positions: Vec<i64> = (start..start + count).map(|p| p as i64).collect();
-        let mask = self.mask(count, start)?;
+        let full = self.sight(count, start, None)?;
+        let window = self.shape.window.map(|w| self.sight(count, start, Some(w.size))).transpose()?;
         let hidden = self.layers(tokens, &positions, &mut |layer, q, k, v| {
-            self.attend_piece(&mut cache.layers[layer], (q, k, v), count, start, &mask)
+            let narrow = window.as_ref().filter(|_| self.layers[layer].reach.is_some());
+            self.attend_piece(&mut cache.layers[layer], (q, k, v), (count, start), narrow.unwrap_or(&full))
         })?;
         cache.length += count;
         if !logits {
@@ -167,10 +204,11 @@ impl Model {
             for (i, step) in steps.iter_mut().enumerate() {
                 let at = step.cache.length;
                 let row = |t: &Tensor| t.f_get(i as i64);
+                let from = self.layers[layer].reach.map_or(0, |reach| (at + 1).saturating_sub(reach));
                 rows.push(self.attend_one(
                     &mut step.cache.layers[layer],
                     (&row(q)?, &row(k)?, &row(v)?),
-                    at,
+                    from..at + 1,
                 )?);
             }
             Tensor::f_cat(&rows, 0)
@@ -179,22 +217,28 @@ impl Model {
         self.logits(&hidden, count)
     }
 
-    /// Additive causal mask for the queries of `count` new tokens after `start` old ones, once for each head of a group.
-    fn mask(&self, count: usize, start: usize) -> Result<Tensor, TchError> {
-        let (count, start) = (count as i64, start as i64);
-        let ahead = Tensor::f_ones([count, start + count], (Kind::Bool, Device::Cpu))?.f_triu(start + 1)?;
-        let mask = Tensor::f_zeros([count, start + count], F32)?.f_masked_fill(&ahead, f64::NEG_INFINITY)?;
-        mask.f_repeat([(self.shape.heads / self.shape.kv_heads) as i64, 1])
+    /// What the queries of `count` new tokens after `start` old ones see, once for each head of a group.
+    fn sight(&self, count: usize, start: usize, reach: Option<usize>) -> Result<Sight, TchError> {
+        let from = reach.map_or(0, |reach| (start + 1).saturating_sub(reach));
+        let (n, old) = (count as i64, (start - from) as i64);
+        let all = Tensor::f_ones([n, old + n], (Kind::Bool, Device::Cpu))?;
+        let mut hidden = all.f_triu(old + 1)?;
+        if let Some(reach) = reach {
+            hidden = hidden.f_logical_or(&all.f_tril(old - reach as i64)?)?;
+        }
+        let mask = Tensor::f_zeros([n, old + n], F32)?.f_masked_fill(&hidden, f64::NEG_INFINITY)?;
+        let mask = mask.f_repeat([(self.shape.heads / self.shape.kv_heads) as i64, 1])?;
+        Ok(Sight { from, mask })
     }
 
-    /// q [m, heads, head], k and v [m, kv heads, head] of which the first `count` rows are real; gives [count, width].
+    /// q [m, heads, head], k and v [m, kv heads, head] of which the first `count` rows are real, after `start` old
+    /// tokens; gives [count, heads * head].
     fn attend_piece(
         &self,
         cache: &mut (Tensor, Tensor),
         (q, k, v): (&Tensor, &Tensor, &Tensor),
-        count: usize,
-        start: usize,
-        mask: &Tensor,
+        (count, start): (usize, usize),
+        sight: &Sight,
     ) -> Result<Tensor, TchError> {
         let s = &self.shape;
         let (n, at) = (count as i64, start as i64);
@@ -204,56 +248,122 @@ impl Model {
         cache.1.f_narrow(1, at, n)?.f_copy_(&new(v)?)?;
         let queries = q.f_narrow(0, 0, n)?.f_view([n, kv, group, head])?;
         let queries = queries.f_permute([1, 2, 0, 3])?.f_reshape([1, kv, group * n, head])?;
-        let out = attention(&queries, cache, at + n, Some(mask))?;
+        let out = self.attention(&queries, cache, sight.from..start + count, Some(&sight.mask))?;
         out.f_reshape([kv, group, n, head])?.f_permute([2, 0, 1, 3])?.f_reshape([n, kv * group * head])
     }
 
-    /// q [heads, head], k and v [kv heads, head] of one token; gives [1, width].
+    /// q [heads, head], k and v [kv heads, head] of the last token of those that it sees; gives [1, heads * head].
     fn attend_one(
         &self,
         cache: &mut (Tensor, Tensor),
         (q, k, v): (&Tensor, &Tensor, &Tensor),
-        start: usize,
+        seen: Range<usize>,
     ) -> Result<Tensor, TchError> {
         let s = &self.shape;
-        let at = start as i64;
+        let at = seen.end as i64 - 1;
         let (kv, group, head) = (s.kv_heads as i64, (s.heads / s.kv_heads) as i64, s.head as i64);
         cache.0.f_select(1, at)?.f_copy_(k)?;
         cache.1.f_select(1, at)?.f_copy_(v)?;
-        let out = attention(&q.f_reshape([1, kv, group, head])?, cache, at + 1, None)?;
+        let out = self.attention(&q.f_reshape([1, kv, group, head])?, cache, seen, None)?;
         out.f_reshape([1, kv * group * head])
+    }
+
+    /// `q` [1, kv heads, queries, head] against some tokens of a cache; the same shape comes back.
+    ///
+    /// With fewer than [`ROWS`] queries libtorch would split the keys among its threads, and the sums would depend on
+    /// their number: such a block is filled up.
+    fn attention(
+        &self,
+        q: &Tensor,
+        cache: &(Tensor, Tensor),
+        seen: Range<usize>,
+        mask: Option<&Tensor>,
+    ) -> Result<Tensor, TchError> {
+        let scale = f64::from(self.shape.attention_scale);
+        let part = |t: &Tensor| t.f_narrow(1, seen.start as i64, seen.len() as i64)?.f_unsqueeze(0);
+        let (keys, values) = (part(&cache.0)?, part(&cache.1)?);
+        let queries = q.size()[2];
+        let missing = (ROWS as i64 - queries).max(0);
+        let padding = [0, 0, 0, missing];
+        let (q, mask) = match missing {
+            0 => (q.shallow_clone(), mask.map(Tensor::shallow_clone)),
+            _ => (q.f_constant_pad_nd(padding)?, mask.map(|m| m.f_constant_pad_nd(padding)).transpose()?),
+        };
+        Tensor::f_scaled_dot_product_attention(&q, &keys, &values, mask.as_ref(), 0.0, false, scale, false)?
+            .f_narrow(2, 0, queries)
     }
 
     /// All layers over some rows. `attend(layer, q, k, v)` gets all rows and gives the real ones.
     fn layers(&self, tokens: &[u32], positions: &[i64], attend: &mut Attend<'_>) -> Result<Tensor, TchError> {
-        let s = &self.shape;
         let rows = tokens.len().next_multiple_of(ROWS);
-        let padding = (rows - tokens.len()) as i64;
         let mut ids: Vec<i64> = tokens.iter().map(|t| i64::from(*t)).collect();
         ids.resize(rows, 0);
         let mut places = positions.to_vec();
         places.resize(rows, 0);
         let places = Tensor::f_from_slice(&places)?;
-        let (cos, sin) = (self.cos.f_index_select(0, &places)?, self.sin.f_index_select(0, &places)?);
+        let full = self.full.at(&places)?;
+        let windowed = self.windowed.as_ref().map(|w| w.at(&places)).transpose()?;
         let mut x = self.embedding.f_index_select(0, &Tensor::f_from_slice(&ids)?)?;
-        let (m, head, width) = (rows as i64, s.head as i64, s.width as i64);
-        let (q, kv, ffn) = (s.heads as i64, s.kv_heads as i64, s.ffn as i64);
+        if self.shape.embedding_scale != 1.0 {
+            x = x.f_mul_scalar(f64::from(self.shape.embedding_scale))?;
+        }
         for (i, layer) in self.layers.iter().enumerate() {
-            let qkv = layer.qkv.forward(&self.normalise(&x, &layer.attention_norm)?)?;
-            let qkv = qkv.f_to_kind(Kind::Float)?.f_view([m, q + 2 * kv, head])?;
-            let turned = rotate(&qkv.f_narrow(1, 0, q + kv)?, &cos, &sin, head)?;
-            let keys = turned.f_narrow(1, q, kv)?;
-            let mut seen = attend(i, &turned.f_narrow(1, 0, q)?, &keys, &qkv.f_narrow(1, q + kv, kv)?)?;
+            let rotary = windowed.as_ref().filter(|_| layer.reach.is_some()).unwrap_or(&full);
+            let (q, k, v) = self.queries_keys_values(layer, &x, rotary)?;
+            let mut seen = attend(i, &q, &k, &v)?;
+            let padding = rows as i64 - seen.size()[0];
             if padding > 0 {
-                seen = Tensor::f_cat(&[&seen, &Tensor::f_zeros([padding, width], F32)?], 0)?;
+                seen = seen.f_constant_pad_nd([0, 0, 0, padding])?;
             }
-            x = x.f_add(&layer.output.forward(&seen)?)?;
-            let both =
-                layer.gate_up.forward(&self.normalise(&x, &layer.ffn_norm)?)?.f_to_kind(Kind::Float)?;
-            let gate = both.f_narrow(1, 0, ffn)?.f_contiguous()?.f_silu()?;
-            x = x.f_add(&layer.down.forward(&gate.f_mul(&both.f_narrow(1, ffn, ffn)?)?)?)?;
+            x = self.add(&x, layer.output.forward(&seen)?, layer.post_attention_norm.as_ref())?;
+            x = self.add(&x, self.feed_forward(layer, &x)?, layer.post_ffn_norm.as_ref())?;
         }
         Ok(x)
+    }
+
+    /// Queries [m, heads, head] and keys [m, kv heads, head], turned, and values.
+    fn queries_keys_values(
+        &self,
+        layer: &Layer,
+        x: &Tensor,
+        rotary: &Rotary,
+    ) -> Result<(Tensor, Tensor, Tensor), TchError> {
+        let s = &self.shape;
+        let (q, kv, head) = (s.heads as i64, s.kv_heads as i64, s.head as i64);
+        let mut all =
+            layer.qkv.forward(&self.normalise(x, &layer.attention_norm)?)?.f_to_kind(Kind::Float)?;
+        if let Some(bias) = &layer.qkv_bias {
+            all = all.f_add(bias)?;
+        }
+        let all = all.f_view([-1, q + 2 * kv, head])?;
+        let turned = match &layer.qk_norm {
+            None => rotary.turn(&all.f_narrow(1, 0, q + kv)?, head)?,
+            Some((of_queries, of_keys)) => {
+                let norm = |at, count, weight| {
+                    all.f_narrow(1, at, count)?.f_contiguous()?.f_rms_norm([head], Some(weight), s.norm_eps)
+                };
+                rotary.turn(&Tensor::f_cat(&[norm(0, q, of_queries)?, norm(q, kv, of_keys)?], 1)?, head)?
+            }
+        };
+        Ok((turned.f_narrow(1, 0, q)?, turned.f_narrow(1, q, kv)?, all.f_narrow(1, q + kv, kv)?))
+    }
+
+    fn feed_forward(&self, layer: &Layer, x: &Tensor) -> Result<Tensor, TchError> {
+        let ffn = self.shape.ffn as i64;
+        let both = layer.gate_up.forward(&self.normalise(x, &layer.ffn_norm)?)?.f_to_kind(Kind::Float)?;
+        let gate = both.f_narrow(1, 0, ffn)?.f_contiguous()?;
+        let gate = match self.shape.activation {
+            Activation::Silu => gate.f_silu()?,
+            Activation::GeluTanh => gate.f_gelu("tanh")?,
+        };
+        layer.down.forward(&gate.f_mul(&both.f_narrow(1, ffn, ffn)?)?)
+    }
+
+    fn add(&self, x: &Tensor, more: Tensor, norm: Option<&Tensor>) -> Result<Tensor, TchError> {
+        match norm {
+            None => x.f_add(&more),
+            Some(norm) => x.f_add(&self.normalise(&more.f_to_kind(Kind::Float)?, norm)?),
+        }
     }
 
     fn normalise(&self, x: &Tensor, weight: &Tensor) -> Result<Tensor, TchError> {
@@ -274,33 +384,25 @@ impl Model {
     }
 }
 
-/// `q` [1, kv heads, queries, head] against the first `length` tokens of a cache; the same shape comes back.
+/// Logits after each token from the one at `prefilled - 1` on: the first `prefilled` tokens are computed at once, the
+/// others one by one. For comparing with other implementations; the engine itself goes through `Engine`.
 ///
-/// With fewer than [`ROWS`] queries libtorch would split the keys among its threads, and the sums would depend on their
-/// number: such a block is filled up.
-fn attention(
-    q: &Tensor,
-    cache: &(Tensor, Tensor),
-    length: i64,
-    mask: Option<&Tensor>,
-) -> Result<Tensor, TchError> {
-    let keys = cache.0.f_narrow(1, 0, length)?.f_unsqueeze(0)?;
-    let values = cache.1.f_narrow(1, 0, length)?.f_unsqueeze(0)?;
-    let queries = q.size()[2];
-    let missing = ROWS as i64 - queries;
-    if missing <= 0 {
-        return Tensor::f_scaled_dot_product_attention(q, &keys, &values, mask, 0.0, false, None, false);
+/// # Errors
+/// The model cannot be loaded, or `prefilled` is not 1 to the number of tokens.
+#[doc(hidden)]
+pub fn reference_logits(
+    path: &Path,
+    class: Class,
+    tokens: &[u32],
+    prefilled: usize,
+) -> Result<Vec<Vec<f32>>, EngineError> {
+    super::in_range("prefilled", "1 to the number of tokens", prefilled, tokens.len())?;
+    let _guard = tch::no_grad_guard();
+    let model = Model::load(&Source::open(path)?, class, tokens.len())?;
+    let mut cache = model.cache(tokens.len())?;
+    let mut all: Vec<Vec<f32>> = model.prefill(&tokens[..prefilled], &mut cache, true)?.into_iter().collect();
+    for token in &tokens[prefilled..] {
+        all.extend(model.decode(&mut [Step { token: *token, cache: &mut cache }])?);
     }
-    let q = q.f_constant_pad_nd([0, 0, 0, missing])?;
-    let mask = mask.map(|m| m.f_constant_pad_nd([0, 0, 0, missing])).transpose()?;
-    let out =
-        Tensor::f_scaled_dot_product_attention(&q, &keys, &values, mask.as_ref(), 0.0, false, None, false)?;
-    out.f_narrow(2, 0, queries)
-}
-
-/// `x` [rows, heads, head]: the first half of each head turned against the second.
-fn rotate(x: &Tensor, cos: &Tensor, sin: &Tensor, head: i64) -> Result<Tensor, TchError> {
-    let half = head / 2;
-    let swapped = Tensor::f_cat(&[x.f_narrow(2, half, half)?, x.f_narrow(2, 0, half)?], 2)?;
-    x.f_mul(cos)?.f_add(&swapped.f_mul(sin)?)
+    Ok(all)
 }

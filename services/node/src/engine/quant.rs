@@ -1,17 +1,16 @@
 //! Matrices as a model file stores them, and what their blocks mean.
+//!
+//! Every quantised storage is brought to one form, `value = q * scale + min` with a scale and a minimum for each group:
+//! the formulas of ggml's `dequantize_row_*`, bit for bit (a product and a sum, each rounded to f32).
 
-use std::fs::File;
-use std::os::unix::fs::FileExt;
+use half::{bf16, f16};
+use infera_prompt::gguf::GgmlType;
 
-use half::f16;
-use infera_prompt::gguf::{GgmlType, Gguf};
-
-use super::error::EngineError;
-
-/// Numbers that share a scale.
+/// Numbers that share a scale in 4-bit matrices.
 pub(super) const GROUP: usize = 32;
 
-/// A matrix as the file stores it: `rows` outputs of `cols` inputs.
+/// A matrix as the file stores it: `rows` outputs of `cols` inputs, row after row. A vector has one row.
+#[derive(Debug, Clone, PartialEq)]
 pub(super) struct Raw {
     pub rows: usize,
     pub cols: usize,
@@ -19,40 +18,172 @@ pub(super) struct Raw {
     pub bytes: Vec<u8>,
 }
 
-/// Nibbles, scale and zero of each group: value = (q - 8) * scale + zero.
+/// A matrix of 4-bit numbers: `value = nibble * scale + min`, a scale and a minimum for each [`GROUP`].
+#[derive(Debug, Clone, PartialEq)]
 pub(super) struct Groups {
-    pub nibbles: Vec<i32>,
+    /// 0 to 15, row after row.
+    pub nibbles: Vec<u8>,
     pub scales: Vec<f32>,
-    pub zeros: Vec<f32>,
+    pub mins: Vec<f32>,
+}
+
+/// A matrix of integers of at most 8 bits: `value = q * scale + min`, a scale and a minimum for each `group` numbers.
+#[derive(Debug, Clone, PartialEq)]
+pub(super) struct Bytes8 {
+    /// 16 or 32; never crosses a row.
+    pub group: usize,
+    /// -128 to 127, row after row; Q5 storages use 0 to 31 or -16 to 15, Q6 -32 to 31.
+    pub values: Vec<i8>,
+    pub scales: Vec<f32>,
+    pub mins: Vec<f32>,
 }
 
 fn half_at(bytes: &[u8], at: usize) -> f32 {
     f16::from_le_bytes([bytes[at], bytes[at + 1]]).to_f32()
 }
 
-impl Raw {
-    /// Reads a matrix and checks its shape.
-    pub fn read(gguf: &Gguf, file: &File, name: &str, rows: usize, cols: usize) -> Result<Self, EngineError> {
-        let info = gguf.tensor(name)?;
-        let expected = if rows == 1 { vec![cols as u64] } else { vec![cols as u64, rows as u64] };
-        if info.dims != expected {
-            let text = format!("tensor {name} has shape {:?}, expected {expected:?}", info.dims);
-            return Err(EngineError::Unsupported(text));
+fn signed(q: u8) -> i8 {
+    i8::from_le_bytes([q])
+}
+
+/// The `j`-th pair of 6-bit scale and minimum of a K block, from its 12 bytes.
+fn scale_min(packed: &[u8], j: usize) -> (f32, f32) {
+    let (scale, min) = if j < 4 {
+        (packed[j] & 63, packed[j + 4] & 63)
+    } else {
+        let (low, high) = (packed[j + 4], (packed[j - 4] >> 6, packed[j] >> 6));
+        ((low & 15) | (high.0 << 4), (low >> 4) | (high.1 << 4))
+    };
+    (f32::from(scale), f32::from(min))
+}
+
+impl Bytes8 {
+    fn new(group: usize, numbers: usize) -> Self {
+        let groups = numbers / group;
+        Self {
+            group,
+            values: Vec::with_capacity(numbers),
+            scales: Vec::with_capacity(groups),
+            mins: Vec::with_capacity(groups),
         }
-        if info.kind.block().is_none() {
-            let text =
-                format!("tensor {name} is stored as {:?}; known are F32, F16, Q4_0, Q4_1, Q8_0", info.kind);
-            return Err(EngineError::Unsupported(text));
-        }
-        let mut bytes = vec![0u8; info.bytes as usize];
-        file.read_exact_at(&mut bytes, info.start)?;
-        Ok(Self { rows, cols, kind: info.kind, bytes })
     }
 
-    /// Undoes the order of rows that GGUF gives to queries and keys, so that the rotary embedding turns the first half
-    /// of a head against the second: row `2i + j` of a head becomes row `j * half + i`.
+    fn scale(&mut self, scale: f32, min: f32) {
+        self.scales.push(scale);
+        self.mins.push(min);
+    }
+
+    /// Low nibbles first, then the high ones, less `zero`.
+    fn nibbles(&mut self, quants: &[u8], zero: i8) {
+        self.values.extend(quants.iter().map(|b| signed(b & 15) - zero));
+        self.values.extend(quants.iter().map(|b| signed(b >> 4) - zero));
+    }
+
+    /// A block of Q5_0 or Q5_1 after its scale: 32 fifth bits and 32 nibbles.
+    fn fives(&mut self, block: &[u8], zero: i8) {
+        let high = u32::from_le_bytes([block[0], block[1], block[2], block[3]]);
+        for j in 0..GROUP {
+            let b = block[4 + j % 16];
+            let low = if j < 16 { b & 15 } else { b >> 4 };
+            let fifth = (high >> j) as u8 & 1;
+            self.values.push(signed(low | (fifth << 4)) - zero);
+        }
+    }
+
+    /// A block of Q4_K or, with fifth bits, of Q5_K.
+    fn pairs(&mut self, block: &[u8], fifths: Option<&[u8]>, quants: &[u8]) {
+        let (d, dmin) = (half_at(block, 0), half_at(block, 2));
+        for j in 0..8 {
+            let (scale, min) = scale_min(&block[4..16], j);
+            self.scale(d * scale, -(dmin * min));
+            for i in 0..GROUP {
+                let b = quants[j / 2 * 32 + i];
+                let low = if j % 2 == 0 { b & 15 } else { b >> 4 };
+                let fifth = fifths.map_or(0, |f| (f[i] >> j) & 1);
+                self.values.push(signed(low | (fifth << 4)));
+            }
+        }
+    }
+
+    /// A block of Q6_K.
+    fn sixes(&mut self, block: &[u8]) {
+        let d = half_at(block, 208);
+        for s in &block[192..208] {
+            self.scale(d * f32::from(signed(*s)), 0.0);
+        }
+        for (low, high) in block[..128].chunks_exact(64).zip(block[128..192].chunks_exact(32)) {
+            for part in 0..4 {
+                for (i, upper) in high.iter().enumerate() {
+                    let b = low[part % 2 * 32 + i];
+                    let nibble = if part < 2 { b & 15 } else { b >> 4 };
+                    let upper = (upper >> (2 * part)) & 3;
+                    self.values.push(signed(nibble | (upper << 4)) - 32);
+                }
+            }
+        }
+    }
+
+    fn block(&mut self, kind: GgmlType, block: &[u8]) {
+        match kind {
+            GgmlType::Q4_0 => {
+                self.scale(half_at(block, 0), 0.0);
+                self.nibbles(&block[2..], 8);
+            }
+            GgmlType::Q4_1 => {
+                self.scale(half_at(block, 0), half_at(block, 2));
+                self.nibbles(&block[4..], 0);
+            }
+            GgmlType::Q5_0 => {
+                self.scale(half_at(block, 0), 0.0);
+                self.fives(&block[2..], 16);
+            }
+            GgmlType::Q5_1 => {
+                self.scale(half_at(block, 0), half_at(block, 2));
+                self.fives(&block[4..], 0);
+            }
+            GgmlType::Q8_0 => {
+                self.scale(half_at(block, 0), 0.0);
+                self.values.extend(block[2..].iter().map(|q| signed(*q)));
+            }
+            GgmlType::Q4K => self.pairs(block, None, &block[16..]),
+            GgmlType::Q5K => self.pairs(block, Some(&block[16..48]), &block[48..]),
+            GgmlType::Q6K => self.sixes(block),
+            GgmlType::F32 | GgmlType::F16 | GgmlType::BF16 | GgmlType::Other(_) => {}
+        }
+    }
+
+    fn dequantise(&self, out: &mut Vec<f32>) {
+        let groups = self.values.chunks_exact(self.group).zip(self.scales.iter().zip(&self.mins));
+        for (values, (scale, min)) in groups {
+            out.extend(values.iter().map(|q| f32::from(*q) * scale + min));
+        }
+    }
+}
+
+/// Whether a storage is one of 4-bit numbers in groups of [`GROUP`].
+pub(super) fn is_four_bit(kind: GgmlType) -> bool {
+    matches!(kind, GgmlType::Q4_0 | GgmlType::Q4_1 | GgmlType::Q4K)
+}
+
+/// Numbers that share a scale; `None` for storages without one.
+fn group_of(kind: GgmlType) -> Option<usize> {
+    match kind {
+        GgmlType::Q6K => Some(16),
+        GgmlType::F32 | GgmlType::F16 | GgmlType::BF16 | GgmlType::Other(_) => None,
+        _ => Some(GROUP),
+    }
+}
+
+impl Raw {
+    /// Bytes of a row.
+    fn stride(&self) -> usize {
+        self.bytes.len() / self.rows.max(1)
+    }
+
+    /// Undoes the order of rows that GGUF gives to the queries and keys of Llama models, so that the rotary embedding
+    /// turns the first half of a head against the second: row `2i + j` of a head becomes row `j * half + i`.
     pub fn unpermute(mut self, heads: usize) -> Self {
-        let row = self.bytes.len() / self.rows;
+        let row = self.stride();
         let size = self.rows / heads;
         let mut out = Vec::with_capacity(self.bytes.len());
         for head in 0..heads {
@@ -68,100 +199,66 @@ impl Raw {
 
     /// Every number as f32, row after row.
     pub fn dequantise(&self) -> Vec<f32> {
-        let mut out = Vec::with_capacity(self.rows * self.cols);
+        self.dequantise_rows(0, self.rows)
+    }
+
+    /// The numbers of `count` rows from row `first` as f32.
+    pub fn dequantise_rows(&self, first: usize, count: usize) -> Vec<f32> {
+        let bytes = &self.bytes[first * self.stride()..(first + count) * self.stride()];
+        let mut out = Vec::with_capacity(count * self.cols);
         match self.kind {
             GgmlType::F32 => {
-                out.extend(self.bytes.chunks_exact(4).map(|b| f32::from_le_bytes([b[0], b[1], b[2], b[3]])));
+                out.extend(bytes.chunks_exact(4).map(|b| f32::from_le_bytes([b[0], b[1], b[2], b[3]])));
             }
-            GgmlType::F16 => out.extend(self.bytes.chunks_exact(2).map(|b| half_at(b, 0))),
-            GgmlType::Q8_0 => {
-                for block in self.bytes.chunks_exact(34) {
-                    let d = half_at(block, 0);
-                    out.extend(block[2..].iter().map(|q| f32::from(i8::from_le_bytes([*q])) * d));
+            GgmlType::F16 => out.extend(bytes.chunks_exact(2).map(|b| half_at(b, 0))),
+            GgmlType::BF16 => {
+                out.extend(bytes.chunks_exact(2).map(|b| bf16::from_le_bytes([b[0], b[1]]).to_f32()));
+            }
+            kind => {
+                if let (Some(group), Some((_, size))) = (group_of(kind), kind.block()) {
+                    let mut block = Bytes8::new(group, 256);
+                    for bytes in bytes.chunks_exact(size as usize) {
+                        block.values.clear();
+                        block.scales.clear();
+                        block.mins.clear();
+                        block.block(kind, bytes);
+                        block.dequantise(&mut out);
+                    }
                 }
             }
-            GgmlType::Q4_0 | GgmlType::Q4_1 => {
-                let per = if self.kind == GgmlType::Q4_0 { 18 } else { 20 };
-                for block in self.bytes.chunks_exact(per) {
-                    let d = half_at(block, 0);
-                    let m = if per == 20 { half_at(block, 2) } else { -8.0 * d };
-                    let quants = &block[per - 16..];
-                    out.extend(quants.iter().map(|b| f32::from(b & 15) * d + m));
-                    out.extend(quants.iter().map(|b| f32::from(b >> 4) * d + m));
-                }
-            }
-            GgmlType::Other(_) => {}
         }
         out
     }
 
-    /// Groups of 32, where the storage has them.
+    fn integers(&self) -> Option<Bytes8> {
+        let (group, (_, size)) = (group_of(self.kind)?, self.kind.block()?);
+        let mut all = Bytes8::new(group, self.rows * self.cols);
+        self.bytes.chunks_exact(size as usize).for_each(|block| all.block(self.kind, block));
+        Some(all)
+    }
+
+    /// The matrix as nibbles, where the storage is Q4_0, Q4_1 or Q4_K.
     pub fn groups(&self) -> Option<Groups> {
-        let per = match self.kind {
-            GgmlType::Q4_0 => 18,
-            GgmlType::Q4_1 => 20,
-            _ => return None,
-        };
-        let blocks = self.bytes.len() / per;
-        let mut groups = Groups {
-            nibbles: Vec::with_capacity(blocks * GROUP),
-            scales: Vec::with_capacity(blocks),
-            zeros: Vec::with_capacity(blocks),
-        };
-        for block in self.bytes.chunks_exact(per) {
-            let d = half_at(block, 0);
-            groups.scales.push(d);
-            groups.zeros.push(if per == 20 { half_at(block, 2) + 8.0 * d } else { 0.0 });
-            let quants = &block[per - 16..];
-            groups.nibbles.extend(quants.iter().map(|b| i32::from(b & 15)));
-            groups.nibbles.extend(quants.iter().map(|b| i32::from(b >> 4)));
+        if !is_four_bit(self.kind) {
+            return None;
         }
-        Some(groups)
+        let all = self.integers()?;
+        let zero: i8 = if self.kind == GgmlType::Q4_0 { 8 } else { 0 };
+        let mins = match zero {
+            0 => all.mins,
+            _ => all.scales.iter().map(|d| -8.0 * d).collect(),
+        };
+        let nibbles = all.values.iter().map(|q| (q + zero).unsigned_abs()).collect();
+        Some(Groups { nibbles, scales: all.scales, mins })
+    }
+
+    /// The matrix as 8-bit integers, where the storage is Q5_0, Q5_1, Q8_0, Q5_K or Q6_K.
+    #[allow(dead_code)]
+    pub fn bytes8(&self) -> Option<Bytes8> {
+        if is_four_bit(self.kind) { None } else { self.integers() }
     }
 }
 
 #[cfg(test)]
-pub(super) mod tests {
-    use super::*;
-
-    pub fn raw(kind: GgmlType, rows: usize, cols: usize, bytes: Vec<u8>) -> Raw {
-        Raw { rows, cols, kind, bytes }
-    }
-
-    pub fn f16_bytes(x: f32) -> [u8; 2] {
-        f16::from_f32(x).to_le_bytes()
-    }
-
-    /// A block with d = 0.5, m = -3 and the nibbles 0, 1, .. 15, 0, 1, .. 15.
-    pub fn q4_block(kind: GgmlType) -> Vec<u8> {
-        let mut block = f16_bytes(0.5).to_vec();
-        if kind == GgmlType::Q4_1 {
-            block.extend(f16_bytes(-3.0));
-        }
-        block.extend((0..16u8).map(|i| i | (i << 4)));
-        block
-    }
-
-    #[test]
-    fn blocks_hold_the_low_nibbles_first() {
-        let q: Vec<f32> = (0..32).map(|i| (i % 16) as f32).collect();
-        let got = raw(GgmlType::Q4_1, 1, 32, q4_block(GgmlType::Q4_1)).dequantise();
-        assert_eq!(got, q.iter().map(|q| q * 0.5 - 3.0).collect::<Vec<_>>());
-        let got = raw(GgmlType::Q4_0, 1, 32, q4_block(GgmlType::Q4_0)).dequantise();
-        assert_eq!(got, q.iter().map(|q| (q - 8.0) * 0.5).collect::<Vec<_>>());
-        let mut block = f16_bytes(0.25).to_vec();
-        block.extend((0..32i8).map(|i| (i - 16).to_le_bytes()[0]));
-        let got = raw(GgmlType::Q8_0, 1, 32, block).dequantise();
-        assert_eq!(got, (0..32).map(|i| (i as f32 - 16.0) * 0.25).collect::<Vec<_>>());
-        let halves: Vec<u8> = [1.5, -2.0].iter().flat_map(|x| f16_bytes(*x)).collect();
-        assert_eq!(raw(GgmlType::F16, 1, 2, halves).dequantise(), [1.5, -2.0]);
-    }
-
-    #[test]
-    fn rows_of_heads_are_sorted_into_halves() {
-        // Two heads of four rows, one number each.
-        let bytes: Vec<u8> = (0..8).flat_map(|i| (i as f32).to_le_bytes()).collect();
-        let got = raw(GgmlType::F32, 8, 1, bytes).unpermute(2).dequantise();
-        assert_eq!(got, [0.0, 2.0, 1.0, 3.0, 4.0, 6.0, 5.0, 7.0]);
-    }
-}
+#[path = "quant_tests.rs"]
+pub(super) mod tests;

@@ -1,13 +1,10 @@
 //! The numbers of a model and the memory that it needs.
 
-use infera_prompt::gguf::{Gguf, Value};
-
 use super::error::EngineError;
 use super::{Class, EngineConfig};
 
 const MIB: u64 = 1 << 20;
 
-#[allow(dead_code)]
 /// What the gate of a feed-forward block goes through.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Activation {
@@ -17,7 +14,6 @@ pub(super) enum Activation {
     GeluTanh,
 }
 
-#[allow(dead_code)]
 /// Layers that see only the last `size` tokens, the present one included, and turn by a base of their own.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub(super) struct Window {
@@ -27,7 +23,33 @@ pub(super) struct Window {
     pub rope_base: f64,
 }
 
-#[allow(dead_code)]
+/// What the speeds of the rotary embedding are divided by, in the layers that see everything.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub(super) enum Scaling {
+    None,
+    /// One factor for all.
+    Linear(f64),
+    /// Llama 3.1's: `factor` for waves longer than `original / low` tokens, none for those shorter than
+    /// `original / high`, and a line between.
+    Llama3 {
+        factor: f64,
+        low: f64,
+        high: f64,
+        original: f64,
+    },
+    /// A factor for each speed, in the model file.
+    Table,
+}
+
+/// How many numbers the matrices of all layers have, by how they are stored.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub(super) struct Stored {
+    /// In 4 bits, and with sides that the 4-bit kernel takes.
+    pub four_bits: u64,
+    /// In any other way.
+    pub others: u64,
+}
+
 /// The dimensions of a decoder and what distinguishes its family from the others.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub(super) struct Shape {
@@ -36,11 +58,14 @@ pub(super) struct Shape {
     pub ffn: usize,
     pub heads: usize,
     pub kv_heads: usize,
+    /// Numbers of a head; `heads * head` may differ from `width`.
     pub head: usize,
     pub vocabulary: usize,
     pub context: usize,
     pub rope_base: f64,
+    pub scaling: Scaling,
     pub norm_eps: f64,
+    /// The embedding is the head.
     pub tied: bool,
     pub activation: Activation,
     /// Token embeddings are multiplied by it.
@@ -54,6 +79,7 @@ pub(super) struct Shape {
     /// What attention and feed-forward give is normalised before it is added.
     pub post_norms: bool,
     pub window: Option<Window>,
+    pub stored: Stored,
 }
 
 /// Bytes that an engine will hold.
@@ -85,89 +111,129 @@ impl MemoryNeed {
     }
 }
 
-fn unsupported<T>(text: String) -> Result<T, EngineError> {
+pub(super) fn unsupported<T>(text: String) -> Result<T, EngineError> {
     Err(EngineError::Unsupported(text))
 }
 
+/// A speed of Llama 3.1's scaling; transformers' `_compute_llama3_parameters` in f64.
+fn llama3(speed: f64, factor: f64, low: f64, high: f64, original: f64) -> f64 {
+    let turns = original * speed / std::f64::consts::TAU;
+    if turns < low {
+        speed / factor
+    } else if turns > high {
+        speed
+    } else {
+        let smooth = (turns - low) / (high - low);
+        (1.0 - smooth) * speed / factor + smooth * speed
+    }
+}
+
 impl Shape {
-    pub fn read(gguf: &Gguf) -> Result<Self, EngineError> {
-        let architecture = gguf.string("general.architecture")?;
-        if architecture != "llama" {
-            return unsupported(format!("architecture {architecture}, only llama is computed"));
+    /// Whether the numbers are those of a model that this engine computes, and its memory can be counted.
+    pub fn check(self) -> Result<Self, EngineError> {
+        for (what, got, most) in [
+            ("the number of layers", self.layers, 512),
+            ("the width", self.width, 1 << 16),
+            ("the feed-forward width", self.ffn, 1 << 18),
+            ("the number of heads", self.heads, 1 << 10),
+            ("the number of key-value heads", self.kv_heads, 1 << 10),
+            ("the size of a head", self.head, 1 << 10),
+            ("the vocabulary", self.vocabulary, 1 << 20),
+            ("the context length", self.context, 1 << 20),
+        ] {
+            if got == 0 || got > most {
+                return unsupported(format!("{what} is {got}, computed are 1 to {most}"));
+            }
         }
-        let number = |key: &str, most: u32| -> Result<usize, EngineError> {
-            let key = format!("llama.{key}");
-            match gguf.u32(&key)? {
-                n if n >= 1 && n <= most => Ok(n as usize),
-                n => unsupported(format!("{key} is {n}, computed are 1 to {most}")),
+        if !self.heads.is_multiple_of(self.kv_heads) || !self.head.is_multiple_of(2) {
+            let (heads, kv, head) = (self.heads, self.kv_heads, self.head);
+            return unsupported(format!("{heads} heads of {head} for queries, {kv} for keys"));
+        }
+        for (what, got, least, most) in [
+            ("the epsilon of the norms", self.norm_eps, 0.0, 0.1),
+            ("the base of the rotary embedding", self.rope_base, 1.0, 1e12),
+            (
+                "the windows' base of the rotary embedding",
+                self.window.map_or(1.0, |w| w.rope_base),
+                1.0,
+                1e12,
+            ),
+            ("the scale of attention", f64::from(self.attention_scale), 1e-6, 1e3),
+        ] {
+            if !(least..=most).contains(&got) {
+                return unsupported(format!("{what} is {got}, computed are {least} to {most}"));
+            }
+        }
+        if self.window.is_some_and(|w| w.size == 0) {
+            return unsupported("a window of 0 tokens".into());
+        }
+        let fits = match self.scaling {
+            Scaling::None | Scaling::Table => true,
+            Scaling::Linear(factor) => (1e-3..=1e6).contains(&factor),
+            Scaling::Llama3 { factor, low, high, original } => {
+                (1e-3..=1e6).contains(&factor) && low > 0.0 && high > low && high < 1e6 && original >= 1.0
             }
         };
-        for key in ["llama.expert_count", "llama.rope.scaling.type"] {
-            match gguf.get(key) {
-                None | Some(Value::Unsigned(0)) => {}
-                Some(Value::String(s)) if s == "none" => {}
-                Some(other) => return unsupported(format!("{key} is {other:?}")),
-            }
+        if fits { Ok(self) } else { unsupported(format!("a rotary embedding with {:?}", self.scaling)) }
+    }
+
+    /// How many tokens back a layer sees, the present one included; `None`: all.
+    pub fn reach(&self, layer: usize) -> Option<usize> {
+        let window = self.window.filter(|w| w.every == 0 || (layer + 1) % w.every != 0)?;
+        Some(window.size)
+    }
+
+    /// Angles of the rotary embedding per position, one for each pair of a head, in f64: those of the layers that see
+    /// everything and those of the layers with a window. `factors` are the file's, for [`Scaling::Table`].
+    pub fn speeds(&self, factors: &[f64]) -> (Vec<f64>, Vec<f64>) {
+        let plain = |base: f64| -> Vec<f64> {
+            (0..self.head / 2).map(|i| libm::pow(base, -2.0 * i as f64 / self.head as f64)).collect()
+        };
+        let mut full = plain(self.rope_base);
+        for (i, speed) in full.iter_mut().enumerate() {
+            *speed = match self.scaling {
+                Scaling::None => *speed,
+                Scaling::Linear(factor) => *speed / factor,
+                Scaling::Llama3 { factor, low, high, original } => {
+                    llama3(*speed, factor, low, high, original)
+                }
+                Scaling::Table => *speed / factors.get(i).copied().unwrap_or(1.0),
+            };
         }
-        if let Some(name) = gguf.tensors().keys().find(|n| n.ends_with(".bias") || *n == "rope_freqs.weight")
-        {
-            return unsupported(format!("tensor {name}"));
-        }
-        let (width, heads) = (number("embedding_length", 1 << 16)?, number("attention.head_count", 1 << 10)?);
-        let kv_heads = number("attention.head_count_kv", 1 << 10).unwrap_or(heads);
-        let head = width / heads;
-        let rope = number("rope.dimension_count", 1 << 10).unwrap_or(head);
-        if !width.is_multiple_of(heads)
-            || !heads.is_multiple_of(kv_heads)
-            || rope != head
-            || !head.is_multiple_of(2)
-        {
-            return unsupported(format!("{heads} heads, {kv_heads} for keys, width {width}, {rope} rotated"));
-        }
-        let embedding = gguf.tensor("token_embd.weight")?;
-        let vocabulary = embedding.dims.get(1).copied().unwrap_or(0);
-        if vocabulary == 0 || vocabulary > 1 << 20 {
-            return unsupported(format!("a vocabulary of {vocabulary}, computed are up to 2^20"));
-        }
-        Ok(Self {
-            layers: number("block_count", 512)?,
-            width,
-            ffn: number("feed_forward_length", 1 << 18)?,
-            heads,
-            kv_heads,
-            head,
-            vocabulary: vocabulary as usize,
-            context: number("context_length", 1 << 20)?,
-            rope_base: gguf.f32("llama.rope.freq_base").map_or(10_000.0, f64::from),
-            norm_eps: f64::from(gguf.f32("llama.attention.layer_norm_rms_epsilon")?),
-            tied: gguf.tensor("output.weight").is_err(),
-            activation: Activation::Silu,
-            embedding_scale: 1.0,
-            attention_scale: 1.0 / (head as f32).sqrt(),
-            qkv_bias: false,
-            qk_norm: false,
-            post_norms: false,
-            window: None,
-        })
+        let windowed = self.window.map_or_else(Vec::new, |w| plain(w.rope_base));
+        (full, windowed)
+    }
+
+    /// Outputs of the query matrix.
+    pub fn query_width(&self) -> usize {
+        self.heads * self.head
+    }
+
+    /// Outputs of the key matrix, and of the value matrix.
+    pub fn kv_width(&self) -> usize {
+        self.kv_heads * self.head
     }
 
     /// Bytes of one token in a cache: keys and values of every layer in f32.
     pub fn cache_bytes(&self) -> u64 {
-        (self.layers * 2 * self.kv_heads * self.head * 4) as u64
+        (self.layers * 2 * self.kv_width() * 4) as u64
     }
 
+    /// Bytes that an engine of this configuration holds once it has loaded the model; loading needs a few MiB more.
     pub fn memory(&self, config: &EngineConfig) -> MemoryNeed {
-        let layer = (2 * self.width * self.width)
-            + (2 * self.width * self.kv_heads * self.head)
-            + (3 * self.width * self.ffn);
-        let per_1000 = match config.class {
-            Class::Exact => 4000,
+        let Stored { four_bits, others } = self.stored;
+        let matrices = match config.class {
+            Class::Exact => 4 * (four_bits + others),
             // Nibbles, and a bf16 scale and zero for each 32.
-            Class::Fast => 625,
+            Class::Fast => four_bits / 8 * 5 + 4 * others,
         };
         let heads = self.vocabulary * self.width * if self.tied { 1 } else { 2 };
+        let vectors =
+            self.layers * (4 * self.width + self.query_width() + 2 * self.kv_width() + 2 * self.head);
+        // Cosines and sines, for each of the two kinds of layers.
+        let tables = config.max_context * self.head * if self.window.is_some() { 2 } else { 1 };
         MemoryNeed {
-            weights: (self.layers * layer) as u64 * per_1000 / 1000 + heads as u64 * 4,
+            weights: matrices + 4 * (heads + vectors + tables) as u64,
             cache: self.cache_bytes() * config.slots as u64 * config.max_context as u64,
         }
     }
