@@ -16,7 +16,7 @@ pub struct Args {
     /// The network's manifest: which chain and contract this node works for
     #[arg(long, default_value = ".infera/network.json")]
     pub manifest: PathBuf,
-    /// The GGUF file to serve
+    /// The model to serve: a GGUF file
     #[arg(long)]
     pub model: PathBuf,
     /// Numerics class
@@ -25,12 +25,15 @@ pub struct Args {
     /// Requests at once
     #[arg(long, default_value_t = 4, value_parser = clap::value_parser!(u8).range(1..=64))]
     pub slots: u8,
-    /// Threads of libtorch; more than free cores makes it slower
+    /// Threads; more than free cores makes it slower
     #[arg(long, default_value_t = 1, value_parser = clap::value_parser!(u8).range(1..))]
     pub threads: u8,
     /// Most tokens of a request, prompt and answer together
     #[arg(long, default_value_t = 2048, value_parser = clap::value_parser!(u32).range(1..=131_072))]
     pub max_context: u32,
+    /// Tokens whose keys and values are kept, of running requests and of earlier prompts; default: max-context for each slot
+    #[arg(long, value_parser = clap::value_parser!(u32).range(1..=16_777_216))]
+    pub cache_tokens: Option<u32>,
     /// Most memory that the model may need, MiB; default: no limit
     #[arg(long)]
     pub memory_limit_mib: Option<u64>,

@@ -124,6 +124,7 @@ pub async fn run(args: Args, shutdown: CancellationToken) -> Result<(), Error> {
         slots: usize::from(args.slots),
         threads: usize::from(args.threads),
         max_context: args.max_context as usize,
+        cache_tokens: args.cache_tokens.map(|tokens| tokens as usize),
         memory_limit: args.memory_limit_mib.map(|mib| mib.saturating_mul(1024 * 1024)),
     };
     let end_tokens = engine::prompt(&config)?.end_tokens().to_vec();

@@ -12,8 +12,8 @@ use crate::simd::Isa;
 pub enum Precision {
     /// The inputs as they are.
     F32,
-    /// Inputs rounded to 8 bits in groups of 32.
-    Int8,
+    /// Inputs rounded to 15 bits in groups of 32, products in integers: more than twice as fast.
+    Integer,
 }
 
 /// Runs kernels, one after the other, on a fixed number of threads.
@@ -110,7 +110,7 @@ impl Cpu {
         assert!(rows * w.cols() == x.len() && y.len() == rows * stride, "product of other sizes");
         assert!(offset + w.padded_rows() <= stride, "results beyond their row");
         let scratch = self.scratch(linear::scratch(rows));
-        let rounded = (precision == Precision::Int8 && w.is_four_bit()).then_some(&mut self.rounded);
+        let rounded = (precision == Precision::Integer && w.is_four_bit()).then_some(&mut self.rounded);
         linear::linear(self.isa, &mut self.pool, &scratch, rounded, w, x, (y, stride, offset), add);
     }
 

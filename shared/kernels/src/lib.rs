@@ -9,8 +9,8 @@
 //!
 //! - *f32 product* ([`Precision::F32`]): `y[j] = chain(w[j][c] * x[c])`, one chain of fused multiply-adds over `c`
 //!   ascending from 0; a quantised weight is `fma(q, scale, min)`, rounded once.
-//! - *8-bit product* ([`Precision::Int8`], 4-bit weights): inputs are rounded in groups of 32 to `q * d` with
-//!   `d = max|x| / 127`; sums of a group are integers and exact; groups are chained by two fused multiply-adds each.
+//! - *Integer product* ([`Precision::Integer`], 4-bit weights): inputs are rounded in groups of 32 to `q * d` with
+//!   `d = max|x| / 16256`; sums of a group are integers and exact; groups are chained by two fused multiply-adds each.
 //! - *Sums over a row* (norm, softmax) run in 16 lanes, lane `i` taking the places `i mod 16` ascending, and the lanes are
 //!   added in a fixed tree.
 //! - *Attention*: a score is one chain over the head's dimensions; the weighted values are one chain over positions.

@@ -5,44 +5,57 @@ use crate::matrix::{Format, GROUP, Matrix};
 use crate::pool::Pool;
 use crate::simd::{Isa, LANES, Simd, kernel};
 
-/// Rows of 8-bit inputs in groups of 32.
+/// Rows of inputs rounded in groups of 32 to integers of at most [`MOST`], each as `128 * high + low` of two bytes.
 #[derive(Debug, Default)]
 pub(crate) struct Rounded {
-    values: Aligned<i8>,
-    /// `max|x| / 127` of each group.
+    high: Aligned<i8>,
+    low: Aligned<i8>,
+    /// `max|x| / MOST` of each group.
     scales: Aligned<f32>,
     /// Scale times the sum of the group's integers.
     sums: Aligned<f32>,
 }
 
-#[inline(always)]
-unsafe fn quantise_body<S: Simd>(
-    x: *const f32,
-    groups: usize,
-    values: *mut i8,
+/// The largest rounded input: `127 * 128`. Thirty-two of them times 15 are less than 2^24, which f32 holds exactly.
+const MOST: f32 = 16_256.0;
+
+#[derive(Clone, Copy)]
+struct Integers {
+    high: *mut i8,
+    low: *mut i8,
     scales: *mut f32,
     sums: *mut f32,
-) {
-    // SAFETY: the caller promises `groups * 32` inputs and room for the results.
+}
+
+// SAFETY: tasks write disjoint rows, later ones only read.
+unsafe impl Sync for Integers {}
+// SAFETY: as above.
+unsafe impl Send for Integers {}
+
+#[inline(always)]
+unsafe fn quantise_body<S: Simd>(x: *const f32, to: Integers, first: usize, groups: usize) {
+    // SAFETY: the caller promises `groups * 32` inputs and room for the results behind `first` groups.
     unsafe {
+        let part = S::splat(1.0 / 128.0);
         for g in 0..groups {
-            let at = g * GROUP;
-            let (a, b) = (S::load(x.add(at)), S::load(x.add(at + LANES)));
+            let (a, b) = (S::load(x.add(g * GROUP)), S::load(x.add(g * GROUP + LANES)));
             let most = S::largest(S::max(S::abs(a), S::abs(b)));
-            let inverse = S::splat(if most > 0.0 { 127.0 / most } else { 0.0 });
+            let inverse = S::splat(if most > 0.0 { MOST / most } else { 0.0 });
             let (a, b) = (S::round(S::mul(a, inverse)), S::round(S::mul(b, inverse)));
-            S::store_i8(values.add(at), a);
-            S::store_i8(values.add(at + LANES), b);
-            let scale = most / 127.0;
-            *scales.add(g) = scale;
-            // Integers of at most 32 * 127: exact in any order.
-            *sums.add(g) = scale * S::sum(S::add(a, b));
+            let at = (first + g) * GROUP;
+            for (q, at) in [(a, at), (b, at + LANES)] {
+                let high = S::round(S::mul(q, part));
+                S::store_i8(to.high.add(at), high);
+                S::store_i8(to.low.add(at), S::fma(high, S::splat(-128.0), q));
+            }
+            let scale = most / MOST;
+            *to.scales.add(first + g) = scale;
+            // Integers of at most 32 * 16256: exact in any order.
+            *to.sums.add(first + g) = scale * S::sum(S::add(a, b));
         }
     }
 }
-kernel! {
-    unsafe fn quantise_kernel(x: *const f32, groups: usize, values: *mut i8, scales: *mut f32, sums: *mut f32) = quantise_body;
-}
+kernel! { unsafe fn quantise_kernel(x: *const f32, to: Integers, first: usize, groups: usize) = quantise_body; }
 
 /// Where results go and how: raw parts, so that threads may write different columns of one row.
 #[derive(Clone, Copy)]
@@ -61,9 +74,6 @@ unsafe impl Send for Out {}
 #[derive(Clone, Copy)]
 struct Inputs {
     x: *const f32,
-    values: *const i8,
-    scales: *const f32,
-    sums: *const f32,
     rows: usize,
 }
 
@@ -287,13 +297,13 @@ unsafe fn direct<S: Simd, const M: usize, const T: usize>(
     }
 }
 
-/// `T` tiles of a 4-bit matrix for `M` quantised rows.
+/// `T` tiles of a 4-bit matrix for `M` rounded rows.
 #[inline(always)]
 unsafe fn integers<S: Simd, const M: usize, const T: usize>(
     w: &Matrix,
     first: usize,
     row: usize,
-    inputs: Inputs,
+    inputs: Integers,
     out: Out,
 ) {
     // SAFETY: tiles and rows exist.
@@ -303,24 +313,26 @@ unsafe fn integers<S: Simd, const M: usize, const T: usize>(
         let tiles = w.data.as_ptr().add(first * w.stride);
         let mut acc = [[S::splat(0.0); M]; T];
         for g in 0..groups {
-            let mut dots = [[S::zero_i(); M]; T];
-            for k in 0..4 {
-                for (t, dots) in dots.iter_mut().enumerate() {
-                    let (low, high) =
-                        S::halves(S::load_q(tiles.add(t * w.stride + g * size + head_bytes + k * 64)));
-                    for (m, dot) in dots.iter_mut().enumerate() {
-                        let x = inputs.values.add((row + m) * cols + g * GROUP + k * 8).cast::<i32>();
-                        *dot = S::dot(*dot, low, x.read_unaligned());
-                        *dot = S::dot(*dot, high, x.add(1).read_unaligned());
-                    }
-                }
-            }
             for (t, acc) in acc.iter_mut().enumerate() {
-                let (scale, min) = head::<S>(tiles.add(t * w.stride + g * size), w.wide);
+                let p = tiles.add(t * w.stride + g * size);
+                let (scale, min) = head::<S>(p, w.wide);
+                let quad = |k: usize| S::halves(S::load_q(p.add(head_bytes + k * 64)));
+                let weights = [quad(0), quad(1), quad(2), quad(3)];
                 for (m, acc) in acc.iter_mut().enumerate() {
+                    let at = (row + m) * cols + g * GROUP;
+                    let (high, low) = (inputs.high.add(at).cast::<i32>(), inputs.low.add(at).cast::<i32>());
+                    let mut dot = S::zero_i();
+                    for (k, w) in weights.iter().enumerate() {
+                        dot = S::dot(dot, w.0, high.add(2 * k).read_unaligned());
+                        dot = S::dot(dot, w.1, high.add(2 * k + 1).read_unaligned());
+                    }
+                    dot = S::times_128(dot);
+                    for (k, w) in weights.iter().enumerate() {
+                        dot = S::dot(dot, w.0, low.add(2 * k).read_unaligned());
+                        dot = S::dot(dot, w.1, low.add(2 * k + 1).read_unaligned());
+                    }
                     let at = (row + m) * groups + g;
-                    let scale = S::mul(scale, S::splat(*inputs.scales.add(at)));
-                    *acc = S::fma(scale, S::to_f(dots[t][m]), *acc);
+                    *acc = S::fma(S::mul(scale, S::splat(*inputs.scales.add(at))), S::to_f(dot), *acc);
                     *acc = S::fma(min, S::splat(*inputs.sums.add(at)), *acc);
                 }
             }
@@ -385,25 +397,31 @@ kernel! {
 }
 
 #[inline(always)]
-unsafe fn integer_body<S: Simd>(w: &Matrix, first: usize, last: usize, inputs: Inputs, out: Out) {
+unsafe fn integer_body<S: Simd>(
+    w: &Matrix,
+    first: usize,
+    last: usize,
+    rows: usize,
+    inputs: Integers,
+    out: Out,
+) {
     // SAFETY: the caller's promise.
     unsafe {
         let mut tile = first;
         while tile < last {
             let left = last - tile;
-            if left >= 4 && inputs.rows <= 2 {
-                if inputs.rows == 1 {
-                    integers::<S, 1, 4>(w, tile, 0, inputs, out)
-                } else {
-                    integers::<S, 2, 4>(w, tile, 0, inputs, out)
+            if left >= 4 && rows <= 2 {
+                match rows {
+                    1 => integers::<S, 1, 4>(w, tile, 0, inputs, out),
+                    _ => integers::<S, 2, 4>(w, tile, 0, inputs, out),
                 }
                 tile += 4;
                 continue;
             }
             let two = left >= 2;
             let mut row = 0;
-            while row < inputs.rows {
-                let m = (inputs.rows - row).min(6);
+            while row < rows {
+                let m = (rows - row).min(6);
                 macro_rules! by_rows {
                     ($t:literal: $($n:literal)*) => { match m { $($n => integers::<S, $n, $t>(w, tile, row, inputs, out),)* _ => {} } };
                 }
@@ -419,7 +437,7 @@ unsafe fn integer_body<S: Simd>(w: &Matrix, first: usize, last: usize, inputs: I
     }
 }
 kernel! {
-    unsafe fn integer_kernel(w: &Matrix, first: usize, last: usize, inputs: Inputs, out: Out) = integer_body;
+    unsafe fn integer_kernel(w: &Matrix, first: usize, last: usize, rows: usize, inputs: Integers, out: Out) = integer_body;
 }
 
 /// Floats of scratch memory that a thread needs to multiply `rows` rows.
@@ -429,35 +447,26 @@ pub(crate) fn scratch(rows: usize) -> usize {
 
 impl Rounded {
     /// Rounds rows of `cols` numbers, some of them in each thread.
-    fn fill(&mut self, isa: Isa, pool: &mut Pool, x: &[f32], cols: usize) -> Inputs {
-        let groups = cols / GROUP;
-        let rows = x.len() / cols;
-        self.values.grow(x.len());
+    fn fill(&mut self, isa: Isa, pool: &mut Pool, x: &[f32], cols: usize) -> Integers {
+        let (groups, rows) = (cols / GROUP, x.len() / cols);
+        self.high.grow(x.len());
+        self.low.grow(x.len());
         self.scales.grow(rows * groups);
         self.sums.grow(rows * groups);
-        let inputs = Inputs {
-            x: x.as_ptr(),
-            values: self.values.as_mut_ptr(),
+        let to = Integers {
+            high: self.high.as_mut_ptr(),
+            low: self.low.as_mut_ptr(),
             scales: self.scales.as_mut_ptr(),
             sums: self.sums.as_mut_ptr(),
-            rows,
         };
-        let chunk = if rows < 8 { rows } else { rows.div_ceil(pool.threads()) };
+        let inputs = Inputs { x: x.as_ptr(), rows };
+        let chunk = if rows < 8 { rows.max(1) } else { rows.div_ceil(pool.threads()) };
         pool.run(rows.div_ceil(chunk), &|i, _| {
-            let (from, to) = (i * chunk, rows.min((i + 1) * chunk));
+            let (from, end) = (i * chunk, rows.min((i + 1) * chunk));
             // SAFETY: tasks write disjoint rows of buffers that hold all rows.
-            unsafe {
-                quantise_kernel(
-                    isa,
-                    inputs.at(from * cols),
-                    (to - from) * groups,
-                    inputs.values.cast_mut().add(from * cols),
-                    inputs.scales.cast_mut().add(from * groups),
-                    inputs.sums.cast_mut().add(from * groups),
-                );
-            }
+            unsafe { quantise_kernel(isa, inputs.at(from * cols), to, from * groups, (end - from) * groups) }
         });
-        inputs
+        to
     }
 }
 
@@ -490,17 +499,8 @@ pub(crate) fn linear(
 ) {
     let tiles = w.tiles();
     let out = Out { y: y.as_mut_ptr().wrapping_add(offset), stride, add };
-    let integers = rounded.is_some();
-    let inputs = match rounded {
-        Some(rounded) => rounded.fill(isa, pool, x, w.cols()),
-        None => Inputs {
-            x: x.as_ptr(),
-            values: std::ptr::null(),
-            scales: std::ptr::null(),
-            sums: std::ptr::null(),
-            rows: x.len() / w.cols(),
-        },
-    };
+    let inputs = Inputs { x: x.as_ptr(), rows: x.len() / w.cols() };
+    let integers = rounded.map(|rounded| rounded.fill(isa, pool, x, w.cols()));
     // Few tiles: smaller tasks, so that threads end together.
     let each = if tiles < 16 * pool.threads() * TASK_TILES { TASK_TILES / 2 } else { TASK_TILES };
     let each = if pool.threads() == 1 { tiles } else { each };
@@ -508,10 +508,9 @@ pub(crate) fn linear(
         let (first, last) = (i * each, tiles.min((i + 1) * each));
         // SAFETY: the sizes were checked; tasks write disjoint columns; the scratch is the thread's own.
         unsafe {
-            if integers {
-                integer_kernel(isa, w, first, last, inputs, out);
-            } else {
-                plain_kernel(isa, w, first, last, inputs, out, scratch.0[thread]);
+            match integers {
+                Some(integers) => integer_kernel(isa, w, first, last, inputs.rows, integers, out),
+                None => plain_kernel(isa, w, first, last, inputs, out, scratch.0[thread]),
             }
         }
     });

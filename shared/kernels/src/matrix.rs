@@ -136,7 +136,7 @@ impl Matrix {
         self.cols
     }
 
-    /// Whether [`crate::Precision::Int8`] makes a difference.
+    /// Whether [`crate::Precision::Integer`] makes a difference.
     #[must_use]
     pub fn is_four_bit(&self) -> bool {
         self.format == Format::Four

@@ -120,6 +120,7 @@ pub(crate) trait Simd: Copy {
     unsafe fn zero_i() -> Self::I;
     /// Adds to each lane four products of the bytes of `w` (0 to 15) in it with those of `x`, signed, the same in all lanes.
     unsafe fn dot(acc: Self::I, w: Self::Q, x: i32) -> Self::I;
+    unsafe fn times_128(i: Self::I) -> Self::I;
     unsafe fn to_f(i: Self::I) -> Self::F;
 
     /// The first `n` numbers at `p`, and zeros.

@@ -1,15 +1,22 @@
 //! The engine: token ids in, tokens with fingerprints out. One OS thread owns the model.
 //!
-//! Jobs join and leave between steps. A step is at most one piece of a prompt (128 tokens) and one token for every
-//! sequence that is past its prompt, in groups of four rows. Where a prompt is cut depends on the prompt alone, and a
-//! sequence's numbers do not depend on its neighbours; so a job gives the same tokens and the same fingerprints, bit for
-//! bit, alone and in company and with any number of threads. What that takes: `Linear::forward` and `model::attention`.
+//! Jobs join and leave between steps. A step computes, in one pass over the weights, the next token of every sequence
+//! that is past its prompt and a piece of every prompt that is not; memory for keys and values is taken in blocks of 16
+//! tokens, and a prompt that begins like an earlier one finds its blocks filled. None of this can be seen in the results:
+//! `infera_kernels` gives the same bits for a token whatever its company, however its prompt was cut, on any number of
+//! threads and on any instruction set. So pieces may follow the clock, cached beginnings may be used, and [`Engine::score`]
+//! sees in one pass exactly what [`Engine::generate`] saw token by token.
 //!
 //! ```text
-//!   generate(job) --bounded channel--> thread { prefill piece | decode step | draw } --events--> receiver of the job
+//!   generate(job), score(job) --channel--> thread { admit | step: forward, draw } --events--> receiver of the job
 //! ```
+//!
+//! `model` is the same forward pass written with libtorch: the tests hold the kernels against it, and both against
+//! transformers.
 
+mod cpu;
 mod error;
+mod kv;
 mod model;
 mod quant;
 mod sequence;
@@ -20,9 +27,9 @@ mod weights;
 
 use std::collections::HashMap;
 use std::path::PathBuf;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{SyncSender, sync_channel};
-use std::sync::{Arc, Once};
 use std::thread::JoinHandle;
 
 use infera_prompt::{Prompt, Tokenizer};
@@ -40,7 +47,7 @@ pub use error::{Busy, EngineError};
 pub use model::reference_logits;
 pub use shape::MemoryNeed;
 
-use model::Model;
+use sequence::Start;
 use shape::Shape;
 use source::Source;
 
@@ -49,14 +56,14 @@ pub const MAX_SLOTS: usize = 64;
 /// Most threads.
 pub const MAX_THREADS: usize = 256;
 
-/// The numerics class: results of one class compare with the class's tolerances.
+/// The numerics class: results of one class are equal bit for bit, on every processor.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Class {
-    /// f32 throughout: honest nodes agree token by token.
+    /// Inputs of all products, keys and values in f32.
     Exact,
-    /// 4-bit matrices with bf16 inputs: twice as fast in a sixth of the memory. As independent of neighbours and
-    /// threads as `Exact`, but measured on one kind of processor only: between kinds, expect equality up to near-ties.
+    /// Inputs of 4-bit matrices rounded to 15 bits in groups of 32, keys and values to half precision: up to twice as
+    /// fast, with half the cache. Logits are f32.
     Fast,
 }
 
@@ -80,12 +87,25 @@ pub struct EngineConfig {
     pub class: Class,
     /// Sequences at once, 1 to [`MAX_SLOTS`].
     pub slots: usize,
-    /// Threads of libtorch, 1 to [`MAX_THREADS`]; more than free cores collapses everything.
+    /// Threads, 1 to [`MAX_THREADS`]; more than free cores makes everything slower.
     pub threads: usize,
     /// Most tokens of a sequence, prompt and answer together; at most the model's context length.
     pub max_context: usize,
+    /// Tokens whose keys and values are kept, running jobs' and cached beginnings' together; `None`: `max_context` for
+    /// every slot. With less, jobs wait for each other's memory.
+    pub cache_tokens: Option<usize>,
     /// Most bytes that the engine may need; `None` for no limit.
     pub memory_limit: Option<u64>,
+}
+
+impl EngineConfig {
+    /// Blocks of the cache.
+    fn blocks(&self) -> usize {
+        match self.cache_tokens {
+            Some(tokens) => tokens.div_ceil(kv::BLOCK),
+            None => self.slots * self.max_context.div_ceil(kv::BLOCK),
+        }
+    }
 }
 
 /// One generation.
@@ -129,10 +149,34 @@ pub enum Event {
     },
 }
 
-struct Start {
-    job: Job,
-    events: mpsc::Sender<Event>,
-    cancelled: Arc<AtomicBool>,
+/// An answer to be scored.
+#[derive(Debug, Clone)]
+pub struct ScoreJob {
+    /// Names it in [`Engine::cancel`].
+    pub id: Uuid,
+    /// Token ids of the rendered prompt.
+    pub prompt: Vec<u32>,
+    /// The answer's tokens, at least one.
+    pub tokens: Vec<u32>,
+    /// Parameters of the draw that the answer claims.
+    pub params: SamplingParams,
+    /// Seed of that draw.
+    pub seed: u64,
+}
+
+/// How one token of an answer looks to the scorer.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Score {
+    /// The answer's token.
+    pub token: u32,
+    /// Its place among the candidates by `z + T g`, 0 for the one that the scorer draws; `None`: no candidate.
+    pub rank: Option<u32>,
+    /// The best candidate's `z + T g` minus the token's, in logits: 0 where the scorer draws the same.
+    pub margin: f64,
+    /// Log-softmax of the model's logits at the token.
+    pub raw_logprob: f32,
+    /// What the scorer saw at this place.
+    pub fingerprint: Fingerprint,
 }
 
 type Active = Arc<Mutex<HashMap<Uuid, Arc<AtomicBool>>>>;
@@ -161,6 +205,9 @@ fn read_shape(config: &EngineConfig) -> Result<(Source, Shape), EngineError> {
     let source = Source::open(&config.model_path)?;
     let shape = source.shape();
     in_range("max_context", "1 to the model's context length", config.max_context, shape.context)?;
+    if let Some(tokens) = config.cache_tokens {
+        in_range("cache_tokens", "1 to 2^24", tokens, 1 << 24)?;
+    }
     Ok((source, shape))
 }
 
@@ -171,13 +218,6 @@ fn read_shape(config: &EngineConfig) -> Result<(Source, Shape), EngineError> {
 pub fn memory_need(config: &EngineConfig) -> Result<MemoryNeed, EngineError> {
     let (_, shape) = read_shape(config)?;
     Ok(shape.memory(config))
-}
-
-fn set_threads(threads: usize) {
-    // libtorch takes the number of threads between operations once only.
-    static ONCE: Once = Once::new();
-    ONCE.call_once(|| tch::set_num_interop_threads(1));
-    tch::set_num_threads(threads as i32);
 }
 
 impl Engine {
@@ -196,24 +236,22 @@ impl Engine {
         let active: Active = Arc::default();
         let (ready, loaded) = oneshot::channel();
         let (names, actives) = (tokenizer.clone(), active.clone());
-        let (slots, max_context, vocabulary) = (config.slots, config.max_context, shape.vocabulary);
+        let (slots, vocabulary, blocks) = (config.slots, shape.vocabulary, config.blocks());
+        let max_context = config.max_context.min(blocks * kv::BLOCK);
         let ended = CancellationToken::new();
         let ends = ended.clone().drop_guard();
         let thread = std::thread::Builder::new().name("engine".into()).spawn(move || {
             // Dropped when the thread ends, by a panic too.
             let _ends = ends;
-            set_threads(config.threads);
-            let guard = tch::no_grad_guard();
-            match Model::load(&source, config.class, config.max_context) {
+            match cpu::Model::load(&source, config.class, config.threads, config.max_context, blocks) {
                 Err(e) => drop(ready.send(Err(e))),
                 Ok(model) => {
                     drop(source);
                     if ready.send(Ok(())).is_ok() {
-                        thread::Worker::new(model, names, actives).run(&inbox);
+                        thread::Worker::new(model, blocks, names, actives).run(&inbox);
                     }
                 }
             }
-            drop(guard);
         })?;
         loaded.blocking_recv().map_err(|_| EngineError::Thread("it ended while loading".into()))??;
         let thread = Some(thread);
@@ -235,11 +273,28 @@ impl Engine {
     /// # Errors
     /// See [`Busy`]; nothing was started.
     pub fn generate(&self, job: Job) -> Result<mpsc::Receiver<Event>, Busy> {
-        self.check(&job)?;
+        self.check(&job.prompt, job.max_tokens as usize, "max_tokens", &job.params)?;
+        let (events, receiver) = mpsc::channel(job.max_tokens as usize + 1);
+        self.submit(job.id, |cancelled| Start::generate(job, events, cancelled))?;
+        Ok(receiver)
+    }
+
+    /// Scores an answer in one pass over it, which shares its steps with running generations. The receiver gets one score
+    /// for each token of the answer, or the reason why there are none; a cancelled job's is closed.
+    ///
+    /// # Errors
+    /// See [`Busy`]; nothing was started.
+    pub fn score(&self, job: ScoreJob) -> Result<oneshot::Receiver<Result<Vec<Score>, String>>, Busy> {
+        self.check(&job.prompt, job.tokens.len(), "tokens", &job.params)?;
+        self.in_vocabulary("tokens", &job.tokens)?;
+        let (reply, receiver) = oneshot::channel();
+        self.submit(job.id, |cancelled| Start::score(job, reply, cancelled))?;
+        Ok(receiver)
+    }
+
+    fn submit(&self, id: Uuid, make: impl FnOnce(Arc<AtomicBool>) -> Start) -> Result<(), Busy> {
         let starts = self.starts.as_ref().ok_or(Busy::Stopped)?;
         let cancelled = Arc::new(AtomicBool::new(false));
-        let (events, receiver) = mpsc::channel(job.max_tokens as usize + 1);
-        let id = job.id;
         {
             let mut active = self.active.lock();
             if active.contains_key(&id) {
@@ -250,33 +305,36 @@ impl Engine {
             }
             active.insert(id, cancelled.clone());
         }
-        if starts.try_send(Start { job, events, cancelled }).is_err() {
+        if starts.try_send(make(cancelled)).is_err() {
             self.active.lock().remove(&id);
             return Err(Busy::Stopped);
         }
-        Ok(receiver)
+        Ok(())
     }
 
-    fn check(&self, job: &Job) -> Result<(), Busy> {
+    fn check(&self, prompt: &[u32], more: usize, field: &str, params: &SamplingParams) -> Result<(), Busy> {
         let impossible = |text: String| Err(Busy::Impossible(text));
-        if let Err(e) = job.params.validate() {
+        if let Err(e) = params.validate() {
             return impossible(e.to_string());
         }
-        if job.prompt.is_empty() || job.max_tokens == 0 {
-            return impossible("prompt and max_tokens must not be empty".into());
+        if prompt.is_empty() || more == 0 {
+            return impossible(format!("prompt and {field} must not be empty"));
         }
-        let (prompt, limit) = (job.prompt.len(), self.max_context);
-        if prompt.saturating_add(job.max_tokens as usize) > limit {
-            let text = format!(
-                "prompt ({prompt} tokens) and max_tokens ({}) exceed the context of {limit}",
-                job.max_tokens
-            );
-            return impossible(text);
+        let (length, limit) = (prompt.len(), self.max_context);
+        if length.saturating_add(more) > limit {
+            return impossible(format!(
+                "prompt ({length} tokens) and {field} ({more}) exceed the context of {limit}"
+            ));
         }
-        match job.prompt.iter().find(|t| **t as usize >= self.vocabulary) {
-            Some(token) => {
-                impossible(format!("prompt has token {token}, the vocabulary {}", self.vocabulary))
-            }
+        self.in_vocabulary("prompt", prompt)
+    }
+
+    fn in_vocabulary(&self, field: &str, tokens: &[u32]) -> Result<(), Busy> {
+        match tokens.iter().find(|t| **t as usize >= self.vocabulary) {
+            Some(token) => Err(Busy::Impossible(format!(
+                "{field} has token {token}, the vocabulary {}",
+                self.vocabulary
+            ))),
             None => Ok(()),
         }
     }

@@ -1,4 +1,4 @@
-//! One job in the engine: what it has so far, the draw of its next token, and when it ends.
+//! One job in the engine: what it has so far, what the next step computes for it, and when it ends.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -6,81 +6,355 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use infera_prompt::{StopMatcher, Tokenizer};
 use infera_protocol::fingerprint::Fingerprint;
 use infera_protocol::request::Finish;
-use infera_protocol::sampling::{Counts, SampleError, candidates, choose};
-use tokio::sync::mpsc;
+use infera_protocol::sampling::{Counts, SampleError, SamplingParams, candidates, choose, gumbel};
+use tokio::sync::{mpsc, oneshot};
 use uuid::Uuid;
 
-use super::model::Cache;
-use super::{Event, Job, Start};
+use super::cpu::{Logits, Span};
+use super::kv::Table;
+use super::{Event, Job, Score, ScoreJob};
 
-/// Most tokens of a prompt that are computed in one step.
-pub(super) const PIECE: usize = 128;
+/// Longest run of tokens that is looked up to guess the next one.
+const NGRAM: usize = 3;
+
+/// What a sequence is for.
+pub(super) enum Purpose {
+    Generate { events: mpsc::Sender<Event>, max_tokens: u32, stop: StopMatcher, end_tokens: Vec<u32> },
+    Score { scores: Vec<Score>, reply: Option<oneshot::Sender<Result<Vec<Score>, String>>> },
+}
 
 pub(super) struct Sequence {
-    job: Job,
-    events: mpsc::Sender<Event>,
+    id: Uuid,
     cancelled: Arc<AtomicBool>,
-    pub cache: Cache,
-    /// The last token drawn, not yet in the cache.
-    last: u32,
-    generated: u32,
+    pub table: Table,
+    /// Prompt and answer so far.
+    tokens: Vec<u32>,
+    prompt: usize,
+    params: SamplingParams,
+    seed: u64,
     counts: Counts,
-    stop: StopMatcher,
+    purpose: Purpose,
+    /// What the step computes: tokens that follow those in the cache.
+    step: Vec<u32>,
+    /// Rows of logits that the step gives.
+    logits: usize,
+    /// Guessed tokens at the end of `step`.
+    guessed: usize,
+    /// Guesses so far that were right, and all.
+    guesses: (u32, u32),
+}
+
+/// What ended a sequence.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum End {
+    Finished(Finish),
+    Scored,
+}
+
+/// A job with nothing computed.
+pub(super) struct Start {
+    pub id: Uuid,
+    pub cancelled: Arc<AtomicBool>,
+    pub tokens: Vec<u32>,
+    prompt: usize,
+    params: SamplingParams,
+    seed: u64,
+    /// Tokens whose keys and values will be in the cache at the end.
+    pub capacity: usize,
+    purpose: Purpose,
+}
+
+impl Start {
+    pub fn generate(job: Job, events: mpsc::Sender<Event>, cancelled: Arc<AtomicBool>) -> Self {
+        let stop = StopMatcher::new(&job.stop);
+        let (max_tokens, end_tokens) = (job.max_tokens, job.end_tokens);
+        Self {
+            id: job.id,
+            cancelled,
+            prompt: job.prompt.len(),
+            // The last token is never written to the cache.
+            capacity: job.prompt.len() + max_tokens as usize - 1,
+            tokens: job.prompt,
+            params: job.params,
+            seed: job.seed,
+            purpose: Purpose::Generate { events, max_tokens, stop, end_tokens },
+        }
+    }
+
+    pub fn score(
+        job: ScoreJob,
+        reply: oneshot::Sender<Result<Vec<Score>, String>>,
+        cancelled: Arc<AtomicBool>,
+    ) -> Self {
+        let prompt = job.prompt.len();
+        let tokens = [job.prompt, job.tokens].concat();
+        Self {
+            id: job.id,
+            cancelled,
+            prompt,
+            capacity: tokens.len() - 1,
+            tokens,
+            params: job.params,
+            seed: job.seed,
+            purpose: Purpose::Score { scores: Vec::new(), reply: Some(reply) },
+        }
+    }
+
+    /// Nobody wants it any more.
+    pub fn is_abandoned(&self) -> bool {
+        self.cancelled.load(Ordering::Relaxed) || self.purpose.is_closed()
+    }
+
+    pub fn fail(mut self, reason: &str) {
+        self.purpose.fail(reason);
+    }
+}
+
+impl Purpose {
+    fn is_closed(&self) -> bool {
+        match self {
+            Self::Generate { events, .. } => events.is_closed(),
+            Self::Score { reply, .. } => reply.as_ref().is_none_or(oneshot::Sender::is_closed),
+        }
+    }
+
+    fn fail(&mut self, reason: &str) {
+        match self {
+            Self::Generate { events, .. } => {
+                let _ = events.try_send(Event::Failed { reason: reason.to_owned() });
+            }
+            Self::Score { reply, .. } => {
+                if let Some(reply) = reply.take() {
+                    let _ = reply.send(Err(reason.to_owned()));
+                }
+            }
+        }
+    }
 }
 
 impl Sequence {
-    pub fn new(start: Start, cache: Cache) -> Self {
-        let Start { job, events, cancelled } = start;
-        let stop = StopMatcher::new(&job.stop);
-        Self { job, events, cancelled, cache, last: 0, generated: 0, counts: Counts::new(), stop }
+    pub fn new(start: Start, table: Table) -> Self {
+        Self {
+            id: start.id,
+            cancelled: start.cancelled,
+            table,
+            tokens: start.tokens,
+            prompt: start.prompt,
+            params: start.params,
+            seed: start.seed,
+            counts: Counts::new(),
+            purpose: start.purpose,
+            step: Vec::new(),
+            logits: 0,
+            guessed: 0,
+            guesses: (0, 0),
+        }
     }
 
     pub fn id(&self) -> Uuid {
-        self.job.id
+        self.id
+    }
+
+    pub fn token(&self, i: usize) -> u32 {
+        self.tokens[i]
     }
 
     /// Nobody wants the rest.
-    pub fn abandoned(&self) -> bool {
-        self.cancelled.load(Ordering::Relaxed) || self.events.is_closed()
+    pub fn is_abandoned(&self) -> bool {
+        self.cancelled.load(Ordering::Relaxed) || self.purpose.is_closed()
     }
 
-    /// The next piece of the prompt and whether it is the last one; `None` once the prompt is in the cache.
-    pub fn piece(&self) -> Option<(std::ops::Range<usize>, bool)> {
-        let (start, end) = (self.cache.length, self.job.prompt.len());
-        (start < end).then(|| (start..end.min(start + PIECE), start + PIECE >= end))
+    /// Tokens that are known and not in the cache.
+    fn pending(&self) -> usize {
+        let known = match self.purpose {
+            Purpose::Generate { .. } => self.tokens.len(),
+            // Nothing follows the last one.
+            Purpose::Score { .. } => self.tokens.len() - 1,
+        };
+        known - self.table.length
     }
 
-    pub fn prompt(&self) -> &[u32] {
-        &self.job.prompt
+    /// Whether it only waits for its next token; otherwise a prompt or an answer has to be read first.
+    pub fn is_decoding(&self) -> bool {
+        matches!(self.purpose, Purpose::Generate { .. }) && self.pending() == 1
     }
 
-    pub fn last(&self) -> u32 {
-        self.last
+    /// Plans a step of at most `rows` tokens with at most `logits` rows of logits; gives both counts.
+    pub fn plan(&mut self, rows: usize, logits: usize) -> (usize, usize) {
+        let start = self.table.length;
+        let mut count = self.pending().min(rows);
+        // Rows from this one on say something about a token of the answer.
+        let first = match self.purpose {
+            Purpose::Generate { .. } => self.tokens.len() - 1,
+            Purpose::Score { .. } => self.prompt - 1,
+        };
+        count = count.min(first.max(start) + logits - start);
+        self.step.clear();
+        self.step.extend_from_slice(&self.tokens[start..start + count]);
+        self.logits = (start + count).saturating_sub(first.max(start));
+        self.guessed = 0;
+        (count, self.logits)
+    }
+
+    /// Adds a guess of the token after the next one: what followed the last time that the same tokens stood here. A wrong
+    /// one costs a row, a right one saves a step; the drawn tokens are the same either way.
+    pub fn guess(&mut self) {
+        let Purpose::Generate { max_tokens, .. } = self.purpose else { return };
+        let (right, all) = self.guesses;
+        let left = (self.prompt + max_tokens as usize).saturating_sub(self.tokens.len());
+        if !self.is_decoding() || left < 2 || (all >= 8 && right * 4 < all) {
+            return;
+        }
+        let end = self.tokens.len();
+        let found = (2..=NGRAM).rev().find_map(|n| {
+            let last = self.tokens.get(end.checked_sub(n)?..)?;
+            let before = &self.tokens[..end - 1];
+            before.windows(n).rposition(|w| w == last).map(|at| self.tokens[at + n])
+        });
+        if let Some(token) = found {
+            self.step.push(token);
+            self.guessed = 1;
+            self.logits += 1;
+        }
+    }
+
+    /// What the model has to compute.
+    pub fn span(&self) -> Span<'_> {
+        Span {
+            tokens: &self.step,
+            position: self.table.length,
+            blocks: &self.table.blocks,
+            logits: self.logits,
+        }
+    }
+
+    pub fn logits(&self) -> usize {
+        self.logits
+    }
+
+    /// Takes the step's logits, of which the first is row `first`; gives the reason if the sequence has ended.
+    pub fn take(
+        &mut self,
+        logits: &Logits<'_>,
+        first: usize,
+        tokenizer: &Tokenizer,
+    ) -> Result<Option<End>, SampleError> {
+        if matches!(self.purpose, Purpose::Score { .. }) {
+            let start = self.table.length;
+            self.table.length += self.step.len();
+            for i in 0..self.logits {
+                let position = start + self.step.len() - self.logits + i + 1;
+                self.score(logits.row(first + i), position)?;
+            }
+            return Ok((self.pending() == 0).then_some(End::Scored));
+        }
+        self.table.length += self.step.len() - self.guessed;
+        if self.logits == 0 {
+            return Ok(None);
+        }
+        for i in 0..=self.guessed {
+            let (token, finish) = self.draw(logits.row(first + i), tokenizer)?;
+            if finish.is_some() {
+                return Ok(finish.map(End::Finished));
+            }
+            if i < self.guessed {
+                let right = self.step[self.step.len() - self.guessed + i] == token;
+                self.guesses.1 += 1;
+                if !right {
+                    break;
+                }
+                self.guesses.0 += 1;
+                self.table.length += 1;
+            }
+        }
+        Ok(None)
     }
 
     /// Draws the next token and sends it; gives the reason if it was the last one.
-    pub fn draw(&mut self, logits: &[f32], tokenizer: &Tokenizer) -> Result<Option<Finish>, SampleError> {
-        let found = candidates(logits, &self.job.params, &self.counts)?;
-        let choice = choose(&found, self.job.params.temperature, self.job.seed, self.generated)?;
+    fn draw(&mut self, logits: &[f32], tokenizer: &Tokenizer) -> Result<(u32, Option<Finish>), SampleError> {
+        let generated = self.tokens.len() - self.prompt;
+        let found = candidates(logits, &self.params, &self.counts)?;
+        let choice = choose(&found, self.params.temperature, self.seed, generated as u32)?;
         let token = choice.token;
-        self.last = token;
-        self.generated += 1;
+        self.tokens.push(token);
         *self.counts.entry(token).or_default() += 1;
+        let Purpose::Generate { events, max_tokens, stop, end_tokens } = &mut self.purpose else {
+            return Ok((token, None));
+        };
         // The channel has room for every token; a closed one shows at the next step.
-        let _ = self.events.try_send(Event::Token { token, fingerprint: Fingerprint::of(&choice) });
-        let finish = if self.job.end_tokens.contains(&token) {
+        let _ = events.try_send(Event::Token { token, fingerprint: Fingerprint::of(&choice) });
+        let finish = if end_tokens.contains(&token) {
             Some(Finish::Eos)
-        } else if self.stop.push(tokenizer.token_bytes(token)).is_some() {
+        } else if stop.push(tokenizer.token_bytes(token)).is_some() {
             Some(Finish::Stop)
-        } else if self.generated >= self.job.max_tokens {
+        } else if generated + 1 >= *max_tokens as usize {
             Some(Finish::Length)
         } else {
             None
         };
-        Ok(finish)
+        Ok((token, finish))
     }
 
-    pub fn end(&self, event: Event) {
-        let _ = self.events.try_send(event);
+    /// Scores the token at `position` of the sequence from the logits before it.
+    fn score(&mut self, logits: &[f32], position: usize) -> Result<(), SampleError> {
+        let token = self.tokens[position];
+        let at = (position - self.prompt) as u32;
+        let found = candidates(logits, &self.params, &self.counts)?;
+        let choice = choose(&found, self.params.temperature, self.seed, at)?;
+        let rank = choice.scores.iter().position(|s| s.token == token);
+        let (score, raw_logprob) = match rank {
+            Some(rank) => (choice.scores[rank].score, choice.scores[rank].raw_logprob),
+            None => self.outside(logits, &found, token, at),
+        };
+        let best = choice.scores.first().map_or(score, |s| s.score);
+        *self.counts.entry(token).or_default() += 1;
+        if let Purpose::Score { scores, .. } = &mut self.purpose {
+            scores.push(Score {
+                token,
+                rank: rank.map(|r| r as u32),
+                margin: best - score,
+                raw_logprob,
+                fingerprint: Fingerprint::of(&choice),
+            });
+        }
+        Ok(())
+    }
+
+    /// Score and raw log-probability of a token that is no candidate, as if it were one.
+    fn outside(
+        &self,
+        logits: &[f32],
+        found: &[infera_protocol::sampling::Candidate],
+        token: u32,
+        at: u32,
+    ) -> (f64, f32) {
+        let z = logits[token as usize];
+        let penalised = match self.counts.get(&token) {
+            Some(n) => z - *n as f32 * self.params.frequency_penalty - self.params.presence_penalty,
+            None => z,
+        };
+        let noise = match self.params.temperature {
+            t if t > 0.0 => f64::from(t) * gumbel(self.seed, at, token),
+            _ => 0.0,
+        };
+        // Raw log-probabilities differ as raw logits do.
+        let raw = found.first().map_or(f32::NEG_INFINITY, |c| c.raw_logprob + z - logits[c.token as usize]);
+        (f64::from(penalised) + noise, raw)
+    }
+
+    /// Tells whoever waits.
+    pub fn end(mut self, how: Result<End, String>) {
+        match (how, &mut self.purpose) {
+            (Ok(End::Finished(finish)), Purpose::Generate { events, .. }) => {
+                let _ = events.try_send(Event::Finished { finish });
+            }
+            (Ok(_), Purpose::Score { scores, reply }) => {
+                if let Some(reply) = reply.take() {
+                    let _ = reply.send(Ok(std::mem::take(scores)));
+                }
+            }
+            (Err(reason), purpose) => purpose.fail(&reason),
+            (Ok(End::Scored), Purpose::Generate { .. }) => {}
+        }
     }
 }

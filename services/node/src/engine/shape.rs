@@ -1,7 +1,10 @@
 //! The numbers of a model and the memory that it needs.
 
+use infera_kernels::KvPool;
+
+use super::EngineConfig;
+use super::cpu::{kv_element, step_bytes};
 use super::error::EngineError;
-use super::{Class, EngineConfig};
 
 const MIB: u64 = 1 << 20;
 
@@ -41,15 +44,6 @@ pub(super) enum Scaling {
     Table,
 }
 
-/// How many numbers the matrices of all layers have, by how they are stored.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
-pub(super) struct Stored {
-    /// In 4 bits, and with sides that the 4-bit kernel takes.
-    pub four_bits: u64,
-    /// In any other way.
-    pub others: u64,
-}
-
 /// The dimensions of a decoder and what distinguishes its family from the others.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub(super) struct Shape {
@@ -79,7 +73,8 @@ pub(super) struct Shape {
     /// What attention and feed-forward give is normalised before it is added.
     pub post_norms: bool,
     pub window: Option<Window>,
-    pub stored: Stored,
+    /// Bytes of all matrices as the engine packs them.
+    pub packed: u64,
 }
 
 /// Bytes that an engine will hold.
@@ -87,15 +82,17 @@ pub(super) struct Shape {
 pub struct MemoryNeed {
     /// Weights as they lie in memory.
     pub weights: u64,
-    /// Key-value caches with every slot at `max_context`.
+    /// Keys and values of all blocks.
     pub cache: u64,
+    /// What the largest step needs.
+    pub step: u64,
 }
 
 impl MemoryNeed {
-    /// Both, and what libtorch and one prefill step need on top.
+    /// All, and what the process with its libraries needs on top.
     #[must_use]
     pub fn total(&self) -> u64 {
-        self.weights + self.cache + 192 * MIB
+        self.weights + self.cache + self.step + 128 * MIB
     }
 
     pub(super) fn check(&self, limit: Option<u64>) -> Result<(), EngineError> {
@@ -214,27 +211,18 @@ impl Shape {
         self.kv_heads * self.head
     }
 
-    /// Bytes of one token in a cache: keys and values of every layer in f32.
-    pub fn cache_bytes(&self) -> u64 {
-        (self.layers * 2 * self.kv_width() * 4) as u64
-    }
-
-    /// Bytes that an engine of this configuration holds once it has loaded the model; loading needs a few MiB more.
+    /// Bytes that an engine of this configuration holds once it has loaded the model; while it loads, the largest
+    /// matrix is there twice more.
     pub fn memory(&self, config: &EngineConfig) -> MemoryNeed {
-        let Stored { four_bits, others } = self.stored;
-        let matrices = match config.class {
-            Class::Exact => 4 * (four_bits + others),
-            // Nibbles, and a bf16 scale and zero for each 32.
-            Class::Fast => four_bits / 8 * 5 + 4 * others,
-        };
-        let heads = self.vocabulary * self.width * if self.tied { 1 } else { 2 };
         let vectors =
             self.layers * (4 * self.width + self.query_width() + 2 * self.kv_width() + 2 * self.head);
         // Cosines and sines, for each of the two kinds of layers.
         let tables = config.max_context * self.head * if self.window.is_some() { 2 } else { 1 };
+        let block = KvPool::block_bytes(kv_element(config.class), self.layers, self.kv_heads, self.head);
         MemoryNeed {
-            weights: matrices + 4 * (heads + vectors + tables) as u64,
-            cache: self.cache_bytes() * config.slots as u64 * config.max_context as u64,
+            weights: self.packed + 4 * (vectors + tables) as u64,
+            cache: block as u64 * config.blocks() as u64,
+            step: step_bytes(self),
         }
     }
 }

@@ -2,7 +2,9 @@
 
 use std::sync::Arc;
 
-use infera_node::engine::{Busy, Class, Engine, EngineConfig, EngineError, Event, Finish, Job};
+use infera_node::engine::{
+    Busy, Class, Engine, EngineConfig, EngineError, Event, Finish, Job, ScoreJob, reference_logits,
+};
 use infera_prompt::{Message, Prompt};
 use infera_protocol::fingerprint::Fingerprint;
 use infera_protocol::sampling::SamplingParams;
@@ -12,7 +14,15 @@ use uuid::Uuid;
 use crate::{ONE_AT_A_TIME, model_path};
 
 fn config(class: Class, threads: usize) -> EngineConfig {
-    EngineConfig { model_path: model_path(), class, slots: 8, threads, max_context: 1024, memory_limit: None }
+    EngineConfig {
+        model_path: model_path(),
+        class,
+        slots: 8,
+        threads,
+        max_context: 1024,
+        cache_tokens: None,
+        memory_limit: None,
+    }
 }
 
 #[derive(Debug, Clone, PartialEq)]
@@ -160,6 +170,120 @@ fn joining_late_changes_nothing() {
 }
 
 #[test]
+fn cached_beginnings_and_guesses_change_nothing() {
+    let _one = ONE_AT_A_TIME.blocking_lock();
+    let prompt = Prompt::load(&model_path()).unwrap();
+    for class in [Class::Exact, Class::Fast] {
+        let engine = Engine::start(config(class, 2)).unwrap();
+        let long = job(&prompt, &long_question(), 0.8, 24);
+        // Repeats itself, so that guesses are made.
+        let counting = job(&prompt, "Repeat 'one two three' ten times.", 0.0, 60);
+        let first = alone(&engine, &[long.clone(), counting.clone()]);
+        let again = alone(&engine, &[long.clone(), counting.clone()]);
+        assert_same(&again, &first, "with the prompt in the cache");
+        // The next turn of the conversation begins with tokens that were drawn one by one.
+        let mut next = long.clone();
+        next.prompt.extend(&first[0].tokens);
+        next.prompt.extend(prompt.render(&[Message::new("user", "And then?")]).unwrap());
+        let cached = alone(&engine, std::slice::from_ref(&next));
+        drop(engine);
+        let fresh = Engine::start(config(class, 1)).unwrap();
+        assert_same(&alone(&fresh, &[next]), &cached, "with a cached turn");
+        // In company nothing is guessed.
+        let company = together(&fresh, &[counting, long]);
+        assert_same(&company, &[first[1].clone(), first[0].clone()], "without guesses");
+    }
+}
+
+#[test]
+fn jobs_wait_for_memory_in_turn() {
+    let _one = ONE_AT_A_TIME.blocking_lock();
+    let prompt = Prompt::load(&model_path()).unwrap();
+    let roomy = Engine::start(config(Class::Fast, 1)).unwrap();
+    let jobs: Vec<Job> = QUESTIONS.iter().map(|q| job(&prompt, q, 0.8, 40)).collect();
+    let expected = together(&roomy, &jobs);
+    drop(roomy);
+    let narrow = EngineConfig { cache_tokens: Some(160), ..config(Class::Fast, 1) };
+    let engine = Engine::start(narrow).unwrap();
+    assert_same(&together(&engine, &jobs), &expected, "with memory for two at a time");
+    let large = Job { max_tokens: 200, ..jobs[0].clone() };
+    let refused = engine.generate(large).unwrap_err().to_string();
+    assert!(refused.contains("exceed the context of 160"), "{refused}");
+}
+
+/// What the scorer sees is what the generator saw: ranks 0, no margin, the same fingerprints, in company too.
+#[test]
+fn scores_of_an_answer_are_its_own_fingerprints() {
+    let _one = ONE_AT_A_TIME.blocking_lock();
+    let prompt = Prompt::load(&model_path()).unwrap();
+    for class in [Class::Exact, Class::Fast] {
+        let engine = Engine::start(config(class, 2)).unwrap();
+        let asked = jobs(&prompt);
+        let answers = alone(&engine, &asked);
+        let score = |job: &Job, tokens: &[u32]| ScoreJob {
+            id: Uuid::now_v7(),
+            prompt: job.prompt.clone(),
+            tokens: tokens.to_vec(),
+            params: job.params,
+            seed: job.seed,
+        };
+        let noise = engine.generate(job(&prompt, QUESTIONS[1], 1.0, 100)).unwrap();
+        let running: Vec<_> = asked
+            .iter()
+            .zip(&answers)
+            .map(|(job, answer)| engine.score(score(job, &answer.tokens)).unwrap())
+            .collect();
+        for (receiver, answer) in running.into_iter().zip(&answers) {
+            let scores = receiver.blocking_recv().unwrap().unwrap();
+            assert_eq!(scores.len(), answer.tokens.len());
+            for (score, (token, fingerprint)) in
+                scores.iter().zip(answer.tokens.iter().zip(&answer.fingerprints))
+            {
+                assert_eq!((score.token, score.rank, score.margin), (*token, Some(0), 0.0));
+                assert_eq!(&score.fingerprint, fingerprint);
+                assert!(score.raw_logprob <= 0.0);
+            }
+        }
+        collect(noise);
+        // Another prompt's answer is far from what would have been drawn.
+        let scores = engine.score(score(&asked[0], &answers[1].tokens)).unwrap().blocking_recv().unwrap();
+        let worst = scores.unwrap().iter().map(|s| s.margin).fold(0.0, f64::max);
+        assert!(worst > 3.0, "{class:?}: {worst}");
+        let empty = engine.score(score(&asked[0], &[])).unwrap_err().to_string();
+        assert!(empty.contains("tokens must not be empty"), "{empty}");
+        let foreign = engine.score(score(&asked[0], &[60_000])).unwrap_err().to_string();
+        assert!(foreign.contains("tokens has token 60000"), "{foreign}");
+    }
+}
+
+/// The kernels against libtorch: another program, another order of sums.
+#[test]
+fn fingerprints_are_those_of_libtorch_up_to_rounding() {
+    let _one = ONE_AT_A_TIME.blocking_lock();
+    let prompt = Prompt::load(&model_path()).unwrap();
+    let asked = job(&prompt, QUESTIONS[3], 0.0, 24);
+    let mut far = [0f32; 2];
+    for (class, far) in [Class::Exact, Class::Fast].into_iter().zip(&mut far) {
+        let engine = Engine::start(config(class, 2)).unwrap();
+        let answer = collect(engine.generate(asked.clone()).unwrap());
+        let tokens = [&asked.prompt[..], &answer.tokens[..answer.tokens.len() - 1]].concat();
+        let reference = reference_logits(&model_path(), Class::Exact, &tokens, asked.prompt.len()).unwrap();
+        for (fingerprint, logits) in answer.fingerprints.iter().zip(&reference) {
+            let most = logits.iter().copied().fold(f32::NEG_INFINITY, f32::max);
+            let sum: f32 = logits.iter().map(|z| (z - most).exp()).sum();
+            for entry in fingerprint.entries() {
+                let expected = logits[entry.token as usize] - most - sum.ln();
+                // Half precision keeps 11 bits.
+                let rounding = expected.abs() / 2048.0;
+                *far = far.max((entry.logprob() - expected).abs() - rounding);
+            }
+        }
+    }
+    assert!(far[0] < 0.002, "exact: {far:?}");
+    assert!(far[1] < 0.5 && far[1] > far[0], "fast: {far:?}");
+}
+
+#[test]
 fn ends_as_section_5_says() {
     let _one = ONE_AT_A_TIME.blocking_lock();
     let prompt = Prompt::load(&model_path()).unwrap();
@@ -228,18 +352,22 @@ fn impossible_jobs_are_refused_in_words() {
 #[test]
 fn memory_is_stated_and_limited_before_loading() {
     let base = config(Class::Exact, 1);
-    let exact = infera_node::engine::memory_need(&base).unwrap();
-    let fast =
-        infera_node::engine::memory_need(&EngineConfig { class: Class::Fast, ..base.clone() }).unwrap();
-    assert!((500 << 20..600 << 20).contains(&exact.weights), "{exact:?}");
-    assert!((150 << 20..220 << 20).contains(&fast.weights), "{fast:?}");
+    let need = |config: &EngineConfig| infera_node::engine::memory_need(config).unwrap();
+    let (exact, fast) = (need(&base), need(&EngineConfig { class: Class::Fast, ..base.clone() }));
+    let file = std::fs::metadata(model_path()).unwrap().len();
+    assert!((file..file + file / 5).contains(&exact.weights), "{exact:?}, the file has {file} bytes");
+    assert_eq!(fast.weights, exact.weights);
     assert_eq!(exact.cache, 8 * 1024 * 30 * 2 * 3 * 64 * 4);
+    assert_eq!(fast.cache, exact.cache / 2);
+    let less = EngineConfig { cache_tokens: Some(1000), ..base.clone() };
+    assert_eq!(need(&less).cache, 1008 * 30 * 2 * 3 * 64 * 4);
     let refused = Engine::start(EngineConfig { memory_limit: Some(300 << 20), ..base.clone() }).unwrap_err();
     assert!(matches!(refused, EngineError::Memory { limit_mib: 300, .. }), "{refused}");
     for (bad, text) in [
         (EngineConfig { slots: 0, ..base.clone() }, "slots is 0, allowed are 1 to 64"),
         (EngineConfig { threads: 1000, ..base.clone() }, "threads is 1000"),
         (EngineConfig { max_context: 9000, ..base.clone() }, "max_context is 9000"),
+        (EngineConfig { cache_tokens: Some(0), ..base.clone() }, "cache_tokens is 0"),
         (EngineConfig { model_path: "/nowhere".into(), ..base }, "cannot read the model file"),
     ] {
         let got = Engine::start(bad).unwrap_err().to_string();

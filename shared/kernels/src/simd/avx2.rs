@@ -201,6 +201,10 @@ impl Simd for Avx2 {
         }
     }
     #[inline(always)]
+    unsafe fn times_128(i: (__m256i, __m256i)) -> (__m256i, __m256i) {
+        unsafe { (_mm256_slli_epi32::<7>(i.0), _mm256_slli_epi32::<7>(i.1)) }
+    }
+    #[inline(always)]
     unsafe fn to_f(i: (__m256i, __m256i)) -> Two {
         unsafe { (_mm256_cvtepi32_ps(i.0), _mm256_cvtepi32_ps(i.1)) }
     }

@@ -139,6 +139,10 @@ impl Simd for Avx512 {
         unsafe { _mm512_dpbusd_epi32(acc, w, _mm512_set1_epi32(x)) }
     }
     #[inline(always)]
+    unsafe fn times_128(i: __m512i) -> __m512i {
+        unsafe { _mm512_slli_epi32::<7>(i) }
+    }
+    #[inline(always)]
     unsafe fn to_f(i: __m512i) -> __m512 {
         unsafe { _mm512_cvtepi32_ps(i) }
     }

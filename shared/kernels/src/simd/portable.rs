@@ -132,6 +132,10 @@ impl Simd for Portable {
         })
     }
     #[inline(always)]
+    unsafe fn times_128(i: [i32; LANES]) -> [i32; LANES] {
+        i.map(|i| i << 7)
+    }
+    #[inline(always)]
     unsafe fn to_f(i: [i32; LANES]) -> F {
         i.map(|i| i as f32)
     }

@@ -3,7 +3,7 @@
 use serde::{Deserialize, Deserializer};
 
 use super::super::error::EngineError;
-use super::super::shape::{Activation, Scaling, Shape, Stored, Window, unsupported};
+use super::super::shape::{Activation, Scaling, Shape, Window, unsupported};
 use super::family::{FAMILIES, Family};
 
 const FULL: &str = "full_attention";
@@ -239,7 +239,7 @@ impl Config {
             qk_norm: family.qk_norm,
             post_norms: family.post_norms,
             window,
-            stored: Stored::default(),
+            packed: 0,
         }
         .check()
     }

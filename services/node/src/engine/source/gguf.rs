@@ -6,7 +6,7 @@ use std::path::Path;
 use infera_prompt::gguf::{Gguf, GgufError, Value};
 
 use super::super::error::EngineError;
-use super::super::shape::{Scaling, Shape, Stored, Window, unsupported};
+use super::super::shape::{Scaling, Shape, Window, unsupported};
 use super::family::{FAMILIES, Family};
 use super::{Source, Tensor};
 
@@ -159,7 +159,7 @@ fn shape(gguf: &Gguf, family: &Family) -> Result<Shape, EngineError> {
         qk_norm: family.qk_norm,
         post_norms: family.post_norms,
         window,
-        stored: Stored::default(),
+        packed: 0,
     }
     .check()
 }

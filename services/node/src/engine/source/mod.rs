@@ -18,9 +18,10 @@ use std::path::Path;
 
 use infera_prompt::gguf::{GgmlType, Gguf};
 
+use super::cpu::packed_bytes;
 use super::error::EngineError;
-use super::quant::{GROUP, Raw, is_four_bit};
-use super::shape::{Scaling, Shape, Stored, unsupported};
+use super::quant::Raw;
+use super::shape::{Scaling, Shape, unsupported};
 use family::Family;
 pub(super) use family::{Name, Part};
 
@@ -88,7 +89,7 @@ impl Source {
         };
         let mut source = if is_gguf { gguf::open(path)? } else { safetensors::open(path)? };
         source.check()?;
-        source.shape.stored = source.count()?;
+        source.shape.packed = source.count()?;
         Ok(source)
     }
 
@@ -125,18 +126,10 @@ impl Source {
         }
     }
 
-    fn count(&self) -> Result<Stored, EngineError> {
-        let mut stored = Stored::default();
-        for (name, rows, cols) in Name::all(&self.shape) {
-            if !matches!(name, Name::Layer(..)) || rows == 1 {
-                continue;
-            }
-            let (_, kind) = self.find(name, rows, cols)?;
-            let fits = rows.is_multiple_of(16) && cols.is_multiple_of(GROUP);
-            let count = (rows * cols) as u64;
-            if fits && is_four_bit(kind) { stored.four_bits += count } else { stored.others += count }
-        }
-        Ok(stored)
+    /// Bytes of all matrices once they are packed.
+    fn count(&self) -> Result<u64, EngineError> {
+        let all = Name::all(&self.shape).into_iter().filter(|(_, rows, _)| *rows > 1);
+        all.map(|(name, rows, cols)| Ok(packed_bytes(self.find(name, rows, cols)?.1, rows, cols))).sum()
     }
 
     fn find(&self, name: Name, rows: usize, cols: usize) -> Result<(&Tensor, GgmlType), EngineError> {
