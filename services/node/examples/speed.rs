@@ -32,6 +32,7 @@ fn main() {
             slots: 8,
             threads,
             max_context: 1024,
+            cache_tokens: None,
             memory_limit: None,
         };
         let loading = Instant::now();

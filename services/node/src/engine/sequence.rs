@@ -55,7 +55,7 @@ pub(super) enum End {
 pub(super) struct Start {
     pub id: Uuid,
     pub cancelled: Arc<AtomicBool>,
-    pub tokens: Vec<u32>,
+    tokens: Vec<u32>,
     prompt: usize,
     params: SamplingParams,
     seed: u64,
@@ -98,6 +98,11 @@ impl Start {
             seed: job.seed,
             purpose: Purpose::Score { scores: Vec::new(), reply: Some(reply) },
         }
+    }
+
+    /// The tokens that may be in the cache already: an answer to be scored is not taken from there.
+    pub fn prompt(&self) -> &[u32] {
+        &self.tokens[..self.prompt]
     }
 
     /// Nobody wants it any more.

@@ -101,7 +101,7 @@ impl Worker {
     /// Starts the jobs that there is memory for.
     fn admit(&mut self) {
         while let Some(start) = self.waiting.pop_front() {
-            if let Some(table) = self.blocks.open(&start.tokens, start.capacity) {
+            if let Some(table) = self.blocks.open(start.prompt(), start.capacity) {
                 self.sequences.push(Sequence::new(start, table));
             } else if self.sequences.is_empty() {
                 // Everything is free and it is still too little: `Engine` refuses such jobs.
