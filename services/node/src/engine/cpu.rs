@@ -3,6 +3,8 @@
 //! All sequences' rows go through each matrix together, so that its weights are read once a step; attention runs for each
 //! sequence with its own length. `infera_kernels` promises that a row's numbers do not depend on the others.
 
+use std::path::Path;
+
 use infera_kernels::{Aligned, Cpu, Gate, Isa, KvElement, KvPool, Matrix, Precision, Quants, Queries};
 use infera_prompt::gguf::GgmlType;
 
@@ -439,6 +441,33 @@ impl Model {
         let rows = &mut b.logits[..wanted * head.padded_rows()];
         cpu.linear(head, &b.normed[..to], rows, false, Precision::F32);
     }
+}
+
+/// Logits after each token from the one at `prefilled - 1` on, as the engine computes them: the first `prefilled` tokens
+/// in one piece, the others one by one. For comparing with other implementations.
+///
+/// # Errors
+/// The model cannot be loaded, or `prefilled` is not 1 to the number of tokens.
+#[doc(hidden)]
+pub fn engine_logits(
+    path: &Path,
+    class: Class,
+    tokens: &[u32],
+    prefilled: usize,
+) -> Result<Vec<Vec<f32>>, EngineError> {
+    super::in_range("prefilled", "1 to the number of tokens", prefilled, tokens.len())?;
+    let count = tokens.len().div_ceil(KvPool::BLOCK);
+    let mut model = Model::load(&Source::open(path)?, class, 1, tokens.len(), count)?;
+    let blocks: Vec<u32> = (0..count as u32).collect();
+    let mut all = Vec::new();
+    let mut position = 0;
+    while position < tokens.len() {
+        let end = if position == 0 { prefilled } else { position + 1 };
+        model.forward(&[Span { tokens: &tokens[position..end], position, blocks: &blocks, logits: 1 }]);
+        all.push(model.logits().0.row(0).to_vec());
+        position = end;
+    }
+    Ok(all)
 }
 
 /// Rows of logits, in the order of the spans.

@@ -42,6 +42,8 @@ use serde::{Deserialize, Serialize};
 use tokio::sync::{mpsc, oneshot};
 use uuid::Uuid;
 
+#[doc(hidden)]
+pub use cpu::engine_logits;
 pub use error::{Busy, EngineError};
 #[doc(hidden)]
 pub use model::reference_logits;

@@ -148,6 +148,73 @@ fn fast_results_do_not_depend_on_company_order_or_threads() {
     is_independent_of_company_order_and_threads(Class::Fast);
 }
 
+/// Three hundred prompts (one hundred in the class fast), each in one of many forms and lengths.
+fn many(prompt: &Prompt, count: usize) -> Vec<Job> {
+    let subjects =
+        ["rivers", "prime numbers", "bread", "the moon", "bicycles", "chess", "bees", "glass", "jazz", "tea"];
+    let asks = [
+        "Explain",
+        "Write a poem about",
+        "Give three facts about",
+        "Argue against",
+        "Ask me about",
+        "Name kinds of",
+    ];
+    (0..count)
+        .map(|i| {
+            let (subject, ask) = (subjects[i % 10], asks[i / 10 % 6]);
+            let text = format!("{ask} {subject}{}", ", please".repeat(i / 60 * 3));
+            let mut job = job(prompt, &text, [0.0, 0.8, 1.2][i % 3], 6);
+            job.seed = i as u64;
+            job
+        })
+        .collect()
+}
+
+/// Keeps `slots` jobs running.
+fn in_batches(engine: &Engine, jobs: &[Job], slots: usize) -> Vec<Answer> {
+    let mut running = std::collections::VecDeque::new();
+    let mut answers = Vec::new();
+    for job in jobs {
+        if running.len() == slots {
+            answers.extend(running.pop_front().map(collect));
+        }
+        running.push_back(engine.generate(job.clone()).unwrap());
+    }
+    answers.extend(running.into_iter().map(collect));
+    answers
+}
+
+fn none_differs(class: Class, count: usize) {
+    let prompt = Prompt::load(&model_path()).unwrap();
+    let jobs = many(&prompt, count);
+    let with = |slots, threads, cache_tokens| {
+        Engine::start(EngineConfig { slots, cache_tokens, max_context: 256, ..config(class, threads) })
+            .unwrap()
+    };
+    let expected = in_batches(&with(1, 1, None), &jobs, 1);
+    let engine = with(4, 2, None);
+    assert_same(&in_batches(&engine, &jobs, 4), &expected, "batches of 4, two threads");
+    // A cache for a few prompts, and the jobs in another order: other beginnings are found in it.
+    let engine = with(16, 2, Some(16 * 64));
+    let turned: Vec<Job> = jobs.iter().rev().cloned().collect();
+    let mut answers = in_batches(&engine, &turned, 16);
+    answers.reverse();
+    assert_same(&answers, &expected, "batches of 16 in a small cache");
+}
+
+#[test]
+fn none_of_300_prompts_differs_in_the_exact_class() {
+    let _one = ONE_AT_A_TIME.blocking_lock();
+    none_differs(Class::Exact, 300);
+}
+
+#[test]
+fn none_of_100_prompts_differs_in_the_fast_class() {
+    let _one = ONE_AT_A_TIME.blocking_lock();
+    none_differs(Class::Fast, 100);
+}
+
 #[test]
 fn joining_late_changes_nothing() {
     let _one = ONE_AT_A_TIME.blocking_lock();
