@@ -73,6 +73,9 @@ pub enum Busy {
     /// The job breaks a limit; no node of this configuration can do it.
     #[error("{0}")]
     Impossible(String),
+    /// The engine is paused.
+    #[error("the engine is paused")]
+    Paused,
     /// The engine has ended.
     #[error("the engine has ended")]
     Stopped,

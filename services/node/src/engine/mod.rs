@@ -16,6 +16,7 @@
 
 mod cpu;
 mod error;
+mod gate;
 mod kv;
 mod model;
 mod quant;
@@ -49,6 +50,7 @@ pub use error::{Busy, EngineError};
 pub use model::reference_logits;
 pub use shape::MemoryNeed;
 
+use gate::Gate;
 use sequence::Start;
 use shape::Shape;
 use source::Source;
@@ -181,12 +183,27 @@ pub struct Score {
     pub fingerprint: Fingerprint,
 }
 
+/// Why a job failed that was running when the engine was paused.
+pub const PREEMPTED: &str = "preempted";
+
+/// Says that the thread has ended.
+struct Ends(Arc<Gate>, CancellationToken);
+
+impl Drop for Ends {
+    fn drop(&mut self) {
+        self.0.ended();
+        self.1.cancel();
+    }
+}
+
 type Active = Arc<Mutex<HashMap<Uuid, Arc<AtomicBool>>>>;
 
 /// A running engine. Dropping it ends the thread after the current step; jobs that still run are closed.
 #[derive(Debug)]
 pub struct Engine {
-    starts: Option<SyncSender<Start>>,
+    /// `None` only wakes the thread.
+    starts: Option<SyncSender<Option<Start>>>,
+    gate: Arc<Gate>,
     active: Active,
     slots: usize,
     max_context: usize,
@@ -233,32 +250,26 @@ impl Engine {
         need.check(config.memory_limit)?;
         let no_tokenizer = || EngineError::Unsupported("a tokenizer outside a GGUF file".into());
         let tokenizer = Arc::new(Tokenizer::new(source.gguf().ok_or_else(no_tokenizer)?)?);
-        // A slot has one job at a time, so that a start always finds room.
-        let (starts, inbox) = sync_channel(config.slots);
-        let active: Active = Arc::default();
+        // A slot has one job at a time, so that a start always finds room; and one call to wake up.
+        let (starts, inbox) = sync_channel(config.slots + 1);
+        let (active, gate): (Active, _) = (Arc::default(), Arc::new(Gate::new()));
         let (ready, loaded) = oneshot::channel();
-        let (names, actives) = (tokenizer.clone(), active.clone());
-        let (slots, vocabulary, blocks) = (config.slots, shape.vocabulary, config.blocks());
-        let max_context = config.max_context.min(blocks * kv::BLOCK);
+        let (slots, vocabulary) = (config.slots, shape.vocabulary);
+        let max_context = config.max_context.min(config.blocks() * kv::BLOCK);
         let ended = CancellationToken::new();
-        let ends = ended.clone().drop_guard();
+        let ends = Ends(gate.clone(), ended.clone());
+        let main =
+            thread::Main { config, tokenizer: tokenizer.clone(), active: active.clone(), gate: gate.clone() };
         let thread = std::thread::Builder::new().name("engine".into()).spawn(move || {
             // Dropped when the thread ends, by a panic too.
             let _ends = ends;
-            match cpu::Model::load(&source, config.class, config.threads, config.max_context, blocks) {
-                Err(e) => drop(ready.send(Err(e))),
-                Ok(model) => {
-                    drop(source);
-                    if ready.send(Ok(())).is_ok() {
-                        thread::Worker::new(model, blocks, names, actives).run(&inbox);
-                    }
-                }
-            }
+            main.run(source, ready, &inbox);
         })?;
         loaded.blocking_recv().map_err(|_| EngineError::Thread("it ended while loading".into()))??;
         let thread = Some(thread);
         Ok(Self {
             starts: Some(starts),
+            gate,
             active,
             slots,
             max_context,
@@ -296,6 +307,9 @@ impl Engine {
 
     fn submit(&self, id: Uuid, make: impl FnOnce(Arc<AtomicBool>) -> Start) -> Result<(), Busy> {
         let starts = self.starts.as_ref().ok_or(Busy::Stopped)?;
+        if !self.gate.is_open() {
+            return Err(Busy::Paused);
+        }
         let cancelled = Arc::new(AtomicBool::new(false));
         {
             let mut active = self.active.lock();
@@ -307,7 +321,7 @@ impl Engine {
             }
             active.insert(id, cancelled.clone());
         }
-        if starts.try_send(make(cancelled)).is_err() {
+        if starts.try_send(Some(make(cancelled))).is_err() {
             self.active.lock().remove(&id);
             return Err(Busy::Stopped);
         }
@@ -346,6 +360,32 @@ impl Engine {
         if let Some(flag) = self.active.lock().get(&id) {
             flag.store(true, Ordering::Relaxed);
         }
+    }
+
+    /// Stops after the present step, fails all jobs with [`PREEMPTED`] and lets go of weights and cache; returns once that
+    /// is done. Threads sleep from then on.
+    ///
+    /// # Errors
+    /// [`Busy::Stopped`]: the engine has ended.
+    pub fn pause(&self) -> Result<(), Busy> {
+        self.turn(false)
+    }
+
+    /// Loads the model again; returns when it is ready.
+    ///
+    /// # Errors
+    /// [`Busy::Stopped`]: the engine has ended, perhaps because the model cannot be loaded any more.
+    pub fn resume(&self) -> Result<(), Busy> {
+        self.turn(true)
+    }
+
+    fn turn(&self, running: bool) -> Result<(), Busy> {
+        let starts = self.starts.as_ref().ok_or(Busy::Stopped)?;
+        if self.gate.ask(running) {
+            // A full channel has something that wakes the thread.
+            let _ = starts.try_send(None);
+        }
+        if self.gate.wait(running) { Ok(()) } else { Err(Busy::Stopped) }
     }
 
     /// Cancelled once the engine's thread has ended, for whatever reason: it computes nothing any more.

@@ -7,22 +7,79 @@ use std::time::Instant;
 
 use infera_prompt::Tokenizer;
 use parking_lot::Mutex;
+use tokio::sync::oneshot;
 
-use super::Active;
 use super::cpu::{LOGIT_ROWS, Model, STEP_ROWS, Span};
+use super::error::EngineError;
+use super::gate::Gate;
 use super::kv::Blocks;
 use super::sequence::{End, Sequence, Start};
+use super::source::Source;
+use super::{Active, EngineConfig, PREEMPTED};
 
 /// How long a step may take while others wait for their next token: a prompt is read in pieces of about this time.
 const STEP_SECS: f64 = 0.1;
 /// Rows of prompts that a step has in any case.
 const LEAST_ROWS: usize = 16;
 
-pub(super) struct Worker {
+/// What the engine's thread needs.
+pub(super) struct Main {
+    pub config: EngineConfig,
+    pub tokenizer: Arc<Tokenizer>,
+    pub active: Active,
+    pub gate: Arc<Gate>,
+}
+
+type Inbox = Receiver<Option<Start>>;
+
+impl Main {
+    /// Loads, says so, and works until the engine is dropped, with pauses in between.
+    pub fn run(self, source: Source, ready: oneshot::Sender<Result<(), EngineError>>, inbox: &Inbox) {
+        let mut model = match self.load(source) {
+            Ok(model) => model,
+            Err(e) => return drop(ready.send(Err(e))),
+        };
+        if ready.send(Ok(())).is_err() {
+            return;
+        }
+        while Worker::new(model, &self).run(inbox) {
+            self.gate.reached(false);
+            if !self.sleep(inbox) {
+                return;
+            }
+            match Source::open(&self.config.model_path).and_then(|source| self.load(source)) {
+                Ok(loaded) => model = loaded,
+                Err(error) => return tracing::error!(%error, "the model can't be loaded again"),
+            }
+            self.gate.reached(true);
+        }
+    }
+
+    fn load(&self, source: Source) -> Result<Model, EngineError> {
+        let c = &self.config;
+        Model::load(&source, c.class, c.threads, c.max_context, c.blocks())
+    }
+
+    /// Until the end of a pause; false when the engine is dropped.
+    fn sleep(&self, inbox: &Inbox) -> bool {
+        loop {
+            match inbox.recv() {
+                Ok(Some(start)) => {
+                    self.active.lock().remove(&start.id);
+                    start.fail(PREEMPTED);
+                }
+                Ok(None) if self.gate.is_open() => return true,
+                Ok(None) => {}
+                Err(_) => return false,
+            }
+        }
+    }
+}
+
+struct Worker<'a> {
+    main: &'a Main,
     model: Model,
     blocks: Blocks,
-    tokenizer: Arc<Tokenizer>,
-    active: Active,
     sequences: Vec<Sequence>,
     /// Jobs that wait for memory, first come first served.
     waiting: VecDeque<Start>,
@@ -33,34 +90,38 @@ pub(super) struct Worker {
 /// A sequence's place in the list and how it ended.
 type Ended = (usize, Result<End, String>);
 
-impl Worker {
-    pub fn new(model: Model, blocks: usize, tokenizer: Arc<Tokenizer>, active: Active) -> Self {
-        let blocks = Blocks::new(blocks);
-        Self {
-            model,
-            blocks,
-            tokenizer,
-            active,
-            sequences: Vec::new(),
-            waiting: VecDeque::new(),
-            row_secs: 1e-3,
-        }
+impl<'a> Worker<'a> {
+    fn new(model: Model, main: &'a Main) -> Self {
+        let blocks = Blocks::new(main.config.blocks());
+        Self { main, model, blocks, sequences: Vec::new(), waiting: VecDeque::new(), row_secs: 1e-3 }
     }
 
-    /// Works until the engine is dropped.
-    pub fn run(mut self, inbox: &Receiver<Start>) {
-        while self.receive(inbox) {
+    /// Works until a pause (true) or until the engine is dropped.
+    fn run(mut self, inbox: &Inbox) -> bool {
+        let mut goes_on = true;
+        while goes_on && self.main.gate.is_open() {
+            goes_on = self.receive(inbox);
             self.sweep();
             self.admit();
             self.step();
         }
-        for id in self.sequences.iter().map(Sequence::id).chain(self.waiting.iter().map(|s| s.id)) {
-            self.active.lock().remove(&id);
+        for sequence in self.sequences.drain(..) {
+            self.main.active.lock().remove(&sequence.id());
+            if goes_on {
+                sequence.end(Err(PREEMPTED.to_owned()));
+            }
         }
+        for start in self.waiting.drain(..) {
+            self.main.active.lock().remove(&start.id);
+            if goes_on {
+                start.fail(PREEMPTED);
+            }
+        }
+        goes_on
     }
 
     /// Takes new jobs, waiting for one if there is nothing to do; false when the engine is dropped.
-    fn receive(&mut self, inbox: &Receiver<Start>) -> bool {
+    fn receive(&mut self, inbox: &Inbox) -> bool {
         loop {
             let start = if self.sequences.is_empty() && self.waiting.is_empty() {
                 match inbox.recv() {
@@ -74,13 +135,16 @@ impl Worker {
                     Err(TryRecvError::Disconnected) => return false,
                 }
             };
-            self.waiting.push_back(start);
+            match start {
+                Some(start) => self.waiting.push_back(start),
+                None => return true,
+            }
         }
     }
 
     /// Drops the jobs that nobody waits for.
     fn sweep(&mut self) {
-        let (active, blocks) = (&self.active, &mut self.blocks);
+        let (active, blocks) = (&self.main.active, &mut self.blocks);
         self.waiting.retain(|start| {
             let keep = !start.is_abandoned();
             if !keep {
@@ -105,7 +169,7 @@ impl Worker {
                 self.sequences.push(Sequence::new(start, table));
             } else if self.sequences.is_empty() {
                 // Everything is free and it is still too little: `Engine` refuses such jobs.
-                self.active.lock().remove(&start.id);
+                self.main.active.lock().remove(&start.id);
                 start.fail("the cache is too small for this job");
             } else {
                 self.waiting.push_front(start);
@@ -177,7 +241,7 @@ impl Worker {
                 Mutex::new((sequence, first, Ok(None)))
             })
             .collect();
-        let tokenizer = &self.tokenizer;
+        let tokenizer = &self.main.tokenizer;
         cpu.each(work.len(), &|i| {
             let (sequence, first, outcome) = &mut *work[i].lock();
             *outcome = sequence.take(&logits, *first, tokenizer);
@@ -197,7 +261,7 @@ impl Worker {
         for (at, how) in ended.into_iter().rev() {
             let sequence = self.sequences.remove(at);
             self.blocks.close(&sequence.table);
-            self.active.lock().remove(&sequence.id());
+            self.main.active.lock().remove(&sequence.id());
             sequence.end(how);
         }
     }

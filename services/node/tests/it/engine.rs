@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use infera_node::engine::{
-    Busy, Class, Engine, EngineConfig, EngineError, Event, Finish, Job, ScoreJob, reference_logits,
+    Busy, Class, Engine, EngineConfig, EngineError, Event, Finish, Job, PREEMPTED, ScoreJob, reference_logits,
 };
 use infera_prompt::{Message, Prompt};
 use infera_protocol::fingerprint::Fingerprint;
@@ -395,6 +395,41 @@ fn slots_are_bounded_and_freed() {
     collect(running);
     collect(engine.generate(two).unwrap());
     assert_eq!(engine.free_slots(), 2);
+}
+
+/// Resident memory of this process, bytes.
+fn resident() -> u64 {
+    let status = std::fs::read_to_string("/proc/self/status").unwrap();
+    let line = status.lines().find_map(|l| l.strip_prefix("VmRSS:")).unwrap();
+    line.trim().trim_end_matches(" kB").parse::<u64>().unwrap() * 1024
+}
+
+#[test]
+fn a_pause_ends_all_jobs_and_frees_the_memory() {
+    let _one = ONE_AT_A_TIME.blocking_lock();
+    let prompt = Prompt::load(&model_path()).unwrap();
+    let engine = Engine::start(config(Class::Exact, 2)).unwrap();
+    let asked = job(&prompt, QUESTIONS[0], 0.8, 16);
+    let expected = collect(engine.generate(asked.clone()).unwrap());
+    let endless = Job { end_tokens: vec![], ..job(&prompt, QUESTIONS[1], 0.8, 900) };
+    let mut running = engine.generate(endless).unwrap();
+    assert!(matches!(running.blocking_recv(), Some(Event::Token { .. })));
+    let before = resident();
+    engine.pause().unwrap();
+    let freed = before.saturating_sub(resident());
+    assert!(freed > engine.memory().weights * 8 / 10, "only {freed} bytes of {:?}", engine.memory());
+    let mut last = None;
+    while let Some(event) = running.blocking_recv() {
+        last = Some(event);
+    }
+    assert_eq!(last, Some(Event::Failed { reason: PREEMPTED.into() }));
+    assert_eq!(engine.generate(asked.clone()).unwrap_err(), Busy::Paused);
+    assert_eq!(engine.free_slots(), 8);
+    engine.pause().unwrap();
+    engine.resume().unwrap();
+    assert_eq!(collect(engine.generate(asked).unwrap()), expected);
+    engine.pause().unwrap();
+    drop(engine);
 }
 
 #[test]
