@@ -23,6 +23,10 @@ pub enum Command {
     Down(DataArgs),
     /// Run a node: this machine answers requests and earns
     Node(infera_node::Args),
+    /// Take this machine back from its node: it stops computing at once and frees its memory
+    Pause(NodeArgs),
+    /// Let a paused node work again
+    Resume(NodeArgs),
     /// Make and revoke API keys
     Keys(KeysArgs),
     /// Show the models of the network, or the registry entry of a model file
@@ -53,6 +57,14 @@ impl Profile {
             Self::Cluster => "cluster",
         }
     }
+}
+
+/// Which node.
+#[derive(Debug, Args)]
+pub struct NodeArgs {
+    /// Folder of the node's keys and its journal of commitments
+    #[arg(long, default_value = ".infera-node")]
+    pub data: PathBuf,
 }
 
 #[derive(Debug, Clone, Args)]

@@ -38,6 +38,8 @@ pub fn main() -> ExitCode {
         Command::Up(args) => up::up(args),
         Command::Down(args) => up::down(&args),
         Command::Node(args) => return infera_node::main(args),
+        Command::Pause(args) => node(infera_node::pause(&args.data)),
+        Command::Resume(args) => node(infera_node::resume(&args.data)),
         Command::Keys(args) => keys::keys(args),
         Command::Models(args) => models::models(&args),
         Command::Verify(args) => verify::verify(&args),
@@ -52,6 +54,10 @@ pub fn main() -> ExitCode {
             ExitCode::from(FAILURE)
         }
     }
+}
+
+fn node(outcome: Result<(), infera_node::Error>) -> Result<ExitCode, String> {
+    outcome.map(|()| ExitCode::SUCCESS).map_err(|e| e.to_string())
 }
 
 /// Prints a line to standard output; a reader that went away is no error.

@@ -1,7 +1,7 @@
 //! The GPU worker: connects out to a dispatcher, proves who it is, computes what it is leased, and earns.
 //!
 //! ```text
-//!  dispatcher ──lease──> session ──job──> engine (own thread, libtorch)
+//!  dispatcher ──lease──> session ──job──> engine (own threads)
 //!             <─deltas──         <─tokens─
 //!             <─commit── after the journal has it on disk
 //!             ──reveal?─> the journal's bytes
@@ -13,6 +13,9 @@
 //! - One process per data folder: a second one would answer the same slots.
 //! - A lease that can't be served is declined, signed, at once.
 //! - A node whose engine has ended declines what it holds and ends with an error, for its supervisor to see.
+//! - Gone at once when its owner wants the machine: a pause (SIGUSR1, or `infera pause`) ends all jobs within one step of
+//!   the engine, gives weights and cache back, answers what is committed already, and leaves the dispatcher; SIGUSR2
+//!   (`infera resume`) loads the model and connects again.
 //! - No inbound port: the one connection goes out, so home routers are no matter.
 //! - Keys are made on this machine and stay on it, readable by their owner alone.
 
@@ -21,12 +24,13 @@ pub mod engine;
 mod fault;
 mod identity;
 mod journal;
+mod pause;
 mod session;
 mod slots;
 
 use std::{
     fs::{File, TryLockError},
-    io,
+    io::{self, Write},
     path::Path,
     process::ExitCode,
     sync::Arc,
@@ -36,10 +40,14 @@ use std::{
 use infera_protocol::{bytes::Hash32, registry::Manifest};
 use infera_runtime::{CancellationToken, shutdown, telemetry};
 
-use tokio::time::{Instant, sleep};
+use tokio::{
+    sync::watch,
+    time::{Instant, sleep},
+};
 
 pub use args::Args;
 pub use fault::Fault;
+pub use pause::{pause, resume};
 
 use engine::{Engine, EngineConfig};
 use identity::Identity;
@@ -64,6 +72,8 @@ pub enum Error {
     Journal(io::Error),
     #[error("{data} is in use by another node: end that one, or choose another folder with --data")]
     InUse { data: String },
+    #[error("no node runs in {data}: name its folder with --data")]
+    NotRunning { data: String },
     #[error("cannot start: {0}")]
     Start(String),
 }
@@ -99,16 +109,22 @@ pub fn main(args: Args) -> ExitCode {
 async fn process(args: Args) -> Result<(), String> {
     let guard = telemetry::init("infera-node", args.otlp.as_deref(), &args.log_filter, !args.log_text)
         .map_err(|e| e.to_string())?;
-    let result = run(args, shutdown::on_signals()).await;
+    let pauses = pause::on_signals().map_err(|e| format!("signals: {e}"))?;
+    let result = run(args, shutdown::on_signals(), pauses).await;
     guard.shutdown().await;
     result.map_err(|e| e.to_string())
 }
 
-/// Runs a node until `shutdown`, then drains: no new leases, open slots are committed and revealed.
+/// Runs a node until `shutdown`, then drains: no new leases, open slots are committed and revealed. While `pauses` is true
+/// it neither computes nor holds a model.
 ///
 /// # Errors
 /// [`Error`]; a dispatcher that is away is none.
-pub async fn run(args: Args, shutdown: CancellationToken) -> Result<(), Error> {
+pub async fn run(
+    args: Args,
+    shutdown: CancellationToken,
+    pauses: watch::Receiver<bool>,
+) -> Result<(), Error> {
     let manifest = read_manifest(&args.manifest)?;
     let _lock = lock(&args.data)?;
     let identity = Identity::load_or_create(&args, &manifest)?;
@@ -146,7 +162,7 @@ pub async fn run(args: Args, shutdown: CancellationToken) -> Result<(), Error> {
     );
     let slots = Arc::new(slots.map_err(Error::Journal)?);
     tokio::select! {
-        () = serve(&args, &slots, &shutdown) => {
+        () = serve(&args, &slots, &shutdown, pauses) => {
             tracing::info!("node has ended");
             Ok(())
         }
@@ -155,20 +171,45 @@ pub async fn run(args: Args, shutdown: CancellationToken) -> Result<(), Error> {
 }
 
 /// One session after the other, until `shutdown`.
-async fn serve(args: &Args, slots: &Arc<Slots>, shutdown: &CancellationToken) {
-    let mut pause = FIRST_PAUSE;
+async fn serve(
+    args: &Args,
+    slots: &Arc<Slots>,
+    shutdown: &CancellationToken,
+    mut pauses: watch::Receiver<bool>,
+) {
+    let mut wait = FIRST_PAUSE;
     while !shutdown.is_cancelled() {
-        let welcomed = session::run(args, slots, shutdown).await;
+        if *pauses.borrow_and_update() {
+            slots.pause().await;
+            tokio::select! {
+                () = pause::until(&mut pauses, false) => {}
+                () = shutdown.cancelled() => {}
+            }
+            continue;
+        }
+        slots.resume().await;
+        let stop = shutdown.child_token();
+        let mut watched = pauses.clone();
+        let paused = async {
+            pause::until(&mut watched, true).await;
+            slots.pause().await;
+            stop.cancel();
+            std::future::pending::<()>().await;
+        };
+        let welcomed = tokio::select! {
+            welcomed = session::run(args, slots, &stop) => welcomed,
+            () = paused => false,
+        };
         if welcomed {
-            pause = FIRST_PAUSE;
+            wait = FIRST_PAUSE;
         }
         // Jitter keeps a crowd of nodes from coming back in one moment.
-        let jittered = pause.mul_f64(rand::random_range(0.5..1.5));
+        let jittered = wait.mul_f64(rand::random_range(0.5..1.5));
         tokio::select! {
             () = tokio::time::sleep(jittered) => {}
             () = shutdown.cancelled() => {}
         }
-        pause = (pause * 2).min(LONGEST_PAUSE);
+        wait = (wait * 2).min(LONGEST_PAUSE);
     }
 }
 
@@ -189,7 +230,12 @@ fn lock(data: &Path) -> Result<File, Error> {
     std::fs::create_dir_all(data).map_err(failed)?;
     let file = File::options().create(true).truncate(false).write(true).open(&path).map_err(failed)?;
     match file.try_lock() {
-        Ok(()) => Ok(file),
+        Ok(()) => {
+            // For `infera pause`.
+            file.set_len(0).map_err(failed)?;
+            (&file).write_all(std::process::id().to_string().as_bytes()).map_err(failed)?;
+            Ok(file)
+        }
         Err(TryLockError::WouldBlock) => Err(Error::InUse { data: data.display().to_string() }),
         Err(TryLockError::Error(error)) => Err(failed(error)),
     }

@@ -18,7 +18,7 @@ use tracing::Instrument;
 use uuid::Uuid;
 
 use crate::{
-    engine::{Busy, Engine, Event, Job},
+    engine::{Busy, Engine, Event, Job, PREEMPTED},
     fault::{self, Fault},
     identity::Identity,
     journal::{Journal, Key, Promise},
@@ -109,6 +109,20 @@ impl Slots {
     /// Cancelled once the engine has ended.
     pub fn engine_ended(&self) -> CancellationToken {
         self.engine.ended()
+    }
+
+    /// Ends all jobs, which are declined, and gives the engine's memory back.
+    pub async fn pause(self: &Arc<Self>) {
+        let slots = self.clone();
+        // An engine that has ended is noticed elsewhere.
+        let _ = tokio::task::spawn_blocking(move || slots.engine.pause()).await;
+        tracing::info!("paused");
+    }
+
+    /// Loads the model again, if it is not there.
+    pub async fn resume(self: &Arc<Self>) {
+        let slots = self.clone();
+        let _ = tokio::task::spawn_blocking(move || slots.engine.resume()).await;
     }
 
     /// A new connection: promises that are still open are sent again, byte for byte. Returns what is to be written, and
@@ -266,7 +280,11 @@ impl Slots {
                 Err(Busy::Full { .. }) if Instant::now() < until => sleep(Duration::from_millis(10)).await,
                 Err(busy) => {
                     tracing::info!(%busy, request_id = %request.id, "lease is declined");
-                    return Err(if matches!(busy, Busy::Full { .. }) { "full" } else { "engine" });
+                    return Err(match busy {
+                        Busy::Full { .. } => "full",
+                        Busy::Paused => PREEMPTED,
+                        _ => "engine",
+                    });
                 }
             }
         }
@@ -361,6 +379,7 @@ impl Slots {
                     self.deltas(key, sent, &tokens[sent..], stream);
                     return Ok(Output { tokens, fingerprints, finish });
                 }
+                Event::Failed { reason } if reason == PREEMPTED => return Err(PREEMPTED),
                 Event::Failed { reason } => {
                     tracing::error!(reason, request_id = %key.0, "the engine failed");
                     return Err("engine");

@@ -16,6 +16,7 @@ use infera_runtime::{CancellationToken, clock};
 use infera_wire::{Message as _, convert, v1};
 use tempfile::TempDir;
 use tokio::net::{TcpListener, TcpStream};
+use tokio::sync::watch;
 use tokio::task::JoinHandle;
 use tokio::time::timeout;
 use tokio_tungstenite::tungstenite::Message;
@@ -41,6 +42,7 @@ pub struct Dispatcher {
 pub struct Node {
     task: JoinHandle<Result<(), infera_node::Error>>,
     pub stop: CancellationToken,
+    pub pause: watch::Sender<bool>,
 }
 
 impl Node {
@@ -91,8 +93,9 @@ impl Dispatcher {
         }
         line.extend(more);
         let (args, stop) = (Args::parse_from(line), CancellationToken::new());
-        let task = tokio::spawn(infera_node::run(args, stop.clone()));
-        Node { task, stop }
+        let (pause, pauses) = watch::channel(false);
+        let task = tokio::spawn(infera_node::run(args, stop.clone(), pauses));
+        Node { task, stop, pause }
     }
 
     pub async fn accept(&self) -> WebSocketStream<TcpStream> {

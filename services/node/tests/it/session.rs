@@ -133,6 +133,64 @@ async fn what_cannot_be_served_is_declined_and_signed() {
     node.end().await;
 }
 
+#[tokio::test(flavor = "multi_thread")]
+async fn a_paused_node_declines_what_it_computes_reveals_what_it_promised_and_comes_back() {
+    let _one = ONE_AT_A_TIME.lock().await;
+    let dispatcher = Dispatcher::new().await;
+    let node = dispatcher.node(&["--slots", "2", "--max-context", "512"]);
+    let mut session = dispatcher.open().await;
+    let short = request(QUESTION, 8);
+    session.lease(&short, 1).await;
+    let commit = loop {
+        if let Heard::Commit(commit) = session.hear().await {
+            break commit;
+        }
+    };
+    let long = request("Write a long story about a river and the people who live beside it.", 400);
+    session.lease(&long, 1).await;
+    assert!(matches!(session.hear().await, Heard::Deltas(_)));
+    node.pause.send_replace(true);
+    let mut seen = Vec::new();
+    while seen.len() < 2 {
+        match next_but_deltas_of(&mut session, &long).await {
+            Heard::Decline(decline) => {
+                check_decline(&session, &long, &decline, "preempted");
+                seen.push("decline");
+            }
+            Heard::Draining(_) => seen.push("draining"),
+            other => panic!("unexpected {other:?}"),
+        }
+    }
+    session
+        .say(Say::RevealRequest(v1::RevealRequest {
+            request_id: key(&short),
+            attempt: 1,
+            reveal_deadline_ms: i64::MAX,
+        }))
+        .await;
+    let Heard::Reveal(reveal) = session.hear().await else { panic!("no reveal") };
+    check_commitment(&session, &short, &commit, &reveal);
+    session.say(Say::Released(v1::Released { request_id: key(&short), attempt: 1 })).await;
+    node.pause.send_replace(false);
+    let mut session = dispatcher.open().await;
+    session.lease(&request(QUESTION, 8), 1).await;
+    while !matches!(session.hear().await, Heard::Commit(_)) {}
+    node.pause.send_replace(true);
+    node.end().await;
+}
+
+#[test]
+fn a_pause_needs_a_node() {
+    let folder = tempfile::tempdir().unwrap();
+    for outcome in [infera_node::pause(folder.path()), infera_node::resume(folder.path())] {
+        let text = outcome.unwrap_err().to_string();
+        assert!(text.contains("no node runs in") && text.contains("--data"), "{text}");
+    }
+    // Nobody holds the lock: the number in it may be anybody's by now.
+    std::fs::write(folder.path().join("node.lock"), std::process::id().to_string()).unwrap();
+    assert!(infera_node::pause(folder.path()).is_err());
+}
+
 /// The commitment of a slot is the same whatever was lost, and a slot whose record is damaged is not computed again.
 #[tokio::test(flavor = "multi_thread")]
 async fn no_loss_makes_a_node_equivocate() {
