@@ -7,6 +7,7 @@ use infera_protocol::bytes::NodeId;
 use infera_runtime::config::ConfigError;
 use infera_runtime::db::DbError;
 use infera_runtime::http::HttpError;
+use infera_runtime::network::NetworkError;
 
 /// One sentence each, with the remedy.
 #[derive(Debug, thiserror::Error)]
@@ -19,8 +20,10 @@ pub enum Error {
     Bus(#[from] BusError),
     #[error(transparent)]
     Http(#[from] HttpError),
-    #[error("{what} {} cannot be read: {reason}", path.display())]
-    File { what: &'static str, path: PathBuf, reason: String },
+    #[error(transparent)]
+    Network(#[from] NetworkError),
+    #[error("the key {} cannot be read: {reason}", path.display())]
+    Key { path: PathBuf, reason: String },
     #[error("the key {} can be read by others: chmod 600 it", path.display())]
     KeyExposed { path: PathBuf },
     #[error(
@@ -28,8 +31,6 @@ pub enum Error {
         path.display()
     )]
     UnknownDispatcher { path: PathBuf, key: NodeId },
-    #[error("the registry {} is not the one that the manifest names: its hash is {actual}, expected {expected}", path.display())]
-    WrongRegistry { path: PathBuf, actual: String, expected: String },
     #[error("metrics cannot be registered: {0}")]
     Metrics(#[from] prometheus::Error),
     /// State in memory is lost; offers are delivered again after a restart.

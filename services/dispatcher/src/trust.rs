@@ -9,7 +9,7 @@ use ed25519_dalek::SigningKey;
 use infera_protocol::bytes::Hash32;
 use infera_protocol::identity::node_id;
 use infera_protocol::registry::{Manifest, Registry};
-use serde::de::DeserializeOwned;
+use infera_runtime::network;
 
 use crate::error::Error;
 
@@ -24,48 +24,38 @@ impl Trust {
     /// Reads all three.
     ///
     /// # Errors
-    /// [`Error::File`], [`Error::KeyExposed`], [`Error::UnknownDispatcher`], [`Error::WrongRegistry`].
+    /// [`Error::Key`], [`Error::KeyExposed`], [`Error::UnknownDispatcher`], [`Error::Network`].
     pub fn load(key: &Path, manifest: &Path, registry: &Path) -> Result<Self, Error> {
         let key = load_or_create_key(key)?;
-        let trusted: Manifest = json("the manifest", manifest)?;
+        let (trusted, registries) = network::load(manifest, registry)?;
         if !trusted.dispatchers.contains(&node_id(&key)) {
             return Err(Error::UnknownDispatcher { path: manifest.to_owned(), key: node_id(&key) });
         }
-        let models: Registry = json("the registry", registry)?;
-        let hash = models.hash().map_err(|e| file("the registry", registry, &e))?;
-        if hash != trusted.registry_hash {
-            return Err(Error::WrongRegistry {
-                path: registry.to_owned(),
-                actual: hash.to_string(),
-                expected: trusted.registry_hash.to_string(),
-            });
-        }
-        Ok(Self { key, manifest: trusted, registry: models })
+        Ok(Self { key, manifest: trusted, registry: registries.current().clone() })
     }
 }
 
 /// The dispatcher's Ed25519 key at `path`: 32 bytes as `0x` hex. Made with mode 0600 if it is missing.
 ///
 /// # Errors
-/// [`Error::File`] and [`Error::KeyExposed`].
+/// [`Error::Key`] and [`Error::KeyExposed`].
 pub fn load_or_create_key(path: &Path) -> Result<SigningKey, Error> {
     match fs::metadata(path) {
         Err(error) if error.kind() == io::ErrorKind::NotFound => create_key(path)?,
-        Err(error) => return Err(file("the key", path, &error)),
+        Err(error) => return Err(file(path, &error)),
         Ok(_) => {}
     }
-    let meta = fs::metadata(path).map_err(|e| file("the key", path, &e))?;
+    let meta = fs::metadata(path).map_err(|e| file(path, &e))?;
     if meta.permissions().mode() & 0o077 != 0 {
         return Err(Error::KeyExposed { path: path.to_owned() });
     }
-    let text = fs::read_to_string(path).map_err(|e| file("the key", path, &e))?;
-    let seed: Hash32 =
-        text.trim().parse().map_err(|e| file("the key", path, &format!("{e}; expected 32 bytes")))?;
+    let text = fs::read_to_string(path).map_err(|e| file(path, &e))?;
+    let seed: Hash32 = text.trim().parse().map_err(|e| file(path, &format!("{e}; expected 32 bytes")))?;
     Ok(SigningKey::from_bytes(&seed.0))
 }
 
 fn create_key(path: &Path) -> Result<(), Error> {
-    let failed = |error: io::Error| file("the key", path, &error);
+    let failed = |error: io::Error| file(path, &error);
     if let Some(parent) = path.parent() {
         fs::create_dir_all(parent).map_err(failed)?;
     }
@@ -80,13 +70,8 @@ fn create_key(path: &Path) -> Result<(), Error> {
     }
 }
 
-fn json<T: DeserializeOwned>(what: &'static str, path: &Path) -> Result<T, Error> {
-    let bytes = fs::read(path).map_err(|e| file(what, path, &e))?;
-    serde_json::from_slice(&bytes).map_err(|e| file(what, path, &e))
-}
-
-fn file(what: &'static str, path: &Path, reason: &dyn std::fmt::Display) -> Error {
-    Error::File { what, path: path.to_owned(), reason: reason.to_string() }
+fn file(path: &Path, reason: &dyn std::fmt::Display) -> Error {
+    Error::Key { path: path.to_owned(), reason: reason.to_string() }
 }
 
 #[cfg(test)]

@@ -1,14 +1,12 @@
 //! Why the explorer does not start or stops. One sentence each, with a remedy.
 
-use std::path::PathBuf;
-
 /// What [`crate::run`] fails with.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
     #[error(transparent)]
     Config(#[from] infera_runtime::config::ConfigError),
-    #[error("the manifest {} is not usable: {reason}", path.display())]
-    Manifest { path: PathBuf, reason: String },
+    #[error(transparent)]
+    Network(#[from] infera_runtime::network::NetworkError),
     #[error(transparent)]
     Embed(#[from] infera_embed::EmbedError),
     #[error("the index of answers cannot be opened: {0}")]

@@ -31,15 +31,13 @@ mod query;
 mod store;
 
 use std::net::SocketAddr;
-use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
 use infera_bus::{Bus, ConsumerSpec, Topology, consume};
 use infera_embed::{Embedder, Index};
-use infera_protocol::registry::Manifest;
 use infera_runtime::health::{CheckHandle, Health};
-use infera_runtime::{CancellationToken, db, http as server};
+use infera_runtime::{CancellationToken, db, http as server, network};
 use infera_wire::topology::queues;
 use sea_orm::DatabaseConnection;
 use tokio::sync::{Semaphore, oneshot};
@@ -78,7 +76,7 @@ impl Deps {
 /// [`Error`], one sentence; nothing is half done then.
 pub async fn run(config: Config, deps: Deps, shutdown: CancellationToken) -> Result<(), Error> {
     config.validate()?;
-    let manifest = manifest(&config.common.manifest_path)?;
+    let manifest = network::manifest(&config.common.manifest_path)?;
     let embedder = match deps.embedder {
         Some(embedder) => embedder,
         None => {
@@ -220,10 +218,4 @@ async fn watch(
             () = tokio::time::sleep(HEALTH_EVERY) => {}
         }
     }
-}
-
-fn manifest(path: &Path) -> Result<Manifest, Error> {
-    let unusable = |reason: String| Error::Manifest { path: path.to_owned(), reason };
-    let bytes = std::fs::read(path).map_err(|error| unusable(error.to_string()))?;
-    serde_json::from_slice(&bytes).map_err(|error| unusable(error.to_string()))
 }

@@ -6,13 +6,11 @@ use std::sync::Arc;
 
 use infera_prompt::Prompt;
 use infera_protocol::bytes::Hash32;
-use infera_protocol::registry::{Manifest, Model, Registry};
+use infera_protocol::registry::{Model, Registry};
+use infera_runtime::network;
 
 use crate::config::Config;
 use crate::error::Error;
-
-/// Largest registry or manifest that is read, bytes.
-const MAX_FILE: u64 = 4 * 1024 * 1024;
 
 /// A model that clients may ask for.
 #[derive(Debug)]
@@ -36,22 +34,16 @@ impl Catalog {
     /// # Errors
     /// One sentence: a file that is missing, or that is not what the registry lists.
     pub fn load(config: &Config) -> Result<Self, Error> {
-        let registry: Registry = read("registry_path", &config.common.registry_path)?;
-        if !config.common.manifest_path.as_os_str().is_empty() {
-            let manifest: Manifest = read("manifest_path", &config.common.manifest_path)?;
-            let hash = registry.hash().map_err(|error| Error::Models(error.to_string()))?;
-            if hash != manifest.registry_hash {
-                return Err(Error::Models(format!(
-                    "{} has the hash {hash}, but the manifest {} names {}: fetch the registry in force",
-                    config.common.registry_path.display(),
-                    config.common.manifest_path.display(),
-                    manifest.registry_hash
-                )));
-            }
-        }
+        let common = &config.common;
+        let registries = if common.manifest_path.as_os_str().is_empty() {
+            network::registries(&common.registry_path)?
+        } else {
+            network::load(&common.manifest_path, &common.registry_path)?.1
+        };
+        let registry = registries.current();
         let mut models = BTreeMap::new();
         for (id, path) in &config.models {
-            models.insert(id.clone(), Arc::new(served(&registry, id, path)?));
+            models.insert(id.clone(), Arc::new(served(registry, id, path)?));
         }
         if models.is_empty() {
             tracing::warn!("no model is configured: every request will be answered with model_not_found");
@@ -99,14 +91,4 @@ fn served(registry: &Registry, id: &str, path: &Path) -> Result<Served, Error> {
         (0..model.vocab_size).map(|token| tokenizer.token_bytes(token).len()).max().unwrap_or(1).max(1);
     tracing::info!(model = id, context_length = model.context_length, "model is served");
     Ok(Served { model: model.clone(), prompt, longest_token })
-}
-
-fn read<T: serde::de::DeserializeOwned>(key: &str, path: &Path) -> Result<T, Error> {
-    let bad = |reason: String| Error::Models(format!("`{key}` = {}: {reason}", path.display()));
-    let size = std::fs::metadata(path).map_err(|error| bad(error.to_string()))?.len();
-    if size > MAX_FILE {
-        return Err(bad(format!("{size} bytes, at most {MAX_FILE} are read")));
-    }
-    let bytes = std::fs::read(path).map_err(|error| bad(error.to_string()))?;
-    serde_json::from_slice(&bytes).map_err(|error| bad(error.to_string()))
 }

@@ -22,6 +22,8 @@ pub enum Error {
     Http(#[from] infera_runtime::http::HttpError),
     #[error("the metrics cannot be registered: {0}")]
     Metrics(#[from] prometheus::Error),
+    #[error(transparent)]
+    Network(#[from] infera_runtime::network::NetworkError),
     #[error("{0}")]
     Models(String),
     /// A task of the service ended although nobody asked it to; the process must be started again.

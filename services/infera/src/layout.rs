@@ -17,7 +17,7 @@ pub struct Layout {
 
 impl Layout {
     pub fn new(root: &Path) -> io::Result<Self> {
-        for folder in ["", "keys", "config", "logs", "db", "nodes", "pids"] {
+        for folder in ["", "keys", "config", "logs", "db", "nodes", "pids", "registries"] {
             fs::create_dir_all(root.join(folder))?;
         }
         Ok(Self { root: root.canonicalize()? })

@@ -5,10 +5,10 @@ use std::{fs, io::Read, path::Path, process::ExitCode};
 use alloy::primitives::{Address, B256};
 use infera_protocol::{
     document::{Check, MAX_DOCUMENT_BYTES, Outcome, Report, check},
-    registry::{Manifest, Registry},
+    registry::Manifest,
 };
+use infera_runtime::network::{self, NetworkError};
 use infera_settlement::chain::ChainReader;
-use serde::de::DeserializeOwned;
 
 use crate::{cli::VerifyArgs, say};
 
@@ -32,10 +32,22 @@ pub fn verify(args: &VerifyArgs) -> Result<ExitCode, String> {
 fn checked(args: &VerifyArgs) -> Result<ExitCode, String> {
     let manifest_path = args.manifest.clone().unwrap_or_else(|| args.data.data.join("network.json"));
     let registry_path = args.registry.clone().unwrap_or_else(|| manifest_path.with_file_name("models.json"));
-    let manifest: Manifest = read_json(&manifest_path, "manifest")?;
-    let registry: Registry = read_json(&registry_path, "registry")?;
+    let manifest = network::manifest(&manifest_path)
+        .map_err(|error| format!("{error}; name it with --manifest, or the data folder with --data"))?;
+    let registries = match network::registries(&registry_path) {
+        Ok(registries) => registries,
+        // It is there, and says what nobody should believe.
+        Err(error @ NetworkError::History { .. }) => {
+            let outcome = Outcome::Failed(error.to_string());
+            print_checks(&[Check { name: "registry", outcome }], args.json)?;
+            return Ok(ExitCode::from(FAILED));
+        }
+        Err(error) => {
+            return Err(format!("{error}; name it with --registry, or the data folder with --data"));
+        }
+    };
     let bytes = read_document(&args.receipt)?;
-    let mut report = check(&bytes, &manifest, &registry);
+    let mut report = check(&bytes, &manifest, &registries);
     let rpc = args.rpc.as_deref().unwrap_or(&manifest.rpc_url);
     let chain = crate::block_on(on_chain(&report, &manifest, rpc))?;
     let unreachable = match chain {
@@ -61,16 +73,6 @@ fn checked(args: &VerifyArgs) -> Result<ExitCode, String> {
     } else {
         ExitCode::from(PARTLY)
     })
-}
-
-fn read_json<T: DeserializeOwned>(path: &Path, what: &str) -> Result<T, String> {
-    let text = fs::read(path).map_err(|e| {
-        format!(
-            "cannot read the {what} {}: {e}; name it with --{what}, or the data folder with --data",
-            path.display()
-        )
-    })?;
-    serde_json::from_slice(&text).map_err(|e| format!("{} is not a {what}: {e}", path.display()))
 }
 
 fn read_document(path: &Path) -> Result<Vec<u8>, String> {
@@ -117,17 +119,25 @@ async fn on_chain(report: &Report, manifest: &Manifest, rpc: &str) -> Result<Opt
     Ok(Some(outcome))
 }
 
-fn print(report: &Report, json: bool) -> Result<(), String> {
+fn print_checks(checks: &[Check], json: bool) -> Result<(), String> {
     if json {
-        say(serde_json::to_string_pretty(&report.checks).map_err(|e| e.to_string())?);
+        say(serde_json::to_string_pretty(checks).map_err(|e| e.to_string())?);
         return Ok(());
     }
-    for Check { name, outcome } in &report.checks {
+    for Check { name, outcome } in checks {
         match outcome {
             Outcome::Passed => say(format_args!("  ok       {name}")),
             Outcome::Failed(reason) => say(format_args!("  FAILED   {name}: {reason}")),
             Outcome::NotChecked(reason) => say(format_args!("  skipped  {name}: {reason}")),
         }
+    }
+    Ok(())
+}
+
+fn print(report: &Report, json: bool) -> Result<(), String> {
+    print_checks(&report.checks, json)?;
+    if json {
+        return Ok(());
     }
     let Some(document) = &report.document else {
         say("not a receipt of this network");

@@ -213,7 +213,12 @@ impl Consumer {
             ("dispatcher", self.manifest.dispatchers.contains(&evidence.dispatcher)),
             ("request_hash", evidence.request_hash().0[..] == row.request_hash[..]),
             ("k", i64::from(evidence.k) == row.k),
-            ("calibration_hash", evidence.calibration_hash.0[..] == row.calibration_hash[..]),
+            // Decided under the calibration of its funding, or after a change under the new one.
+            (
+                "calibration_hash",
+                evidence.calibration_hash.0[..] == row.calibration_hash[..]
+                    || evidence.calibration_hash == self.registry.calibration.hash(),
+            ),
         ];
         if let Some((field, _)) = fits.iter().find(|(_, fits)| !fits) {
             return Err(dead(format!("`{field}` is not the funded request's or this network's")));

@@ -1,8 +1,8 @@
 //! Why the service cannot start or go on.
 
-use std::path::PathBuf;
-
-use infera_runtime::{config::ConfigError, db::DbError, http::HttpError, jwt::KeyError};
+use infera_runtime::{
+    config::ConfigError, db::DbError, http::HttpError, jwt::KeyError, network::NetworkError,
+};
 
 /// One sentence each, with a remedy where there is one.
 #[derive(Debug, thiserror::Error)]
@@ -23,10 +23,6 @@ pub enum Error {
     Ledger(#[from] crate::ledger::LedgerError),
     #[error("metrics cannot be registered: {0}")]
     Metrics(#[from] prometheus::Error),
-    #[error("{what} {} cannot be read: {reason}", path.display())]
-    File { what: &'static str, path: PathBuf, reason: String },
-    #[error(
-        "the registry's hash is {actual}, the manifest names {expected}: both must come from the same network"
-    )]
-    Registry { actual: String, expected: String },
+    #[error(transparent)]
+    Network(#[from] NetworkError),
 }

@@ -28,14 +28,11 @@ pub mod ledger;
 mod metrics;
 pub mod store;
 
-use std::{net::SocketAddr, path::Path, sync::Arc, time::Duration};
+use std::{net::SocketAddr, sync::Arc, time::Duration};
 
 use infera_bus::{Bus, ConsumerSpec, Topology, consume, outbox::Relay};
-use infera_protocol::{
-    ids::message_id,
-    registry::{Manifest, Registry},
-};
-use infera_runtime::{CancellationToken, clock, db, health::Health, http::serve, jwt::Verifier};
+use infera_protocol::ids::message_id;
+use infera_runtime::{CancellationToken, clock, db, health::Health, http::serve, jwt::Verifier, network};
 use infera_wire::topology::queues;
 use sea_orm::{DatabaseConnection, TransactionTrait};
 use tokio::sync::{Notify, oneshot};
@@ -60,7 +57,7 @@ pub struct Deps {
 /// [`Error`], one sentence; nothing is half done then.
 pub async fn run(config: Config, deps: Deps, shutdown: CancellationToken) -> Result<(), Error> {
     config.validate()?;
-    let (manifest, registry) = network(&config)?;
+    let (manifest, registries) = network::load(&config.common.manifest_path, &config.common.registry_path)?;
     let keys = Verifier::from_jwks_file(&config.common.jwks_path)?;
     let db =
         db::connect(config.common.database_url.expose(), config.common.database_schema.as_deref()).await?;
@@ -85,6 +82,7 @@ pub async fn run(config: Config, deps: Deps, shutdown: CancellationToken) -> Res
         written: written.clone(),
         config: config.clone(),
     };
+    let registry = registries.current().clone();
     let handlers = consumer::Consumer { manifest, registry, metrics, written };
     let spec = |queue| ConsumerSpec {
         bus: deps.bus.clone(),
@@ -142,31 +140,6 @@ async fn anchor(batcher: batcher::Batcher, stop: &CancellationToken) -> Result<(
         batcher.run(stop.clone()).await;
     }
     Ok(())
-}
-
-/// The network's manifest and registry, which must belong together.
-fn network(config: &Config) -> Result<(Manifest, Registry), Error> {
-    let manifest: Manifest = read_json("the manifest", &config.common.manifest_path)?;
-    let registry: Registry = read_json("the registry", &config.common.registry_path)?;
-    let file = |reason: String| Error::File {
-        what: "the registry",
-        path: config.common.registry_path.clone(),
-        reason,
-    };
-    let actual = registry.hash().map_err(|error| file(error.to_string()))?;
-    if actual != manifest.registry_hash {
-        return Err(Error::Registry {
-            actual: actual.to_string(),
-            expected: manifest.registry_hash.to_string(),
-        });
-    }
-    Ok((manifest, registry))
-}
-
-fn read_json<T: serde::de::DeserializeOwned>(what: &'static str, path: &Path) -> Result<T, Error> {
-    let error = |reason: String| Error::File { what, path: path.to_owned(), reason };
-    let bytes = std::fs::read(path).map_err(|e| error(e.to_string()))?;
-    serde_json::from_slice(&bytes).map_err(|e| error(e.to_string()))
 }
 
 /// Gives the configured credits, each once.

@@ -14,7 +14,7 @@ use infera_protocol::agreement::{
 use infera_protocol::assignment::{beta, order_nodes};
 use infera_protocol::bytes::NodeId;
 use infera_protocol::evidence::{Evidence, EvidenceError};
-use infera_protocol::registry::{Manifest, Registry};
+use infera_protocol::registry::{History, Manifest};
 use infera_protocol::request::{MAX_REPLICAS, Output};
 use infera_wire::convert::{self, CloseReason, Submitted};
 use infera_wire::{Message, WireError, v1};
@@ -31,7 +31,8 @@ const MAX_ROUND: u32 = 0xff;
 #[derive(Debug, Clone)]
 pub struct Rules {
     pub manifest: Manifest,
-    pub registry: Registry,
+    /// The registry in force, and those under which open requests may have been funded.
+    pub registries: History,
 }
 
 /// Why collected results are no evidence. They go to the dead letters.
@@ -98,7 +99,7 @@ pub fn attempt_of(round_key: i64) -> i64 {
 /// [`Rejection`]: no honest dispatcher sent this.
 pub fn admit(rules: &Rules, wire: &v1::ResultsCollected, decided_at_ms: i64) -> Result<Case, Rejection> {
     let domain = rules.manifest.domain;
-    let calibration = rules.registry.calibration.hash();
+    let calibration = rules.registries.current().calibration.hash();
     let evidence = convert::evidence(wire, domain, calibration, decided_at_ms)?;
     let funded = convert::required("collected.funded", &wire.funded)?;
     let reply_to = convert::required("funded.submitted", &funded.submitted)?.reply_to.clone();
@@ -109,11 +110,17 @@ pub fn admit(rules: &Rules, wire: &v1::ResultsCollected, decided_at_ms: i64) -> 
         return Err(Rejection::Dispatcher(evidence.dispatcher));
     }
     let model = rules
-        .registry
+        .registries
+        .current()
         .by_id(&evidence.model)
         .filter(|model| model.weights_root == evidence.request.model_root)
         .ok_or_else(|| Rejection::Model(evidence.model.clone()))?;
-    if model.price_micro != evidence.price_micro {
+    let priced = rules
+        .registries
+        .in_force(evidence.submitted_at_ms, decided_at_ms)
+        .filter_map(|registry| registry.by_root(&model.weights_root))
+        .any(|model| model.price_micro == evidence.price_micro);
+    if !priced {
         return Err(Rejection::Price { actual: evidence.price_micro, expected: model.price_micro });
     }
     evidence.check_request()?;
@@ -152,7 +159,7 @@ pub fn findings(rules: &Rules, case: &Case, similarity: impl Fn(usize, usize) ->
             };
             let relation = compare(
                 &case.evidence.request,
-                &rules.registry.calibration,
+                &rules.registries.current().calibration,
                 case.threshold_millionths,
                 output_a,
                 output_b,
@@ -295,4 +302,39 @@ pub fn outcome_name(verdict: &v1::Verdict) -> &'static str {
 /// Whether nothing follows after this verdict.
 pub fn is_closing(verdict: &v1::Verdict) -> bool {
     !matches!(verdict.outcome, Some(v1::verdict::Outcome::MoreNodes(_)))
+}
+
+#[cfg(test)]
+mod tests {
+    use infera_protocol::registry::Replaced;
+    use infera_testkit::evidence;
+
+    use super::*;
+
+    #[test]
+    fn a_request_keeps_its_price_when_the_registry_changes_under_it() {
+        let network = evidence::Network::new();
+        let case = evidence::Case::new(&network);
+        let collected = case.collected();
+        let decided_at_ms = case.submitted_at_ms + 1_000;
+        let changed_at = |at_ms| {
+            let mut current = network.registry.clone();
+            current.models[0].price_micro += 1;
+            current.calibration.near_tie_milli += 1;
+            current.replaces = Some(Replaced { registry_hash: network.registry.hash().unwrap(), at_ms });
+            let former = serde_json::to_vec(&network.registry).unwrap();
+            let registries = History::follow(current, |_| Ok(Some(former.clone()))).unwrap();
+            Rules { manifest: network.manifest.clone(), registries }
+        };
+        let rules = changed_at(case.submitted_at_ms + 500);
+        let admitted = admit(&rules, &collected, decided_at_ms).unwrap();
+        assert_eq!(
+            admitted.evidence.calibration_hash,
+            rules.registries.current().calibration.hash(),
+            "judged by what is in force"
+        );
+        let before = changed_at(case.submitted_at_ms - 500);
+        let refused = admit(&before, &collected, decided_at_ms).map(|case| case.round).unwrap_err();
+        assert_eq!(refused, Rejection::Price { actual: 2, expected: 3 });
+    }
 }

@@ -1,14 +1,12 @@
 //! Why the verifier does not start or stops. One sentence each, with a remedy.
 
-use std::path::PathBuf;
-
 /// What [`crate::run`] fails with.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
     #[error(transparent)]
     Config(#[from] infera_runtime::config::ConfigError),
-    #[error("{what} {} is not usable: {reason}", path.display())]
-    File { what: &'static str, path: PathBuf, reason: String },
+    #[error(transparent)]
+    Network(#[from] infera_runtime::network::NetworkError),
     #[error("no GGUF file is configured for model `{model}` of the registry: add it to [models]")]
     NoModelFile { model: String },
     #[error("the tokenizer of model `{model}` cannot be read: {source}")]

@@ -101,8 +101,12 @@ impl Indexer {
         let Some(stored) = stored else { return Ok(None) };
         let Ok(verdict) = v1::Verdict::decode(stored.body.as_slice()) else { return Ok(None) };
         let Some(v1::verdict::Outcome::Verified(verified)) = verdict.outcome else { return Ok(None) };
-        let prompt =
-            self.rules.registry.by_id(&stored.model).and_then(|model| self.prompts.get(&model.weights_root));
+        let prompt = self
+            .rules
+            .registries
+            .current()
+            .by_id(&stored.model)
+            .and_then(|model| self.prompts.get(&model.weights_root));
         let Some(prompt) = prompt else {
             tracing::warn!(request_id = %row.request_id, model = stored.model,
                 "the model left the registry, its answer is not indexed");

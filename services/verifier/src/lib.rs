@@ -28,7 +28,6 @@ mod metrics;
 mod store;
 
 use std::net::SocketAddr;
-use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -38,10 +37,9 @@ use infera_embed::{Embedder, Index};
 use infera_prompt::Prompt;
 use infera_protocol::registry::Registry;
 use infera_runtime::health::{CheckHandle, Health};
-use infera_runtime::{CancellationToken, db, http as server};
+use infera_runtime::{CancellationToken, db, http as server, network};
 use infera_wire::topology::queues;
 use sea_orm::DatabaseConnection;
-use serde::de::DeserializeOwned;
 use tokio::sync::{Notify, oneshot};
 
 use consumer::{Arbiter, Prompts};
@@ -80,7 +78,7 @@ impl Deps {
 pub async fn run(config: Config, deps: Deps, shutdown: CancellationToken) -> Result<(), Error> {
     config.validate()?;
     let rules = rules(&config)?;
-    let prompts = prompts(&config, &rules.registry).await?;
+    let prompts = prompts(&config, rules.registries.current()).await?;
     let embedder = match deps.embedder {
         Some(embedder) => embedder,
         None => {
@@ -215,27 +213,9 @@ async fn watch(
 }
 
 fn rules(config: &Config) -> Result<Rules, Error> {
-    let (manifest, registry) = (&config.common.manifest_path, &config.common.registry_path);
-    let rules = Rules { manifest: read("manifest", manifest)?, registry: read("model registry", registry)? };
-    let hash = rules.registry.hash().map_err(|error| file("model registry", registry, error))?;
-    if hash != rules.manifest.registry_hash {
-        let named = rules.manifest.registry_hash;
-        return Err(file(
-            "model registry",
-            registry,
-            format!("its hash is {hash}, the manifest names {named}"),
-        ));
-    }
-    Ok(rules)
-}
-
-fn read<T: DeserializeOwned>(what: &'static str, path: &Path) -> Result<T, Error> {
-    let bytes = std::fs::read(path).map_err(|error| file(what, path, error))?;
-    serde_json::from_slice(&bytes).map_err(|error| file(what, path, error))
-}
-
-fn file(what: &'static str, path: &Path, reason: impl std::fmt::Display) -> Error {
-    Error::File { what, path: path.to_owned(), reason: reason.to_string() }
+    let common = &config.common;
+    let (manifest, registries) = network::load(&common.manifest_path, &common.registry_path)?;
+    Ok(Rules { manifest, registries })
 }
 
 /// The tokenizers of every model of the registry.

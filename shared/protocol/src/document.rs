@@ -13,7 +13,7 @@ use crate::{
     merkle::root_of,
     money::cost_micro,
     receipt::{Receipt, UnpaidReason},
-    registry::{Manifest, Registry},
+    registry::{History, Manifest, Registry},
     request::{MAX_REPLICAS, MIN_REPLICAS},
 };
 use serde::{Deserialize, Serialize};
@@ -109,21 +109,21 @@ impl Document {
     }
 }
 
-/// Checks a document against the network's manifest and registry. Trusts no service; what stands
+/// Checks a document against the network's manifest and the registries of its time. Trusts no service; what stands
 /// on the chain (the batch's root) is the caller's to compare.
 ///
 /// Without evidence only what the receipt itself holds can be checked: that the dispatcher signed
-/// request, k, epoch, eligible set and commitments, that price and calibration are the registry's,
-/// and that quorum, operators and payments are consistent. It can't show that the named nodes were
+/// request, k, epoch, eligible set and commitments, that price and calibration are those of a registry
+/// in force between submission and verdict, and that quorum, operators and payments are consistent. It can't show that the named nodes were
 /// the drawn ones, that they signed and revealed what is claimed, that their results agree, nor
 /// what prompt, output and account the salted hashes stand for: for those fields a batch on the
 /// chain shows only that settlement vouched for them. Until the receipt is anchored, nothing holds
 /// the fields that the dispatcher did not sign. [`Report::complete`] tells the shapes apart.
-pub fn check(bytes: &[u8], manifest: &Manifest, registry: &Registry) -> Report {
+pub fn check(bytes: &[u8], manifest: &Manifest, registries: &History) -> Report {
     let mut report = Report { checks: Vec::new(), document: None };
     report.push(
         "registry",
-        match registry.hash() {
+        match registries.current().hash() {
             Ok(hash) if hash == manifest.registry_hash => Ok(()),
             Ok(hash) => {
                 Err(format!("the registry's hash is {hash}, the manifest names {}", manifest.registry_hash))
@@ -139,7 +139,8 @@ pub fn check(bytes: &[u8], manifest: &Manifest, registry: &Registry) -> Report {
         }
     };
     report.push("encoding", Ok(()));
-    check_receipt(&mut report, &document.receipt, manifest, registry);
+    check_receipt(&mut report, &document.receipt, manifest);
+    check_registry(&mut report, &document.receipt, registries);
     check_anchor(&mut report, &document);
     match &document.evidence {
         Some(evidence) => check_evidence(&mut report, &document.receipt, evidence),
@@ -166,7 +167,7 @@ fn parse(bytes: &[u8]) -> Result<Document, String> {
     }
 }
 
-fn check_receipt(report: &mut Report, receipt: &Receipt, manifest: &Manifest, registry: &Registry) {
+fn check_receipt(report: &mut Report, receipt: &Receipt, manifest: &Manifest) {
     let domain = Domain { chain_id: receipt.chain_id, contract: receipt.contract };
     report.push(
         "network",
@@ -198,23 +199,6 @@ fn check_receipt(report: &mut Report, receipt: &Receipt, manifest: &Manifest, re
         "post-draw signature",
         verify(&receipt.dispatcher, &post, &receipt.post_signature).map_err(|e| e.to_string()),
     );
-    report.push(
-        "model",
-        match registry.by_root(&receipt.model_root) {
-            None => Err(format!("no model of the registry has the weights {}", receipt.model_root)),
-            Some(model) if model.price_micro != receipt.price_micro => Err(format!(
-                "price {} per token, the registry says {}",
-                receipt.price_micro, model.price_micro
-            )),
-            Some(_) => Ok(()),
-        },
-    );
-    report.push(
-        "calibration",
-        ensure(receipt.calibration_hash == registry.calibration.hash(), || {
-            "another calibration than the registry's".into()
-        }),
-    );
     let (first, last) = (epoch_of(receipt.submitted_at_ms), epoch_of(receipt.decided_at_ms));
     report.push(
         "epoch",
@@ -229,6 +213,40 @@ fn check_receipt(report: &mut Report, receipt: &Receipt, manifest: &Manifest, re
         ensure(paid == Some(receipt.charged_micro), || {
             format!("payments sum to {paid:?}, charged were {}", receipt.charged_micro)
         }),
+    );
+}
+
+/// Model, price and calibration, as some registry in force between submission and verdict has them: a request may be
+/// funded under one version and decided under the next.
+fn check_registry(report: &mut Report, receipt: &Receipt, registries: &History) {
+    let versions: Vec<&Registry> =
+        registries.in_force(receipt.submitted_at_ms, receipt.decided_at_ms).collect();
+    let missing = registries.unknown_before(receipt.submitted_at_ms);
+    let mut push = |name, result: Result<(), String>| match (result, missing) {
+        (Err(_), Some(hash)) => report.skip(
+            name,
+            &format!("the registry {hash}, in force when it was submitted, is not among the former ones"),
+        ),
+        (result, _) => report.push(name, result),
+    };
+    let prices: Vec<u64> = versions
+        .iter()
+        .filter_map(|registry| registry.by_root(&receipt.model_root))
+        .map(|model| model.price_micro)
+        .collect();
+    push(
+        "model",
+        match prices.first() {
+            None => Err(format!("no model of the registry in force has the weights {}", receipt.model_root)),
+            Some(price) => ensure(prices.contains(&receipt.price_micro), || {
+                format!("price {} per token, the registry in force says {price}", receipt.price_micro)
+            }),
+        },
+    );
+    let calibrated = versions.iter().any(|registry| registry.calibration.hash() == receipt.calibration_hash);
+    push(
+        "calibration",
+        ensure(calibrated, || "another calibration than that of the registry in force".into()),
     );
 }
 

@@ -15,6 +15,7 @@
 //! - [`http`]: the server, OpenAI's error body, request ids, one root span per request.
 //! - [`jwt`]: EdDSA keys and tokens. [`kv`]: short-lived counters and values.
 //! - [`db`]: SQLite or PostgreSQL behind one sea-orm connection.
+//! - [`network`]: the network's manifest and model registries.
 //! - [`planned`]: planned failures for tests. [`clock`]: the wall clock. [`shutdown`]: signals.
 
 pub mod clock;
@@ -24,6 +25,7 @@ pub mod health;
 pub mod http;
 pub mod jwt;
 pub mod kv;
+pub mod network;
 pub mod planned;
 pub mod shutdown;
 pub mod telemetry;

@@ -43,7 +43,7 @@ impl Network {
     /// A network that serves `models`.
     pub fn serving(models: Vec<Model>) -> Self {
         let calibration = Calibration { near_tie_milli: 500, fingerprint_milli: 100 };
-        let registry = Registry { models, calibration };
+        let registry = Registry { models, calibration, replaces: None };
         let dispatcher = SigningKey::from_bytes(&[0xd1; 32]);
         let manifest = Manifest {
             network: "infera-synthetic".to_owned(),

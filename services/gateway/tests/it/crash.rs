@@ -96,7 +96,7 @@ async fn a_wrong_configuration_is_one_sentence() {
         ("INFERA_GATEWAY__REPLICAS", "2", "`replicas` must be 3 to 7"),
         ("INFERA_GATEWAY__REPLICCAS", "3", "repliccas"),
         ("INFERA_GATEWAY__JWKS_PATH", "/nowhere.json", "/nowhere.json"),
-        ("INFERA_GATEWAY__REGISTRY_PATH", "/nowhere.json", "`registry_path` = /nowhere.json"),
+        ("INFERA_GATEWAY__REGISTRY_PATH", "/nowhere.json", "the registry /nowhere.json"),
         ("INFERA_GATEWAY__HTTP_BIND", "nonsense", "nonsense"),
     ] {
         let mut process = spec(&files, &name, free_port()).env(variable, value).spawn();

@@ -77,6 +77,7 @@ impl Files {
                 created_secs: 1_790_000_000,
             }],
             calibration: Calibration { near_tie_milli: 500, fingerprint_milli: 100 },
+            replaces: None,
         };
         let manifest = Manifest {
             network: "infera-test".into(),

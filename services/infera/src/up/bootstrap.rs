@@ -12,9 +12,10 @@ use infera_protocol::{
     identity::{Domain, node_id},
     registry::{Manifest, Registry},
 };
-use infera_runtime::jwt::Signer;
+use infera_runtime::{clock, jwt::Signer};
 use infera_settlement::chain::{Chain, ChainReader, parse_key};
 
+use super::registry;
 use crate::{
     keys,
     layout::{Layout, write_atomically, write_secret},
@@ -53,7 +54,7 @@ fn api_key(layout: &Layout, signer: &Signer) -> Result<String, String> {
     if let Ok(stored) = fs::read_to_string(&path) {
         let verifier =
             infera_runtime::jwt::Verifier::from_jwks_file(&layout.jwks()).map_err(|e| e.to_string())?;
-        let last_day = infera_runtime::clock::now_ms() / 1_000 + 86_400;
+        let last_day = clock::now_ms() / 1_000 + 86_400;
         if verifier.verify(stored.trim(), keys::AUDIENCE).is_ok_and(|claims| claims.exp > last_day) {
             return Ok(stored.trim().to_owned());
         }
@@ -78,10 +79,11 @@ fn load_or_create_secret(path: &Path) -> Result<String, String> {
 /// # Errors
 /// One sentence; also if the folder's ledger belongs to a chain that is gone.
 pub async fn chain(layout: &Layout, keys: &Keys, rpc_url: &str) -> Result<(), String> {
-    let registry: Registry = serde_json::from_str(MODELS).map_err(|e| format!("deploy/models.json: {e}"))?;
+    let wanted: Registry = serde_json::from_str(MODELS).map_err(|e| format!("deploy/models.json: {e}"))?;
+    let former = read_manifest(layout)?;
     let settler = parse_key("settler key", &keys.settler).map_err(|e| e.to_string())?.address();
     fund(rpc_url, settler).await?;
-    let contract = match read_manifest(layout)? {
+    let contract = match &former {
         Some(manifest) => {
             let contract = EvmAddress::from(manifest.domain.contract.0);
             ChainReader::connect(rpc_url, contract).await.map_err(|e| {
@@ -97,6 +99,7 @@ pub async fn chain(layout: &Layout, keys: &Keys, rpc_url: &str) -> Result<(), St
             Address(deployed.into_array())
         }
     };
+    let registry = registry::put_in_force(layout, former.as_ref(), &wanted, clock::now_ms())?;
     let manifest = Manifest {
         network: NETWORK.into(),
         domain: Domain { chain_id: CHAIN_ID, contract },
@@ -104,7 +107,6 @@ pub async fn chain(layout: &Layout, keys: &Keys, rpc_url: &str) -> Result<(), St
         dispatchers: vec![node_id(&keys.dispatcher)],
         registry_hash: registry.hash().map_err(|e| e.to_string())?,
     };
-    write_json(&layout.registry(), &registry)?;
     write_json(&layout.manifest(), &manifest)
 }
 
@@ -118,7 +120,7 @@ fn read_manifest(layout: &Layout) -> Result<Option<Manifest>, String> {
     }
 }
 
-fn write_json<T: serde::Serialize>(path: &Path, value: &T) -> Result<(), String> {
+pub(super) fn write_json<T: serde::Serialize>(path: &Path, value: &T) -> Result<(), String> {
     let bytes = serde_json::to_vec(value).map_err(|e| e.to_string())?;
     write_atomically(path, &bytes).map_err(|e| format!("cannot write {}: {e}", path.display()))
 }

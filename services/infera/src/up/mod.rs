@@ -18,6 +18,7 @@ use tokio::{sync::mpsc, task::JoinSet, time::sleep};
 mod bootstrap;
 mod children;
 mod nodes;
+mod registry;
 
 use crate::{
     cli::{DataArgs, Profile, UpArgs},

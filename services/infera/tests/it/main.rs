@@ -3,6 +3,7 @@
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, clippy::print_stderr)]
 
 mod chaos;
+mod commands;
 mod dependencies;
 mod network;
 mod suite;

@@ -62,7 +62,7 @@ async fn anchored(service: &Service, place: &Place, ids: &[Uuid]) -> Vec<Documen
             document(service, place, *id).await.filter(|(document, _)| document.status == Status::Anchored)
         })
         .await;
-        let report = check(&bytes, &place.network.manifest, &place.network.registry);
+        let report = check(&bytes, &place.network.manifest, &place.network.registry.clone().into());
         assert!(!report.failed(), "{:?}", report.checks);
         documents.push(document);
     }

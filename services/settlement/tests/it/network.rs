@@ -48,6 +48,7 @@ impl Network {
                 created_secs: 1,
             }],
             calibration: Calibration { near_tie_milli: 250, fingerprint_milli: 250 },
+            replaces: None,
         };
         let dispatcher = SigningKey::from_bytes(&[0xd; 32]);
         let manifest = Manifest {

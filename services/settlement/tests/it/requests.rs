@@ -70,7 +70,7 @@ async fn a_verified_request_is_charged_and_paid(column: Column) {
     let (_, others) = service.get(&receipt_path, Some(&place.key("bob"))).await;
     assert_eq!(others, public);
     let (_, own) = service.get(&receipt_path, Some(&place.key("alice"))).await;
-    let report = check(&own, &place.network.manifest, &place.network.registry);
+    let report = check(&own, &place.network.manifest, &place.network.registry.clone().into());
     assert!(!report.failed(), "{:?}", report.checks);
     let unchecked: Vec<_> = report
         .checks
