@@ -38,9 +38,11 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use actix::Actor;
+use infera_bus::watch::Watch;
 use infera_bus::{Bus, Topology};
-use infera_runtime::health::{self, CheckHandle, Health};
+use infera_runtime::health::{self, Health};
 use infera_runtime::kv::Kv;
+use infera_runtime::shutdown::ends_all;
 use infera_runtime::{CancellationToken, clock, db};
 use sea_orm::DatabaseConnection;
 use tokio::sync::{Semaphore, oneshot};
@@ -56,7 +58,6 @@ use metrics::Metrics;
 use session::Shared;
 use trust::Trust;
 
-const CHECK_EVERY: Duration = Duration::from_secs(1);
 const PRUNE_EVERY: Duration = Duration::from_secs(3600);
 
 /// What the service is given.
@@ -108,8 +109,8 @@ pub async fn run(config: Config, deps: Deps, shutdown: CancellationToken) -> Res
         shutdown: stop.clone(),
     });
     let places = Arc::new(Semaphore::new(config.max_sessions));
-    actix_rt::spawn(watch(deps.bus.clone(), db.clone(), health.clone(), stop.clone()));
-    let draining = health.clone();
+    let watch = Watch::new(&health, deps.bus.clone(), db.clone(), false)?;
+    actix_rt::spawn(prune(db, stop.clone()));
     let serve = infera_runtime::http::serve(
         move |config| {
             health::routes(health.clone())(config);
@@ -123,25 +124,14 @@ pub async fn run(config: Config, deps: Deps, shutdown: CancellationToken) -> Res
         consumer::offers(deps.bus.clone(), config.max_requests, domain, assignments.clone(), stop.clone());
     let verdicts = consumer::verdicts(deps.bus.clone(), replica.clone(), assignments.clone(), stop.clone());
     let peers = consumer::peers(deps.bus, replica, assignments, stop.clone());
-    let marked = async {
-        stop.cancelled().await;
-        draining.set_draining();
-        Ok(())
-    };
-    let guard = stop.clone().drop_guard();
-    let ends = |result: Result<(), Error>| {
-        stop.cancel();
-        result
-    };
-    let (a, b, c, d, e) = tokio::join!(
-        async { ends(serve.await.map_err(Error::from)) },
-        async { ends(offers.await) },
-        async { ends(verdicts.await) },
-        async { ends(peers.await) },
-        marked,
+    let (a, b, c, d, ()) = tokio::join!(
+        ends_all(&stop, async { serve.await.map_err(Error::from) }),
+        ends_all(&stop, offers),
+        ends_all(&stop, verdicts),
+        ends_all(&stop, peers),
+        watch.run(stop.clone()),
     );
-    drop(guard);
-    a.and(b).and(c).and(d).and(e)
+    a.and(b).and(c).and(d)
 }
 
 fn replica(config: &Config) -> String {
@@ -163,32 +153,16 @@ fn rules(config: &Config, trust: &Trust) -> Rules {
     }
 }
 
-/// Keeps `/readyz` true to what it says, and old attempts out of the database.
-async fn watch(bus: Bus, db: DatabaseConnection, health: Health, stop: CancellationToken) {
-    let checks = (health.check("bus"), health.check("database"));
-    let mut second = tokio::time::interval(CHECK_EVERY);
-    let mut hour = tokio::time::interval(PRUNE_EVERY);
+/// Keeps old attempts out of the database.
+async fn prune(db: DatabaseConnection, stop: CancellationToken) {
+    let mut every = tokio::time::interval(PRUNE_EVERY);
     loop {
         tokio::select! {
             () = stop.cancelled() => return,
-            _ = second.tick() => check(&bus, &db, &checks).await,
-            _ = hour.tick() => {
-                if let Err(error) = store::prune(&db, clock::now_ms() - store::KEEP_MS).await {
-                    tracing::warn!(%error, "old attempts are not pruned");
-                }
-            }
+            _ = every.tick() => {}
         }
-    }
-}
-
-async fn check(bus: &Bus, db: &DatabaseConnection, checks: &(CheckHandle, CheckHandle)) {
-    if bus.healthy() {
-        checks.0.up()
-    } else {
-        checks.0.down("no connection to the broker")
-    }
-    match db.ping().await {
-        Ok(()) => checks.1.up(),
-        Err(error) => checks.1.down(error.to_string()),
+        if let Err(error) = store::prune(&db, clock::now_ms() - store::KEEP_MS).await {
+            tracing::warn!(%error, "old attempts are not pruned");
+        }
     }
 }

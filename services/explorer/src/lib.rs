@@ -34,12 +34,13 @@ use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::Duration;
 
+use infera_bus::watch::Watch;
 use infera_bus::{Bus, ConsumerSpec, Topology, consume};
 use infera_embed::{Embedder, Index};
 use infera_runtime::health::{CheckHandle, Health};
+use infera_runtime::shutdown::ends_all;
 use infera_runtime::{CancellationToken, db, http as server, network};
 use infera_wire::topology::queues;
-use sea_orm::DatabaseConnection;
 use tokio::sync::{Semaphore, oneshot};
 
 use consumer::Reader;
@@ -49,8 +50,8 @@ use metrics::Metrics;
 pub use config::{Config, DEFAULTS};
 pub use error::Error;
 
-/// How often dependencies are looked at for `/readyz`.
-const HEALTH_EVERY: Duration = Duration::from_secs(2);
+/// How often the index is looked at for `/readyz`.
+const INDEX_EVERY: Duration = Duration::from_secs(2);
 
 /// What the process gives to the service.
 pub struct Deps {
@@ -131,14 +132,11 @@ impl Parts {
     ) -> Result<(), Error> {
         let Self { config, bus, health, explorer, reader } = self;
         let db = explorer.db.clone();
-        let checks = Checks {
-            database: health.check("database"),
-            bus: health.check("bus"),
-            index: health.check("index"),
-        };
-        let watching =
-            actix_rt::spawn(watch(db.clone(), bus.clone(), explorer.index.clone(), checks, stop.clone()));
-        let draining = actix_rt::spawn(drain(health.clone(), stop.clone()));
+        let watch = Watch::new(&health, bus.clone(), db.clone(), false)?;
+        let watching = [
+            actix_rt::spawn(watch.run(stop.clone())),
+            actix_rt::spawn(watch_index(explorer.index.clone(), health.check("index"), stop.clone())),
+        ];
         let spec = |queue| ConsumerSpec {
             bus: bus.clone(),
             db: db.clone(),
@@ -160,62 +158,26 @@ impl Parts {
         };
         let web = server::serve(routes, &config.common.http_bind, stop.clone(), bound);
         let results = futures::join!(
-            until_end(stop, async { Ok(receipts.await?) }),
-            until_end(stop, async { Ok(anchored.await?) }),
-            until_end(stop, async { Ok(web.await?) }),
+            ends_all(stop, async { Ok(receipts.await?) }),
+            ends_all(stop, async { Ok(anchored.await?) }),
+            ends_all(stop, async { Ok(web.await?) }),
         );
-        for task in [watching, draining] {
+        for task in watching {
             let _ = task.await;
         }
         results.0.and(results.1).and(results.2)
     }
 }
 
-async fn drain(health: Health, stop: CancellationToken) {
-    stop.cancelled().await;
-    health.set_draining();
-}
-
-/// Cancels `stop` when `part` ends, for whatever reason.
-async fn until_end(
-    stop: &CancellationToken,
-    part: impl Future<Output = Result<(), Error>>,
-) -> Result<(), Error> {
-    let result = part.await;
-    stop.cancel();
-    result
-}
-
-struct Checks {
-    database: CheckHandle,
-    bus: CheckHandle,
-    index: CheckHandle,
-}
-
-async fn watch(
-    db: DatabaseConnection,
-    bus: Bus,
-    index: Arc<dyn Index>,
-    checks: Checks,
-    stop: CancellationToken,
-) {
+async fn watch_index(index: Arc<dyn Index>, check: CheckHandle, stop: CancellationToken) {
     loop {
-        match db.ping().await {
-            Ok(()) => checks.database.up(),
-            Err(error) => checks.database.down(error.to_string()),
-        }
         match index.ping().await {
-            Ok(()) => checks.index.up(),
-            Err(error) => checks.index.down(error.to_string()),
-        }
-        if bus.healthy() {
-            checks.bus.up()
-        } else {
-            checks.bus.down("the broker is not connected")
+            Ok(()) => check.up(),
+            Err(error) => check.down(error.to_string()),
         }
         tokio::select! {
             () = stop.cancelled() => return,
-            () = tokio::time::sleep(HEALTH_EVERY) => {}
+            () = tokio::time::sleep(INDEX_EVERY) => {}
         }
     }
 }

@@ -43,8 +43,9 @@ use std::time::Duration;
 use actix::{Actor, Addr};
 use actix_web::web::Data;
 use infera_bus::outbox::Relay;
+use infera_bus::watch::Watch;
 use infera_bus::{Bus, BusError, ConsumerSpec, Topology};
-use infera_runtime::health::Health;
+use infera_runtime::health::{CheckHandle, Health};
 use infera_runtime::jwt::Verifier;
 use infera_runtime::kv::Kv;
 use infera_runtime::{CancellationToken, clock, db};
@@ -64,7 +65,7 @@ use app::App;
 use catalog::Catalog;
 use metrics::Metrics;
 
-/// How often dependencies are looked at for `/readyz`.
+/// How often the key-value store is looked at for `/readyz`.
 const CHECK_EVERY: Duration = Duration::from_secs(2);
 const PRUNE_EVERY: Duration = Duration::from_secs(600);
 
@@ -102,7 +103,8 @@ pub async fn run(config: Config, deps: Deps, shutdown: CancellationToken) -> Res
     let replica = config.replica.clone().unwrap_or_else(|| format!("gw-{}", Uuid::now_v7().simple()));
     let parts = Parts { bus: &bus, db: &db, relay: &relay, replies: &replies, stop: &stop, work: &work };
     let tasks = parts.start(&config, &replica).await?;
-    actix_rt::spawn(watch(health.clone(), db.clone(), bus.clone(), kv.clone(), work.clone()));
+    actix_rt::spawn(Watch::new(&health, bus.clone(), db.clone(), true)?.run(work.clone()));
+    actix_rt::spawn(watch_kv(health.check("kv"), kv.clone(), work.clone()));
     actix_rt::spawn(prune(db.clone(), config.keep_hours, work.clone()));
     actix_rt::spawn(drain(
         health.clone(),
@@ -207,26 +209,16 @@ async fn join(tasks: Vec<Task>) -> Result<(), Error> {
     result
 }
 
-async fn watch(health: Health, db: DatabaseConnection, bus: Bus, kv: Kv, work: CancellationToken) {
-    let (database, messages, counters) = (health.check("database"), health.check("bus"), health.check("kv"));
+async fn watch_kv(check: CheckHandle, kv: Kv, work: CancellationToken) {
     let mut every = tokio::time::interval(CHECK_EVERY);
     loop {
         tokio::select! {
             () = work.cancelled() => return,
             _ = every.tick() => {}
         }
-        match db.ping().await {
-            Ok(()) => database.up(),
-            Err(_) => database.down("does not answer"),
-        }
-        if bus.healthy() {
-            messages.up()
-        } else {
-            messages.down("not connected")
-        }
         match kv.ping().await {
-            Ok(()) => counters.up(),
-            Err(_) => counters.down("does not answer"),
+            Ok(()) => check.up(),
+            Err(_) => check.down("does not answer"),
         }
     }
 }

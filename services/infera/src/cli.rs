@@ -35,6 +35,10 @@ pub enum Command {
     Verify(VerifyArgs),
     /// List verified requests
     History(HistoryArgs),
+    /// Look at messages that could not be processed, or try them again
+    Dead(DeadArgs),
+    /// Look at money held for requests whose verdict was lost, or give it back
+    Holds(HoldsArgs),
     /// Show the configuration that a service runs with; secrets are left out
     Config(ConfigArgs),
     /// Run all services in this process (what `infera up` starts)
@@ -169,6 +173,53 @@ pub struct HistoryArgs {
     /// Search for answers that mean something like this
     #[arg(long)]
     pub search: Option<String>,
+}
+
+#[derive(Debug, Args)]
+pub struct DeadArgs {
+    #[command(subcommand)]
+    pub command: DeadCommand,
+}
+
+#[derive(Debug, Subcommand)]
+pub enum DeadCommand {
+    /// One line each: id, kind, the queue it failed in, size and reason
+    List {
+        #[command(flatten)]
+        data: DataArgs,
+    },
+    /// Put them back into the queues they failed in, once the reason is gone
+    Replay {
+        #[command(flatten)]
+        data: DataArgs,
+        /// Ids as `infera dead list` prints them
+        #[arg(required_unless_present = "all", conflicts_with = "all")]
+        ids: Vec<uuid::Uuid>,
+        /// Every one of them
+        #[arg(long)]
+        all: bool,
+    },
+}
+
+#[derive(Debug, Args)]
+pub struct HoldsArgs {
+    #[command(subcommand)]
+    pub command: HoldsCommand,
+}
+
+#[derive(Debug, Subcommand)]
+pub enum HoldsCommand {
+    /// One line each: request, account, amount and deadline
+    List {
+        #[command(flatten)]
+        data: DataArgs,
+    },
+    /// Give an overdue hold back to its account; first try `infera dead replay`, which settles it as it should be
+    Release {
+        #[command(flatten)]
+        data: DataArgs,
+        request: uuid::Uuid,
+    },
 }
 
 #[derive(Debug, Args)]

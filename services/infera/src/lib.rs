@@ -18,6 +18,8 @@ use clap::Parser;
 
 mod cli;
 mod client;
+mod dead;
+mod holds;
 mod keys;
 mod layout;
 mod models;
@@ -44,6 +46,8 @@ pub fn main() -> ExitCode {
         Command::Models(args) => models::models(&args),
         Command::Verify(args) => verify::verify(&args),
         Command::History(args) => client::history(&args),
+        Command::Dead(args) => dead::dead(&args),
+        Command::Holds(args) => holds::holds(&args),
         Command::Config(args) => services::dump(&args),
         Command::Network(args) => network::network(&args),
     };

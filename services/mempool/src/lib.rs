@@ -35,8 +35,10 @@ use std::time::Duration;
 
 use actix::Actor;
 use infera_bus::outbox::Relay;
+use infera_bus::watch::Watch;
 use infera_bus::{Bus, ConsumerSpec, Topology};
-use infera_runtime::health::{self, CheckHandle, Health};
+use infera_runtime::health::{self, Health};
+use infera_runtime::shutdown::ends_all;
 use infera_runtime::{CancellationToken, clock, db};
 use infera_wire::topology::queues;
 use sea_orm::DatabaseConnection;
@@ -51,7 +53,6 @@ use consumer::Consumers;
 use domain::{Rules, State};
 use metrics::Metrics;
 
-const CHECK_EVERY: Duration = Duration::from_secs(1);
 const PRUNE_EVERY: Duration = Duration::from_secs(600);
 
 /// What the service is given.
@@ -96,8 +97,8 @@ pub async fn run(config: Config, deps: Deps, shutdown: CancellationToken) -> Res
         admission: admission.clone(),
         shutdown: stop.clone(),
     };
-    actix_rt::spawn(watch(deps.bus.clone(), db, health.clone(), stop.clone()));
-    let draining = health.clone();
+    let watch = Watch::new(&health, deps.bus.clone(), db.clone(), true)?;
+    actix_rt::spawn(prune(db, stop.clone()));
     let routed = admission.clone();
     let serve = infera_runtime::http::serve(
         move |config| {
@@ -109,17 +110,13 @@ pub async fn run(config: Config, deps: Deps, shutdown: CancellationToken) -> Res
         deps.bound,
     );
     let reports = consumer::reports(deps.bus, replica(&config), admission, stop.clone());
-    let ends = |result: Result<(), Error>| {
-        stop.cancel();
-        draining.set_draining();
-        result
-    };
-    let (a, b, c, d, e) = tokio::join!(
-        async { ends(serve.await.map_err(Error::from)) },
-        async { ends(consumers.clone().funded().await) },
-        async { ends(consumers.clone().cancel().await) },
-        async { ends(consumers.clone().verdicts().await) },
-        async { ends(reports.await) },
+    let (a, b, c, d, e, ()) = tokio::join!(
+        ends_all(&stop, async { serve.await.map_err(Error::from) }),
+        ends_all(&stop, consumers.clone().funded()),
+        ends_all(&stop, consumers.clone().cancel()),
+        ends_all(&stop, consumers.clone().verdicts()),
+        ends_all(&stop, reports),
+        watch.run(stop.clone()),
     );
     relay_stop.cancel();
     relay.stopped().await;
@@ -138,32 +135,16 @@ fn rules(config: &Config) -> Rules {
     }
 }
 
-/// Keeps `/readyz` true to what it says, and old cancels out of the database.
-async fn watch(bus: Bus, db: DatabaseConnection, health: Health, stop: CancellationToken) {
-    let checks = (health.check("bus"), health.check("database"));
-    let mut second = tokio::time::interval(CHECK_EVERY);
-    let mut prune = tokio::time::interval(PRUNE_EVERY);
+/// Keeps old cancels out of the database.
+async fn prune(db: DatabaseConnection, stop: CancellationToken) {
+    let mut every = tokio::time::interval(PRUNE_EVERY);
     loop {
         tokio::select! {
             () = stop.cancelled() => return,
-            _ = second.tick() => check(&bus, &db, &checks).await,
-            _ = prune.tick() => {
-                if let Err(error) = store::prune(&db, clock::now_ms() - store::KEEP_CANCELS_MS).await {
-                    tracing::warn!(%error, "old cancels are not pruned");
-                }
-            }
+            _ = every.tick() => {}
         }
-    }
-}
-
-async fn check(bus: &Bus, db: &DatabaseConnection, checks: &(CheckHandle, CheckHandle)) {
-    if bus.healthy() {
-        checks.0.up()
-    } else {
-        checks.0.down("no connection to the broker")
-    }
-    match db.ping().await {
-        Ok(()) => checks.1.up(),
-        Err(error) => checks.1.down(error.to_string()),
+        if let Err(error) = store::prune(&db, clock::now_ms() - store::KEEP_CANCELS_MS).await {
+            tracing::warn!(%error, "old cancels are not pruned");
+        }
     }
 }

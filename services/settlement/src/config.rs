@@ -24,6 +24,7 @@ pub struct Config {
     pub prefetch: u16,
     pub chain: ChainConfig,
     pub batch: BatchConfig,
+    pub holds: HoldsConfig,
     #[serde(default)]
     pub prepaid_credits: Vec<Credit>,
 }
@@ -50,6 +51,14 @@ pub struct BatchConfig {
     pub size: u64,
     pub age_ms: i64,
     pub limit: u64,
+}
+
+/// When a hold counts as forgotten.
+#[derive(Debug, Clone, Copy, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct HoldsConfig {
+    pub grace_secs: u32,
+    pub check_secs: u32,
 }
 
 /// Prepaid credit.
@@ -99,6 +108,9 @@ impl Config {
         if self.batch.size == 0 || self.batch.limit < self.batch.size || self.batch.limit > 65_536 {
             return wrong("`batch.size` must be at least 1 and `batch.limit` between it and 65536".into());
         }
+        if self.holds.check_secs == 0 {
+            return wrong("`holds.check_secs` is 0; it must be at least 1".into());
+        }
         let mut ids = BTreeSet::new();
         for credit in &self.prepaid_credits {
             if credit.id.is_empty() || credit.account.is_empty() || !ids.insert(&credit.id) {
@@ -135,6 +147,7 @@ mod tests {
             ("[chain]\nsettler_key = \"0xabc\"", "chain.settler_key"),
             ("[batch]\nsize = 0", "`batch.size`"),
             ("[batch]\nsize = 100\nlimit = 99", "`batch.limit`"),
+            ("[holds]\ncheck_secs = 0", "`holds.check_secs`"),
             ("[[prepaid_credits]]\nid = \"a\"\naccount = \"\"\namount_micro = 1", "prepaid_credits"),
         ] {
             let error = with(toml).unwrap_err().to_string();

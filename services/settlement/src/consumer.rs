@@ -23,6 +23,7 @@ use uuid::Uuid;
 
 use crate::{
     domain::{self, Rejection, State},
+    holds,
     ledger::{self, Account, LedgerError},
     metrics::Metrics,
     store::requests::{self, Close, NewRequest, ReceiptRow, RequestRow},
@@ -71,6 +72,7 @@ impl Consumer {
             calibration_hash: self.registry.calibration.hash(),
             price_micro,
             held_micro,
+            deadline_ms: submitted.deadline_ms,
         };
         if !requests::open(tx, &new, now_ms).await? {
             return Err(Reject::Retry("the request is being funded by somebody else".into()));
@@ -153,13 +155,9 @@ impl Consumer {
         failed: &v1::Failed,
         now_ms: i64,
     ) -> Result<(), Reject> {
-        let close =
-            Close { state: State::Released, charged_micro: 0, code: &failed.code, message: &failed.reason };
-        if !requests::close(tx, row.id, &close, now_ms).await? {
+        if !holds::give_back(tx, row, &failed.code, &failed.reason, now_ms).await? {
             return Err(Reject::Retry("the request is being closed by somebody else".into()));
         }
-        let transfer = domain::release_transfer(row.id, &row.account, positive(row.held_micro)?)?;
-        ledger::post(tx, &transfer, now_ms).await?;
         self.metrics.request("released");
         tracing::info!(request = %row.id, code = failed.code, released_micro = row.held_micro, "hold released");
         Ok(())

@@ -9,7 +9,7 @@
 //!
 //! Promises:
 //! - A request is funded once, settled or released once, whatever is delivered twice or in the wrong order.
-//! - Only a closing verdict releases a hold. An account never pays more than its hold and never goes below zero.
+//! - Only a closing verdict releases a hold, or an operator one that is long overdue ([`holds`]). An account never pays more than its hold and never goes below zero.
 //! - The entries of every transfer sum to zero; a balance is the sum of its entries ([`ledger`]).
 //! - Money moves by the evidence's signatures, not by the verifier's word.
 //! - Every receipt comes into exactly one batch; a batch is posted once; signed bytes are stored before they are sent
@@ -23,14 +23,15 @@ pub mod config;
 pub mod consumer;
 pub mod domain;
 pub mod error;
+pub mod holds;
 pub mod http;
 pub mod ledger;
 mod metrics;
 pub mod store;
 
-use std::{net::SocketAddr, sync::Arc, time::Duration};
+use std::{net::SocketAddr, sync::Arc};
 
-use infera_bus::{Bus, ConsumerSpec, Topology, consume, outbox::Relay};
+use infera_bus::{Bus, ConsumerSpec, Topology, consume, outbox::Relay, watch::Watch};
 use infera_protocol::ids::message_id;
 use infera_runtime::{CancellationToken, clock, db, health::Health, http::serve, jwt::Verifier, network};
 use infera_wire::topology::queues;
@@ -40,9 +41,6 @@ use uuid::Uuid;
 
 pub use config::Config;
 pub use error::Error;
-
-/// Between looks at database and bus, for `/readyz`.
-const HEALTH_INTERVAL: Duration = Duration::from_secs(2);
 
 /// What the process gives to the service.
 pub struct Deps {
@@ -103,8 +101,10 @@ pub async fn run(config: Config, deps: Deps, shutdown: CancellationToken) -> Res
     let serving = async {
         serve(routes, &config.common.http_bind, stop.clone(), deps.bound).await.map_err(Error::from)
     };
+    let watch = Watch::new(&health, deps.bus.clone(), db.clone(), true)?;
+    let overdue = holds::watch(db.clone(), config.holds, handlers.metrics.clone(), stop.clone());
     let watching = async {
-        watch_health(health.clone(), db.clone(), deps.bus.clone(), stop.clone()).await;
+        tokio::join!(watch.run(stop.clone()), overdue);
         Ok(())
     };
     let result =
@@ -152,25 +152,4 @@ async fn give_credits(config: &Config, db: &DatabaseConnection) -> Result<(), Er
         tracing::info!(credit = credit.id, account = credit.account, ?posted, "prepaid credit");
     }
     Ok(())
-}
-
-/// Keeps the checks of database and bus up to date; says that the service drains once it is stopped.
-async fn watch_health(health: Health, db: DatabaseConnection, bus: Bus, stop: CancellationToken) {
-    let (database, broker) = (health.check("database"), health.check("bus"));
-    loop {
-        match db.ping().await {
-            Ok(()) => database.up(),
-            Err(_) => database.down("the database does not answer"),
-        }
-        if bus.healthy() {
-            broker.up()
-        } else {
-            broker.down("the broker is not connected")
-        }
-        tokio::select! {
-            () = stop.cancelled() => break,
-            () = tokio::time::sleep(HEALTH_INTERVAL) => {}
-        }
-    }
-    health.set_draining();
 }

@@ -10,6 +10,8 @@ pub struct Metrics {
     charged: IntCounter,
     batches: IntCounterVec,
     waiting: IntGauge,
+    overdue: IntGauge,
+    overdue_micro: IntGauge,
 }
 
 impl Metrics {
@@ -31,6 +33,12 @@ impl Metrics {
                 &["step"],
             )?,
             waiting: health.gauge("infera_settlement_receipts_waiting", "Receipts without a batch.")?,
+            overdue: health.gauge(
+                "infera_settlement_holds_overdue",
+                "Holds without a verdict long after their deadline: see `infera holds list`.",
+            )?,
+            overdue_micro: health
+                .gauge("infera_settlement_holds_overdue_micro", "What those hold together, 10^-6 INFER.")?,
         })
     }
 
@@ -44,6 +52,11 @@ impl Metrics {
 
     pub fn batch(&self, step: &str) {
         self.batches.with_label_values(&[step]).inc();
+    }
+
+    pub fn overdue(&self, holds: i64, micro: i64) {
+        self.overdue.set(holds);
+        self.overdue_micro.set(micro);
     }
 
     pub fn waiting(&self, receipts: u64) {

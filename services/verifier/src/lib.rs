@@ -29,14 +29,15 @@ mod store;
 
 use std::net::SocketAddr;
 use std::sync::Arc;
-use std::time::Duration;
 
 use infera_bus::outbox::Relay;
+use infera_bus::watch::Watch;
 use infera_bus::{Bus, ConsumerSpec, Topology, consume};
 use infera_embed::{Embedder, Index};
 use infera_prompt::Prompt;
 use infera_protocol::registry::Registry;
-use infera_runtime::health::{CheckHandle, Health};
+use infera_runtime::health::Health;
+use infera_runtime::shutdown::ends_all;
 use infera_runtime::{CancellationToken, db, http as server, network};
 use infera_wire::topology::queues;
 use sea_orm::DatabaseConnection;
@@ -49,9 +50,6 @@ use metrics::Metrics;
 
 pub use config::{Config, DEFAULTS};
 pub use error::Error;
-
-/// How often dependencies are looked at for `/readyz`.
-const HEALTH_EVERY: Duration = Duration::from_secs(2);
 
 /// What the process gives to the service.
 pub struct Deps {
@@ -135,9 +133,8 @@ impl Parts {
     ) -> Result<(), Error> {
         let Self { config, bus, db, health, arbiter } = self;
         let relay = Relay::start(db.clone(), bus.clone(), stop.clone());
-        let checks = (health.check("database"), health.check("bus"));
-        let watching = actix_rt::spawn(watch(db.clone(), bus.clone(), checks, stop.clone()));
-        let draining = actix_rt::spawn(drain(health.clone(), stop.clone()));
+        let watch = Watch::new(&health, bus.clone(), db.clone(), true)?;
+        let watching = actix_rt::spawn(watch.run(stop.clone()));
         let spec = |queue| ConsumerSpec {
             bus: bus.clone(),
             db: db.clone(),
@@ -162,53 +159,13 @@ impl Parts {
         };
         let web = server::serve(routes, &config.common.http_bind, stop.clone(), bound);
         let results = futures::join!(
-            until_end(stop, async { Ok(collected.await?) }),
-            until_end(stop, async { Ok(close.await?) }),
-            until_end(stop, async { Ok(web.await?) }),
+            ends_all(stop, async { Ok(collected.await?) }),
+            ends_all(stop, async { Ok(close.await?) }),
+            ends_all(stop, async { Ok(web.await?) }),
         );
         relay.stopped().await;
-        for task in [watching, draining] {
-            let _ = task.await;
-        }
+        let _ = watching.await;
         results.0.and(results.1).and(results.2)
-    }
-}
-
-async fn drain(health: Health, stop: CancellationToken) {
-    stop.cancelled().await;
-    health.set_draining();
-}
-
-/// Cancels `stop` when `part` ends, for whatever reason.
-async fn until_end(
-    stop: &CancellationToken,
-    part: impl Future<Output = Result<(), Error>>,
-) -> Result<(), Error> {
-    let result = part.await;
-    stop.cancel();
-    result
-}
-
-async fn watch(
-    db: DatabaseConnection,
-    bus: Bus,
-    (database, broker): (CheckHandle, CheckHandle),
-    stop: CancellationToken,
-) {
-    loop {
-        match db.ping().await {
-            Ok(()) => database.up(),
-            Err(error) => database.down(error.to_string()),
-        }
-        if bus.healthy() {
-            broker.up()
-        } else {
-            broker.down("the broker is not connected")
-        }
-        tokio::select! {
-            () = stop.cancelled() => return,
-            () = tokio::time::sleep(HEALTH_EVERY) => {}
-        }
     }
 }
 

@@ -3,6 +3,7 @@
 use bytes::Bytes;
 use infera_wire::MAX_BUS_BODY_BYTES;
 use infera_wire::topology::Topology;
+use prometheus::IntCounterVec;
 use uuid::Uuid;
 
 use crate::delivery::{Source, Subscription};
@@ -65,6 +66,7 @@ impl Default for Limits {
 #[derive(Debug, Clone)]
 pub struct Bus {
     adapter: Adapter,
+    processed: Option<IntCounterVec>,
 }
 
 #[derive(Debug, Clone)]
@@ -74,6 +76,10 @@ enum Adapter {
 }
 
 impl Bus {
+    fn of(adapter: Adapter) -> Self {
+        Self { adapter, processed: crate::watch::processed() }
+    }
+
     /// A bus inside this process, with the default [`Limits`].
     pub fn in_process() -> Self {
         Self::in_process_with(Limits::default())
@@ -81,7 +87,7 @@ impl Bus {
 
     /// A bus inside this process.
     pub fn in_process_with(limits: Limits) -> Self {
-        Self { adapter: Adapter::Memory(Memory::new(limits)) }
+        Self::of(Adapter::Memory(Memory::new(limits)))
     }
 
     /// A bus over RabbitMQ. `prefix` is put before the exchange's and every queue's name, so that
@@ -91,7 +97,7 @@ impl Bus {
     /// # Errors
     /// [`BusError::Url`]; [`BusError::Start`] when no thread can be started.
     pub async fn rabbit(url: &str, prefix: &str) -> Result<Self, BusError> {
-        Ok(Self { adapter: Adapter::Rabbit(Rabbit::start(url, prefix)?) })
+        Ok(Self::of(Adapter::Rabbit(Rabbit::start(url, prefix)?)))
     }
 
     /// Creates exchanges and durable queues. From here on the queues collect messages, whether or
@@ -113,6 +119,9 @@ impl Bus {
     /// In process: when every durable queue bound to the key has acked it or moved it to the dead
     /// letters, which may take as long as its processing. Waits while a queue is full or the broker
     /// is away; a caller that stops waiting leaves the outcome open.
+    ///
+    /// The key `@NAME` ([`infera_wire::topology::keys::direct`]) goes to the durable queue NAME alone; where there is
+    /// none, to whoever receives the key NAME.
     ///
     /// # Errors
     /// [`BusError::Unroutable`], [`BusError::TooLarge`], [`BusError::Closed`].
@@ -200,6 +209,38 @@ impl Bus {
             Adapter::Memory(memory) => memory.dropped(),
             Adapter::Rabbit(rabbit) => rabbit.dropped(),
         }
+    }
+
+    /// Dead letters of the whole network that nobody holds. In process: those of this process.
+    ///
+    /// # Errors
+    /// [`BusError::Closed`].
+    pub async fn dead_letters(&self) -> Result<u64, BusError> {
+        match &self.adapter {
+            Adapter::Memory(memory) => Ok(memory.dead_letters()),
+            Adapter::Rabbit(rabbit) => rabbit.dead_letters().await,
+        }
+    }
+
+    /// Consumes the dead letters, whatever their queue is called.
+    pub(crate) async fn subscribe_dead(&self, prefetch: u16) -> Result<Subscription, BusError> {
+        let source = match &self.adapter {
+            Adapter::Memory(memory) => Source::Memory(memory.subscribe_dead(prefetch)),
+            Adapter::Rabbit(rabbit) => Source::Rabbit(rabbit.subscribe_dead(prefetch).await?),
+        };
+        Ok(Subscription { source })
+    }
+
+    /// Notes what became of a delivery.
+    pub(crate) fn count(&self, queue: &str, outcome: &str) {
+        if let Some(processed) = &self.processed {
+            processed.with_label_values(&[queue, outcome]).inc();
+        }
+    }
+
+    /// Deliveries by queue and outcome; for the metrics of each service that uses this bus.
+    pub(crate) fn processed(&self) -> Option<&IntCounterVec> {
+        self.processed.as_ref()
     }
 
     /// What a span says the messaging system is (OpenTelemetry's `messaging.system`).

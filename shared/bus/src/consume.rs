@@ -222,6 +222,7 @@ where
     }
 
     async fn done(&self, delivery: Delivery) {
+        self.spec.bus.count(self.spec.queue, "processed");
         planned::pause(&self.after_commit).await;
         (self.committed)(&delivery.envelope).await;
         if let Some(relay) = &self.spec.relay {
@@ -241,12 +242,14 @@ where
             Reject::Retry(reason) if count < delivery.delivery_limit => {
                 let after = backoff(count);
                 tracing::warn!(%id, kind, queue, count, reason, ?after, "message will be redelivered");
+                self.spec.bus.count(queue, "retried");
                 return delivery.retry(after);
             }
             // One more would exceed the limit: it leaves now, with the reason.
             Reject::Retry(reason) | Reject::DeadLetter(reason) => reason,
         };
         tracing::error!(%id, kind, queue, count, reason, "message goes to the dead letters");
+        self.spec.bus.count(queue, "dead");
         if let Err(error) = delivery.dead_letter(&reason).await {
             tracing::warn!(%error, queue, "message will be redelivered");
         }

@@ -16,11 +16,15 @@
 //! keeps the message until it is processed. A message is delivered at most
 //! `Topology::delivery_limit + 1` times on both.
 //!
+//! [`watch`] tells `/readyz` and `/metrics` how bus, outbox and database stand; [`dead`] looks at dead letters and puts them
+//! back.
+//!
 //! Transient messages (slot reports, text deltas) are at most once: [`Bus::publish_transient`] never
 //! waits, and what does not fit is dropped and counted in [`Bus::dropped`].
 
 mod bus;
 mod consume;
+pub mod dead;
 mod delivery;
 mod error;
 pub mod inbox;
@@ -28,6 +32,7 @@ mod memory;
 pub mod outbox;
 mod rabbit;
 pub mod service;
+pub mod watch;
 
 pub use bus::{Bus, Envelope, Limits};
 pub use consume::{ConsumerSpec, Reject, consume, consume_then};

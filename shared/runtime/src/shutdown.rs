@@ -38,6 +38,19 @@ async fn watch(mut interrupt: Signal, mut terminate: Signal, mut hangup: Signal,
     std::process::exit(IMPATIENT_EXIT);
 }
 
+/// Runs one part of a service; when it ends, for whatever reason, the others are told to end too.
+///
+/// # Errors
+/// Those of `part`.
+pub async fn ends_all<T, E>(
+    stop: &CancellationToken,
+    part: impl Future<Output = Result<T, E>>,
+) -> Result<T, E> {
+    // Also when it is dropped or panics.
+    let _stops = stop.clone().drop_guard();
+    part.await
+}
+
 /// Set by `infera up` for its children: the process id that must outlive them.
 pub const SUPERVISOR: &str = "INFERA_SUPERVISOR_PID";
 

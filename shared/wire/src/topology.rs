@@ -13,6 +13,7 @@
 //! receipt                     -> explorer.receipt
 //! batch.anchored              -> explorer.anchored
 //! slots, deltas.<replica>     -> transient queues only
+//! @<queue>                    -> that durable queue
 //! ```
 //!
 //! `<replica>` is the gateway replica that waits for the answer: one word, `[A-Za-z0-9_-]+`.
@@ -59,6 +60,16 @@ pub mod keys {
     /// Text deltas for the gateway replica `replica`: transient.
     pub fn deltas(replica: &str) -> String {
         format!("deltas.{replica}")
+    }
+
+    /// To the durable queue `queue` alone, past the exchange: for a dead letter that goes back to where it failed.
+    pub fn direct(queue: &str) -> String {
+        format!("@{queue}")
+    }
+
+    /// The queue of a [`direct`] key.
+    pub fn direct_queue(routing_key: &str) -> Option<&str> {
+        routing_key.strip_prefix('@')
     }
 }
 

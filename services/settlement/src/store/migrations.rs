@@ -13,7 +13,12 @@ pub struct Migrator;
 
 impl MigratorTrait for Migrator {
     fn migrations() -> Vec<Box<dyn MigrationTrait>> {
-        vec![infera_bus::inbox::migration(), infera_bus::outbox::migration(), Box::new(First)]
+        vec![
+            infera_bus::inbox::migration(),
+            infera_bus::outbox::migration(),
+            Box::new(First),
+            Box::new(Deadlines),
+        ]
     }
 }
 
@@ -22,6 +27,33 @@ struct First;
 impl MigrationName for First {
     fn name(&self) -> &str {
         "settlement_0001"
+    }
+}
+
+/// When each request should be decided.
+struct Deadlines;
+
+impl MigrationName for Deadlines {
+    fn name(&self) -> &str {
+        "settlement_0002"
+    }
+}
+
+#[async_trait::async_trait]
+impl MigrationTrait for Deadlines {
+    async fn up(&self, manager: &SchemaManager) -> Result<(), DbErr> {
+        use requests::Column as R;
+        let column = ColumnDef::new(R::DeadlineMs).big_integer().not_null().default(0_i64).take();
+        manager.alter_table(Table::alter().table(requests::Entity).add_column(column).take()).await?;
+        // Few requests are open: what is settled is not in the way of who looks for overdue ones.
+        let open = Index::create()
+            .name("requests_open_deadline")
+            .table(requests::Entity)
+            .col(R::State)
+            .col(R::DeadlineMs)
+            .if_not_exists()
+            .to_owned();
+        manager.create_index(open).await
     }
 }
 

@@ -2,8 +2,9 @@
 
 use infera_protocol::bytes::Hash32;
 use sea_orm::{
-    ColumnTrait, ConnectionTrait, DbErr, EntityTrait, QueryFilter, QueryTrait, Set,
-    sea_query::{Expr, OnConflict},
+    ColumnTrait, ConnectionTrait, DbErr, EntityTrait, QueryFilter, QueryOrder, QuerySelect, QueryTrait,
+    Select, Set,
+    sea_query::{Expr, ExprTrait, OnConflict},
 };
 use uuid::Uuid;
 
@@ -27,6 +28,7 @@ pub struct NewRequest<'a> {
     pub calibration_hash: Hash32,
     pub price_micro: u64,
     pub held_micro: u64,
+    pub deadline_ms: i64,
 }
 
 /// Writes an open request; `false` if its id is there already.
@@ -48,6 +50,7 @@ pub async fn open<C: ConnectionTrait>(tx: &C, new: &NewRequest<'_>, now_ms: i64)
         code: Set(String::new()),
         message: Set(String::new()),
         funded_at_ms: Set(now_ms),
+        deadline_ms: Set(new.deadline_ms),
         closed_at_ms: Set(None),
     };
     let insert = requests::Entity::insert(row).on_conflict(OnConflict::new().do_nothing().to_owned());
@@ -91,6 +94,42 @@ pub async fn close<C: ConnectionTrait>(
         .exec(tx)
         .await?;
     Ok(updated.rows_affected == 1)
+}
+
+/// Open requests whose deadline and funding both lie before `before_ms`, the oldest deadline first.
+///
+/// # Errors
+/// The database's.
+pub async fn overdue<C: ConnectionTrait>(
+    db: &C,
+    before_ms: i64,
+    limit: u64,
+) -> Result<Vec<RequestRow>, DbErr> {
+    overdue_rows(before_ms).order_by_asc(requests::Column::DeadlineMs).limit(limit).all(db).await
+}
+
+/// How many those are, and what they hold together, 10^-6 INFER.
+///
+/// # Errors
+/// The database's.
+pub async fn overdue_total<C: ConnectionTrait>(db: &C, before_ms: i64) -> Result<(i64, i64), DbErr> {
+    let held = requests::Column::HeldMicro.into_expr().sum().cast_as("bigint");
+    let total: Option<(i64, Option<i64>)> = overdue_rows(before_ms)
+        .select_only()
+        .column_as(requests::Column::Id.count(), "holds")
+        .column_as(held, "micro")
+        .into_tuple()
+        .one(db)
+        .await?;
+    Ok(total.map_or((0, 0), |(holds, micro)| (holds, micro.unwrap_or(0))))
+}
+
+fn overdue_rows(before_ms: i64) -> Select<requests::Entity> {
+    requests::Entity::find()
+        .filter(requests::Column::State.eq(State::Open.name()))
+        .filter(requests::Column::DeadlineMs.lt(before_ms))
+        // What was funded before deadlines were kept has 0.
+        .filter(requests::Column::FundedAtMs.lt(before_ms))
 }
 
 /// A request.

@@ -83,6 +83,8 @@ pub mod requests {
         pub code: String,
         pub message: String,
         pub funded_at_ms: i64,
+        /// By when it should be decided; 0 in rows that are older than this column.
+        pub deadline_ms: i64,
         pub closed_at_ms: Option<i64>,
     }
 

@@ -1,12 +1,18 @@
 //! Holds, verdicts, receipts: on both columns of the table of ports.
 
 use infera_protocol::document::{Document, Outcome, Status, check};
+use infera_runtime::db;
+use infera_settlement::{
+    config::HoldsConfig,
+    holds::{self, HoldError},
+};
+use infera_testkit::eventually;
 use infera_wire::v1;
 use uuid::Uuid;
 
 use crate::{
     network::{Network, submitted_bytes, verdict_bytes},
-    service::{Column, Place},
+    service::{Column, DEADLINE, Place},
 };
 
 /// Each test on SQLite with the bus in process, and on PostgreSQL with RabbitMQ.
@@ -34,7 +40,58 @@ on_both_columns!(
     more_replicas_than_were_held_never_cost_more,
     garbage_and_forged_evidence_are_dead_letters,
     credits_are_given_once,
+    a_hold_whose_verdict_was_lost_is_found_and_given_back,
 );
+
+async fn a_hold_whose_verdict_was_lost_is_found_and_given_back(column: Column) {
+    let mut place = Place::new(column, Network::offline()).await;
+    place.config.holds = HoldsConfig { grace_secs: 0, check_secs: 1 };
+    let mut funded = place.listen("mempool.funded").await;
+    let service = place.start().await;
+    let submitted = place.network.submitted("alice");
+    let id = submitted.request.id;
+    place.submit(&submitted);
+    let _: v1::RequestFunded = funded.next().await;
+    // Its verdict can't be used, and ends among the dead letters.
+    let mut evidence = place.network.evidence(&submitted, 3, 0);
+    evidence.post_signature = evidence.assign_signature;
+    place.decide(&verdict_with_id(place.network.verified(&evidence)));
+    let figures = [
+        "infera_settlement_holds_overdue 1\n",
+        "infera_settlement_holds_overdue_micro 600\n",
+        "infera_bus_deliveries_total{outcome=\"dead\",queue=\"settlement.verdict\"} 1\n",
+    ];
+    eventually(DEADLINE, async || {
+        let (_, metrics) = service.get("/metrics", None).await;
+        let metrics = String::from_utf8(metrics).unwrap();
+        if figures.iter().all(|figure| metrics.contains(figure)) { Ok(()) } else { Err(metrics) }
+    })
+    .await;
+
+    let common = &place.config.common;
+    let db = db::connect(common.database_url.expose(), common.database_schema.as_deref()).await.unwrap();
+    let rows = holds::overdue(&db, 0, 10).await.unwrap();
+    assert_eq!(rows.iter().map(|row| (row.id, row.held_micro)).collect::<Vec<_>>(), [(id, 600)]);
+    assert!(holds::overdue(&db, 600, 10).await.unwrap().is_empty(), "it was funded just now");
+    assert!(matches!(holds::release(&db, id, 600).await, Err(HoldError::Early(_))));
+    assert!(matches!(holds::release(&db, Uuid::now_v7(), 0).await, Err(HoldError::Unknown(_))));
+    assert_eq!(holds::release(&db, id, 0).await.unwrap(), 600);
+    assert!(matches!(holds::release(&db, id, 0).await, Err(HoldError::Closed { .. })));
+    assert_eq!(service.balance(&place, "alice").await, (10_000, 0));
+
+    // What comes later changes nothing.
+    let usable = place.network.evidence(&submitted, 3, 0);
+    let mut late = verdict_with_id(place.network.verified(&usable));
+    late.round = 2;
+    place.decide(&late);
+    let next = place.network.submitted("bob");
+    place.submit(&next);
+    place.decide(&place.network.failed(&next));
+    service.wait_balance(&place, "bob", (500, 0)).await;
+    assert_eq!(service.balance(&place, "alice").await, (10_000, 0));
+    service.audit().await;
+    service.stop().await;
+}
 
 async fn a_verified_request_is_charged_and_paid(column: Column) {
     let place = Place::new(column, Network::offline()).await;

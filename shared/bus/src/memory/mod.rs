@@ -13,7 +13,7 @@ use std::collections::HashMap;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
-use infera_wire::topology::{self, DEAD_LETTERS, Topology};
+use infera_wire::topology::{self, DEAD_LETTERS, Topology, keys};
 use parking_lot::RwLock;
 use tokio::sync::oneshot;
 
@@ -126,6 +126,12 @@ impl Memory {
     /// the flag says whether there were any.
     fn route(&self, routing_key: &str, envelope: &Envelope) -> (Vec<Arc<Queue>>, bool) {
         let registry = self.core.registry.read();
+        let direct = keys::direct_queue(routing_key);
+        if let Some(queue) = direct.and_then(|name| registry.queues.get(name)) {
+            self.core.dead.take_dead(envelope.id, &queue.name);
+            return (vec![queue.clone()], false);
+        }
+        let routing_key = direct.unwrap_or(routing_key);
         let mut queues: Vec<Arc<Queue>> = registry
             .bindings
             .iter()
@@ -162,6 +168,15 @@ impl Memory {
             return Err(BusError::UnknownQueue { queue: queue.to_owned() });
         };
         Ok(Subscription::durable(self.clone(), found.clone(), usize::from(prefetch)))
+    }
+
+    pub fn subscribe_dead(&self, prefetch: u16) -> Subscription {
+        Subscription::durable(self.clone(), self.core.dead.clone(), usize::from(prefetch))
+    }
+
+    /// Dead letters that nobody holds.
+    pub fn dead_letters(&self) -> u64 {
+        self.core.dead.ready()
     }
 
     pub fn subscribe_transient(&self, queue: &str, patterns: &[&str], capacity: usize) -> Subscription {

@@ -5,6 +5,7 @@ use std::sync::Arc;
 
 use parking_lot::Mutex;
 use tokio::sync::{Notify, OwnedSemaphorePermit, Semaphore, oneshot};
+use uuid::Uuid;
 
 use super::Buried;
 use crate::bus::Envelope;
@@ -124,6 +125,19 @@ impl Queue {
         drop(ready);
         self.pushed.notify_one();
         oldest.flatten()
+    }
+
+    /// Takes out a dead letter that is tried again in the queue it failed in.
+    pub fn take_dead(&self, id: Uuid, origin_queue: &str) {
+        self.ready.lock().retain(|entry| {
+            let origin = entry.dead.as_ref().map(|dead| dead.origin_queue.as_str());
+            entry.envelope.id != id || origin != Some(origin_queue)
+        });
+    }
+
+    /// Entries that wait for a subscriber.
+    pub fn ready(&self) -> u64 {
+        self.ready.lock().len() as u64
     }
 
     /// The next entry; waits for one. Cancelling the wait passes a wake-up on.

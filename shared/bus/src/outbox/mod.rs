@@ -18,11 +18,14 @@ mod store;
 use infera_runtime::{clock, trace};
 use infera_wire::MAX_BUS_BODY_BYTES;
 use infera_wire::topology;
-use sea_orm::{ConnectionTrait, DbErr};
+use sea_orm::{ConnectionTrait, DatabaseConnection, DbErr};
 use sea_orm_migration::MigrationTrait;
 use uuid::Uuid;
 
 pub use relay::Relay;
+
+use crate::bus::Envelope;
+use crate::delivery::DeadLetter;
 
 /// Says `message` under `routing_key` if the transaction `tx` commits; then wake the [`Relay`]. The
 /// trace context of the current span travels with it. A message that waits already under the same
@@ -81,6 +84,24 @@ pub async fn pending<C: ConnectionTrait>(db: &C) -> Result<u64, DbErr> {
 /// The database's.
 pub async fn dead_letters<C: ConnectionTrait>(db: &C) -> Result<u64, DbErr> {
     store::dead_letters(db).await
+}
+
+/// The dead letters that this database keeps, oldest first, with where and why they failed: those of an in-process
+/// bus, and what no queue receives.
+///
+/// # Errors
+/// The database's.
+pub async fn buried<C: ConnectionTrait>(db: &C, limit: u64) -> Result<Vec<(Envelope, DeadLetter)>, DbErr> {
+    store::buried(db, limit).await
+}
+
+/// Puts a dead letter of [`buried`] back: the [`Relay`], at the latest that of the next start, publishes it to the queue
+/// it failed in. `false`: it is not there.
+///
+/// # Errors
+/// The database's.
+pub async fn replay(db: &DatabaseConnection, id: Uuid, queue: &str) -> Result<bool, DbErr> {
+    store::revive(db, id, queue, topology::keys::direct(queue)).await
 }
 
 /// Creates the tables `outbox` and `outbox_dead`; put it into the service's migrator.

@@ -8,6 +8,7 @@ use futures::StreamExt;
 use futures::future::BoxFuture;
 use futures::stream::FuturesUnordered;
 use infera_runtime::{CancellationToken, clock, planned};
+use infera_wire::topology::keys;
 use sea_orm::{DatabaseConnection, DbBackend, DbErr};
 use tokio::sync::{Notify, oneshot};
 use tokio::task::{Id, JoinError, JoinSet};
@@ -361,7 +362,9 @@ async fn publish(bus: Bus, key: Key, envelope: Envelope) -> Option<Published> {
 }
 
 fn unpublished(bus: &Bus, key: &Key, envelope: &Envelope, error: &BusError) -> Buried {
-    let dead = DeadLetter { origin_queue: key.1.clone(), reason: error.to_string() };
+    // One that was put back names the key that it had at first.
+    let origin_queue = keys::direct_queue(&key.1).unwrap_or(&key.1).to_owned();
+    let dead = DeadLetter { origin_queue, reason: error.to_string() };
     // A broker gets no message that it can't route: the row in the dead letters is all there is.
     bus.restore_dead_letter(envelope.clone(), dead.clone())
         .unwrap_or_else(|| Buried { dead, handled: oneshot::channel().1 })

@@ -186,6 +186,33 @@ pub(super) async fn buried<C: ConnectionTrait>(
         .collect())
 }
 
+/// Moves a dead letter back into the outbox, for `routing_key`; `false` if it is not there.
+pub(super) async fn revive(
+    db: &DatabaseConnection,
+    id: Uuid,
+    queue: &str,
+    routing_key: String,
+) -> Result<bool, DbErr> {
+    let tx = db.begin().await?;
+    let Some(row) = dead::Entity::find_by_id((id, queue.to_owned())).one(&tx).await? else {
+        return Ok(false);
+    };
+    let waiting = outbox::Model {
+        id,
+        routing_key,
+        kind: row.kind,
+        body: row.body,
+        traceparent: row.traceparent,
+        created_ms: row.created_ms,
+        lease_owner: None,
+        lease_until_ms: 0,
+    };
+    insert(&tx, waiting).await?;
+    unbury(&tx, id, queue).await?;
+    tx.commit().await?;
+    Ok(true)
+}
+
 /// A dead letter was handled.
 pub(super) async fn unbury<C: ConnectionTrait>(db: &C, id: Uuid, queue: &str) -> Result<(), DbErr> {
     dead::Entity::delete_many()

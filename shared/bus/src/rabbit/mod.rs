@@ -141,6 +141,25 @@ impl Rabbit {
         Ok(())
     }
 
+    /// Dead letters on the broker that nobody holds.
+    pub async fn dead_letters(&self) -> Result<u64, BusError> {
+        loop {
+            let link = self.shared.link().await?;
+            let queue = self.shared.names.full(self.shared.dead_letters());
+            match topology::depth(&link, &queue).await {
+                Ok(depth) => return Ok(depth),
+                Err(error) => {
+                    tracing::debug!(%error, "dead letters not counted, trying again");
+                    link.broken.cancel();
+                }
+            }
+        }
+    }
+
+    pub async fn subscribe_dead(&self, prefetch: u16) -> Result<Subscription, BusError> {
+        self.subscribe(self.shared.dead_letters(), prefetch).await
+    }
+
     pub fn healthy(&self) -> bool {
         let link = self.shared.link.borrow();
         link.as_ref().is_some_and(|link| link.healthy())

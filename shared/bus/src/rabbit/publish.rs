@@ -3,6 +3,7 @@
 use std::sync::Arc;
 use std::time::Duration;
 
+use infera_wire::topology::keys;
 use lapin::options::BasicPublishOptions;
 use lapin::{BasicProperties, Confirmation};
 use tokio::sync::mpsc;
@@ -19,6 +20,16 @@ const MAX_ROUTING_KEY: usize = 255;
 
 impl Rabbit {
     pub async fn publish(&self, routing_key: &str, envelope: &Envelope) -> Result<(), BusError> {
+        let direct = keys::direct_queue(routing_key);
+        if let Some(queue) = direct.filter(|queue| self.shared.delivery_limits().contains_key(queue)) {
+            let properties = message::properties(envelope, true);
+            // The broker's own exchange delivers to the queue that the key names.
+            return self
+                .shared
+                .publish("", &self.shared.names.full(queue), &properties, &envelope.body)
+                .await;
+        }
+        let routing_key = direct.unwrap_or(routing_key);
         let exchange = self.shared.exchange_of(routing_key);
         let Some(exchange) = exchange.filter(|_| routing_key.len() <= MAX_ROUTING_KEY) else {
             return Err(BusError::Unroutable { routing_key: routing_key.to_owned() });

@@ -52,6 +52,17 @@ async fn declare_on(channel: &Channel, names: &Names, topology: &Topology) -> la
     Ok(())
 }
 
+/// Messages of a declared queue that nobody holds.
+pub(super) async fn depth(link: &Link, queue: &str) -> lapin::Result<u64> {
+    let channel = link.open_channel().await?;
+    let options = QueueDeclareOptions { passive: true, ..QueueDeclareOptions::default() };
+    let declared = channel.queue_declare(queue.into(), options, FieldTable::default()).await?;
+    let depth = u64::from(declared.message_count());
+    // A channel that does not close cleanly goes with its connection.
+    let _ = channel.close(200, "counted".into()).await;
+    Ok(depth)
+}
+
 async fn queue(channel: &Channel, name: &str, arguments: FieldTable) -> lapin::Result<()> {
     channel.queue_declare(name.into(), QueueDeclareOptions::durable(), arguments).await.map(drop)
 }

@@ -3,7 +3,7 @@
 use std::collections::HashSet;
 use std::time::Duration;
 
-use infera_bus::{BusError, DeadLetter, Envelope};
+use infera_bus::{BusError, DeadLetter, Envelope, dead};
 use infera_testkit::eventually;
 use infera_wire::MAX_BUS_BODY_BYTES;
 
@@ -16,6 +16,7 @@ on_both!(
     retries_are_counted_and_end_in_the_dead_letters,
     a_dead_letter_keeps_content_and_reason,
     a_dead_letter_can_be_left_for_later,
+    a_dead_letter_goes_back_to_where_it_failed,
     consumers_of_a_queue_share_its_messages,
     prefetch_bounds_what_a_subscription_holds,
     a_closed_subscription_gives_back_what_it_held,
@@ -151,6 +152,48 @@ async fn a_dead_letter_can_be_left_for_later(world: World) {
         drop(letter);
     }
     next(&mut dead).await.ack().await.unwrap();
+}
+
+async fn a_dead_letter_goes_back_to_where_it_failed(world: World) {
+    let mut billing = world.bus.subscribe("billing", 5).await.unwrap();
+    let mut audit = world.bus.subscribe("audit", 5).await.unwrap();
+    let message = envelope("an invoice");
+    let publishing = world.publish("invoice.paid", &message);
+    next(&mut billing).await.dead_letter("the ledger is closed").await.unwrap();
+    next(&mut audit).await.ack().await.unwrap();
+    within("the confirm", publishing).await.unwrap().unwrap();
+
+    // Looking at it leaves it where it is.
+    for _ in 0..2 {
+        eventually(DEADLINE, || async { world.bus.dead_letters().await.unwrap() == 1 }).await;
+        let held = within("the dead letter", dead::hold(&world.bus, 10)).await.unwrap();
+        assert_eq!(held.letters.len(), 1);
+        assert_eq!(held.letters[0].envelope, message);
+        assert_eq!(held.letters[0].dead_letter.as_ref().unwrap().origin_queue, "billing");
+    }
+    eventually(DEADLINE, || async { world.bus.dead_letters().await.unwrap() == 1 }).await;
+
+    let mut held = within("the dead letter", dead::hold(&world.bus, 10)).await.unwrap();
+    let letter = held.letters.pop().unwrap();
+    let bus = world.bus.clone();
+    let replaying = tokio::spawn(async move { dead::replay(&bus, letter).await });
+    let again = next(&mut billing).await;
+    assert_eq!(again.envelope, message);
+    assert_eq!((again.delivery_count, &again.dead_letter), (0, &None), "as if for the first time");
+    again.ack().await.unwrap();
+    within("the replay", replaying).await.unwrap().unwrap();
+    drop(held);
+    assert_eq!(world.bus.dead_letters().await.unwrap(), 0);
+    assert!(within("no dead letter", dead::hold(&world.bus, 10)).await.unwrap().letters.is_empty());
+
+    // The other queue of its key did not hear it again: the next thing there is something else.
+    let other = envelope("the next");
+    let publishing = world.publish("invoice.sent", &other);
+    let delivery = next(&mut audit).await;
+    assert_eq!(delivery.envelope, other);
+    delivery.ack().await.unwrap();
+    next(&mut billing).await.ack().await.unwrap();
+    within("the confirm", publishing).await.unwrap().unwrap();
 }
 
 async fn consumers_of_a_queue_share_its_messages(world: World) {

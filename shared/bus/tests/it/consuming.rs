@@ -5,8 +5,10 @@ use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use infera_bus::outbox::Relay;
+use infera_bus::watch::Watch;
 use infera_bus::{BusError, ConsumerSpec, Envelope, Reject, consume, consume_then, outbox};
 use infera_runtime::CancellationToken;
+use infera_runtime::health::Health;
 use infera_testkit::eventually;
 use sea_orm::DatabaseTransaction;
 use tokio::sync::Semaphore;
@@ -23,6 +25,7 @@ on_all!(
     a_rejected_transaction_leaves_nothing,
     what_cannot_be_processed_is_a_dead_letter,
     what_never_works_is_a_dead_letter_with_its_reason,
+    what_became_of_messages_is_counted,
     a_handlers_messages_are_said_after_its_commit,
     shutdown_finishes_what_was_begun,
 );
@@ -127,6 +130,48 @@ async fn what_cannot_be_processed_is_a_dead_letter(world: World, store: Store) {
         within("the confirm", publish).await.unwrap().unwrap();
     }
     consumer.stop().await;
+}
+
+async fn what_became_of_messages_is_counted(world: World, store: Store) {
+    let health = Health::new("test");
+    let watch = Watch::new(&health, world.bus.clone(), store.db.clone(), true).unwrap();
+    assert_eq!(health.readiness().failing, ["bus", "database"]);
+    let stop = CancellationToken::new();
+    let watching = tokio::spawn(watch.run(stop.clone()));
+    let consumer =
+        Consumer::start(
+            &world,
+            &store,
+            async |tx: &DatabaseTransaction, envelope: &Envelope| match &*envelope.body {
+                b"bad" => Err(Reject::DeadLetter("bad".to_owned())),
+                body => Ok(effect(tx, body).await?),
+            },
+        );
+    let messages = [envelope("good"), envelope("bad")];
+    for publishing in messages.iter().map(|message| world.publish("order.placed", message)) {
+        within("the confirm", publishing).await.unwrap().unwrap();
+    }
+    let figure = |name: &str, outcome: &str| {
+        let families = health.registry().gather();
+        let family = families.into_iter().find(|family| family.name() == name)?;
+        let metrics = family.get_metric();
+        let metric = metrics
+            .iter()
+            .find(|m| outcome.is_empty() || m.get_label().iter().any(|label| label.value() == outcome))?;
+        Some((metric.get_counter().get_value() + metric.get_gauge().get_value()) as u64)
+    };
+    eventually(DEADLINE, || async {
+        health.is_ready()
+            && figure("infera_bus_deliveries_total", "processed") == Some(1)
+            && figure("infera_bus_deliveries_total", "dead") == Some(1)
+            && figure("infera_bus_dead_letters", "") == Some(1)
+            && figure("infera_outbox_waiting", "") == Some(0)
+    })
+    .await;
+    consumer.stop().await;
+    stop.cancel();
+    within("the watch's end", watching).await.unwrap();
+    assert_eq!(health.readiness().status, "draining");
 }
 
 async fn what_never_works_is_a_dead_letter_with_its_reason(world: World, store: Store) {

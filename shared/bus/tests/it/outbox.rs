@@ -20,6 +20,7 @@ on_all!(
     a_dead_letter_survives_a_restart,
     what_no_queue_receives_is_a_dead_letter,
     a_relay_ends_with_its_token,
+    a_dead_letter_of_the_database_is_tried_again,
 );
 
 /// Any message will do: prost's own `String`.
@@ -110,6 +111,45 @@ async fn a_message_nobody_takes_holds_up_no_other(world: World, store: Store) {
     }
     let left = if world.adapter == Adapter::InProcess { 70 } else { 0 };
     eventually(DEADLINE, || async { outbox::pending(&store.db).await.unwrap() == left }).await;
+}
+
+async fn a_dead_letter_of_the_database_is_tried_again(world: World, store: Store) {
+    if world.adapter == Adapter::Rabbit {
+        // The broker keeps it; the database has only what no queue receives.
+        let relay = Relay::start(store.db.clone(), world.bus.clone(), CancellationToken::new());
+        let id = enqueue(&store.db, "nobody.hears", "it").await;
+        relay.wake();
+        eventually(DEADLINE, || async { outbox::dead_letters(&store.db).await.unwrap() == 1 }).await;
+        assert!(outbox::replay(&store.db, id, "nobody.hears").await.unwrap());
+        relay.wake();
+        // Still nobody: it comes back.
+        until_empty(&store.db).await;
+        assert_eq!(outbox::buried(&store.db, 5).await.unwrap()[0].1.origin_queue, "nobody.hears");
+        return;
+    }
+    let relay = Relay::start(store.db.clone(), world.bus.clone(), CancellationToken::new());
+    let mut billing = world.bus.subscribe("billing", 5).await.unwrap();
+    let mut audit = world.bus.subscribe("audit", 5).await.unwrap();
+    let id = enqueue(&store.db, "invoice.paid", "broken").await;
+    relay.wake();
+    next(&mut billing).await.dead_letter("no such product").await.unwrap();
+    next(&mut audit).await.ack().await.unwrap();
+    until_empty(&store.db).await;
+    let (envelope, why) = outbox::buried(&store.db, 5).await.unwrap().remove(0);
+    assert_eq!(
+        (envelope.id, why.origin_queue.as_str(), why.reason.as_str()),
+        (id, "billing", "no such product")
+    );
+
+    assert!(!outbox::replay(&store.db, id, "audit").await.unwrap(), "it did not fail there");
+    assert!(outbox::replay(&store.db, id, "billing").await.unwrap());
+    relay.wake();
+    let delivery = next(&mut billing).await;
+    assert_eq!((delivery.envelope.id, &delivery.dead_letter), (id, &None));
+    delivery.ack().await.unwrap();
+    until_empty(&store.db).await;
+    assert_eq!(outbox::dead_letters(&store.db).await.unwrap(), 0);
+    assert_eq!(world.bus.dead_letters().await.unwrap(), 0);
 }
 
 async fn a_dead_letter_survives_a_restart(world: World, store: Store) {
