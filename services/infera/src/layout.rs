@@ -17,7 +17,7 @@ pub struct Layout {
 
 impl Layout {
     pub fn new(root: &Path) -> io::Result<Self> {
-        for folder in ["", "keys", "config", "logs", "db", "nodes", "pids", "registries"] {
+        for folder in ["", "keys", "config", "logs", "db", "nodes", "pids", "registries", "bin"] {
             fs::create_dir_all(root.join(folder))?;
         }
         Ok(Self { root: root.canonicalize()? })
@@ -36,6 +36,11 @@ impl Layout {
 
     pub fn root(&self) -> &Path {
         &self.root
+    }
+
+    /// A link to the program that started the network: `.infera/bin/infera` in the documentation.
+    pub fn program(&self) -> PathBuf {
+        self.root.join("bin").join("infera")
     }
 
     pub fn manifest(&self) -> PathBuf {

@@ -10,6 +10,8 @@ use tokio::{
     time::{Instant, sleep, timeout},
 };
 
+use super::logs;
+
 /// A child that ran this long before it ended is started again at once.
 const STEADY: Duration = Duration::from_secs(10);
 /// Pause before the first and the longest pause before a further start.
@@ -31,6 +33,7 @@ pub struct ChildSpec {
 
 impl ChildSpec {
     fn spawn(&self) -> Result<Child, String> {
+        logs::rotate(&self.log).map_err(|e| format!("cannot put {} aside: {e}", self.log.display()))?;
         let log = fs::File::options()
             .create(true)
             .append(true)

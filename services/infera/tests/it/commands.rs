@@ -1,6 +1,12 @@
 //! Single commands of `infera`, without a network or against its remains.
 
-use std::{fs, path::Path, process::Command, time::Duration};
+use std::{
+    fs,
+    net::TcpListener,
+    path::Path,
+    process::{Child, Command},
+    time::Duration,
+};
 
 use infera_bus::{
     Bus, Topology,
@@ -14,7 +20,9 @@ use infera_runtime::{CancellationToken, db};
 use infera_testkit::{TempDir, eventually, evidence};
 use uuid::Uuid;
 
-use crate::network::{infera, text};
+use crate::network::{Network, infera, text};
+
+const DEADLINE: Duration = Duration::from_secs(150);
 
 /// A folder with the manifest, the registry in force and a receipt with its evidence that was made under the first
 /// version, before price and calibration changed.
@@ -59,6 +67,99 @@ impl Folder {
     fn verify(&self) -> (Option<i32>, String) {
         run(&["verify", "receipt.json", "--data", "."], self.dir.path())
     }
+}
+
+/// One node is enough to see that nodes end as well.
+const ONE_NODE: [&str; 2] = ["--nodes", "1"];
+
+/// Waits until `infera up` in the foreground is ready.
+async fn ready(network: &Network, up: &mut Child) {
+    eventually(DEADLINE, || {
+        let ended = up.try_wait().unwrap();
+        assert!(ended.is_none(), "infera up ended: {ended:?}\n{}\n{}", network.terminal(), network.logs());
+        let ready = network.data().join("up.json").exists();
+        async move { ready }
+    })
+    .await;
+}
+
+/// Ends `up` by a signal as a terminal or a supervisor sends it; its exit status.
+async fn signal(up: &mut Child, name: &str) -> Option<i32> {
+    let status = Command::new("kill").args([name, &up.id().to_string()]).status().unwrap();
+    assert!(status.success());
+    let mut code = None;
+    eventually(DEADLINE, || {
+        let ended = up.try_wait().unwrap();
+        code = ended.and_then(|status| status.code());
+        async move { ended.is_some() }
+    })
+    .await;
+    code
+}
+
+async fn nothing_left(network: &Network) {
+    eventually(DEADLINE, || {
+        let left = network.processes();
+        async move { if left.is_empty() { Ok(()) } else { Err(left) } }
+    })
+    .await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn ctrl_c_ends_everything_and_a_killed_start_is_taken_over() {
+    let network = Network::new("embedded", &ONE_NODE);
+    let mut up = network.foreground(&[]);
+    ready(&network, &mut up).await;
+    // The supervisor, the services, the node and the chain.
+    assert!(network.processes().len() >= 4, "{:?}", network.processes());
+    assert!(network.data().join("bin/infera").canonicalize().unwrap() == infera().canonicalize().unwrap());
+
+    let data = network.data().to_str().unwrap();
+    let other_base = network.port_base().to_string();
+    let (status, said) = run(&["up", "--data", data, "--port-base", &other_base], network.data());
+    assert_eq!(status, Some(1), "{said}");
+    assert!(said.contains("a network already runs in") && said.contains("`make down`"), "{said}");
+    assert_eq!(said.trim().lines().count(), 1, "{said}");
+
+    assert_eq!(signal(&mut up, "-INT").await, Some(0), "{}", network.terminal());
+    nothing_left(&network).await;
+    assert!(!network.data().join("up.json").exists());
+
+    // Killed without a word: the next start takes over what is left, and its ledger.
+    let mut killed = network.foreground(&[]);
+    ready(&network, &mut killed).await;
+    assert_eq!(signal(&mut killed, "-KILL").await, None);
+    let mut again = network.foreground(&[]);
+    eventually(DEADLINE, || {
+        let said = network.terminal();
+        let ended = again.try_wait().unwrap();
+        assert!(ended.is_none(), "infera up ended: {said}\n{}", network.logs());
+        async move { said.contains("The network is up") }
+    })
+    .await;
+    let audit = network.get(&format!("{}/v1/ledger/audit", network.url("settlement_url"))).await;
+    assert_eq!(audit["ok"], true, "{audit}");
+
+    // And `infera down` ends what a killed one left.
+    assert_eq!(signal(&mut again, "-KILL").await, None);
+    network.down();
+    nothing_left(&network).await;
+}
+
+#[test]
+fn a_taken_port_is_one_sentence() {
+    let network = Network::new("embedded", &ONE_NODE);
+    let taken = network.port_base() + 2;
+    let _listener = TcpListener::bind(("127.0.0.1", taken)).unwrap();
+    let mut up = network.foreground(&[]);
+    assert_eq!(up.wait().unwrap().code(), Some(1));
+    let said = network.terminal();
+    assert_eq!(said.trim().lines().count(), 1, "{said}");
+    assert!(
+        said.contains(&format!("port {taken} (mempool) is taken")) && said.contains("--port-base"),
+        "{said}"
+    );
+    assert!(network.processes().is_empty(), "{:?}", network.processes());
 }
 
 /// What `infera up` leaves in its folder of the services that have an outbox; the databases are still to be made.

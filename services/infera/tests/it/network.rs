@@ -3,7 +3,7 @@
 use std::{
     net::TcpListener,
     path::{Path, PathBuf},
-    process::{Command, Output},
+    process::{Child, Command, Output, Stdio},
     sync::{Mutex, MutexGuard, Once, PoisonError},
     time::Duration,
 };
@@ -90,6 +90,43 @@ impl Network {
             .unwrap();
         assert!(output.status.success(), "infera up: {}\n{}", text(&output), self.logs());
         assert!(text(&output).contains("/chat/completions"), "no request to paste: {}", text(&output));
+    }
+
+    /// `infera up` in the foreground, as a terminal runs it; what it says goes to the file `terminal`.
+    pub fn foreground(&self, extra: &[&str]) -> Child {
+        let said = std::fs::File::create(self.data().join("terminal")).unwrap();
+        Command::new(infera())
+            .args(["up", "--profile", self.profile, "--data"])
+            .arg(self.data())
+            .args(["--port-base", &self.port_base.to_string()])
+            .args(&self.extra)
+            .args(extra)
+            .stdin(Stdio::null())
+            .stdout(said.try_clone().unwrap())
+            .stderr(said)
+            .spawn()
+            .unwrap()
+    }
+
+    /// What [`Network::foreground`] has said so far.
+    pub fn terminal(&self) -> String {
+        std::fs::read_to_string(self.data().join("terminal")).unwrap_or_default()
+    }
+
+    pub fn port_base(&self) -> u16 {
+        self.port_base
+    }
+
+    /// Command lines of all processes that belong to this network: its folder or its chain's port is in them.
+    pub fn processes(&self) -> Vec<String> {
+        let folder = self.data().to_string_lossy().into_owned();
+        let chain = format!("--port {} ", self.port_base + 9);
+        let processes = std::fs::read_dir("/proc").unwrap().flatten();
+        processes
+            .filter_map(|process| std::fs::read(process.path().join("cmdline")).ok())
+            .map(|line| String::from_utf8_lossy(&line).replace('\0', " "))
+            .filter(|line| line.contains(&folder) || line.contains(&chain))
+            .collect()
     }
 
     pub fn down(&self) {
