@@ -5,7 +5,9 @@ use std::time::Duration;
 
 use sea_orm::sqlx::sqlite::{SqliteJournalMode, SqliteSynchronous};
 use sea_orm::sqlx::{AssertSqlSafe, Connection, Executor, PgConnection};
-use sea_orm::{ConnectOptions, Database, DatabaseConnection, DbErr};
+use sea_orm::{
+    ConnectOptions, ConnectionTrait, Database, DatabaseConnection, DbBackend, DbErr, TransactionTrait,
+};
 use sea_orm_migration::MigratorTrait;
 
 /// Connections in a PostgreSQL pool: eight services of eight stay under PostgreSQL's default of 100.
@@ -14,6 +16,8 @@ const POSTGRES_ACQUIRE: Duration = Duration::from_secs(10);
 /// SQLite has one connection, so writers queue for it: longer than any transaction of ours.
 const SQLITE_ACQUIRE: Duration = Duration::from_secs(30);
 const SQLITE_BUSY: Duration = Duration::from_millis(5000);
+/// How long a replica waits for another one's migrations.
+const MIGRATION_TURN: Duration = Duration::from_secs(120);
 /// PostgreSQL cuts identifiers after this many bytes.
 const MAX_SCHEMA: usize = 63;
 
@@ -67,18 +71,33 @@ pub async fn connect(url: &str, schema: Option<&str>) -> Result<DatabaseConnecti
     }
 }
 
-/// Brings the tables up to date with the migrations of `M`.
+/// Brings the tables up to date with the migrations of `M`. On PostgreSQL replicas that start together take turns: the
+/// others find the first one's work done.
 ///
 /// # Errors
 /// [`DbError::Migrate`] or [`DbError::DiskFull`].
 pub async fn migrate<M: MigratorTrait>(db: &DatabaseConnection) -> Result<(), DbError> {
-    M::up(db, None).await.map_err(|error| {
+    in_turn::<M>(db).await.map_err(|error| {
         if is_disk_full(&error) {
             DbError::DiskFull { url: "the database".to_owned() }
         } else {
             DbError::Migrate(error)
         }
     })
+}
+
+async fn in_turn<M: MigratorTrait>(db: &DatabaseConnection) -> Result<(), DbErr> {
+    if db.get_database_backend() != DbBackend::Postgres {
+        return M::up(db, None).await;
+    }
+    // The transaction keeps one connection of the pool, and with it the lock; it ends with the process too.
+    let turn = db.begin().await?;
+    turn.execute_unprepared(&format!("SET LOCAL lock_timeout = '{}s'", MIGRATION_TURN.as_secs())).await?;
+    turn.execute_unprepared("SELECT pg_advisory_xact_lock(hashtext('infera.migrate.' || current_schema()))")
+        .await?;
+    let result = M::up(db, None).await;
+    turn.commit().await?;
+    result
 }
 
 /// True when `error` says that the disk is full: SQLite's code 13, PostgreSQL's class 53100.

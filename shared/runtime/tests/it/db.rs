@@ -103,6 +103,22 @@ async fn postgres_keeps_services_apart_by_schema() {
 }
 
 #[tokio::test]
+async fn replicas_that_start_together_migrate_once() {
+    let url = &cluster().pg_url;
+    let schema = unique("rt");
+    let replicas =
+        futures::future::join_all((0..6).map(|_| async { db::connect(url, Some(&schema)).await.unwrap() }))
+            .await;
+    let migrated = futures::future::join_all(replicas.iter().map(db::migrate::<Migrator>)).await;
+    for result in migrated {
+        result.unwrap();
+    }
+    suite(&replicas[0]).await;
+    assert_eq!(number(&replicas[1], "SELECT count(*) FROM seaql_migrations").await, 1);
+    replicas[0].execute_unprepared(&format!("DROP SCHEMA {schema} CASCADE")).await.unwrap();
+}
+
+#[tokio::test]
 async fn what_cannot_be_reached_is_named_without_its_password() {
     let url = format!("postgres://user:hunter2@127.0.0.1:{}/db", free_port());
     let error = db::connect(&url, Some("x")).await.unwrap_err().to_string();
