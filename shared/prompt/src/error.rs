@@ -8,6 +8,14 @@ pub enum PromptError {
     /// The model file's header is unusable.
     #[error(transparent)]
     Gguf(#[from] GgufError),
+    /// A file of a model directory is unusable.
+    #[error("{path} {problem}")]
+    File {
+        /// Which file.
+        path: std::path::PathBuf,
+        /// What is wrong with it.
+        problem: String,
+    },
     /// The model asks for something that this crate does not do.
     #[error("unsupported model: {0}")]
     Unsupported(String),

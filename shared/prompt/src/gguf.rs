@@ -3,7 +3,7 @@
 //! The file may come from anybody. Every count and length is bounded before it is used, memory grows only with bytes
 //! that were really read, and whatever does not fit is an error that says what and where.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeMap;
 use std::fs::File;
 use std::io::{BufReader, Read};
 use std::path::Path;
@@ -12,12 +12,18 @@ use thiserror::Error;
 
 /// Largest header read, in bytes. Tokenizers of 256k tokens take about 10 MB.
 pub const MAX_HEADER_BYTES: u64 = 64 << 20;
-const MAX_ENTRIES: u64 = 4096;
-const MAX_TENSORS: u64 = 65_536;
-const MAX_ARRAY: u64 = 4 << 20;
-const MAX_STRING: u64 = 1 << 20;
-const MAX_NAME: u64 = 256;
-const MAX_DIMS: u32 = 4;
+/// Most metadata entries.
+pub const MAX_ENTRIES: u64 = 4096;
+/// Most tensors.
+pub const MAX_TENSORS: u64 = 65_536;
+/// Most elements of all arrays together. Gemma's tokenizer has 0.8 million, Llama 3's 0.5 million.
+pub const MAX_ARRAY: u64 = 4 << 20;
+/// Longest text, in bytes.
+pub const MAX_STRING: u64 = 1 << 20;
+/// Longest key or name of a tensor, in bytes.
+pub const MAX_NAME: u64 = 256;
+/// Most dimensions of a tensor.
+pub const MAX_DIMS: u32 = 4;
 
 /// Why a file is not usable as GGUF.
 #[derive(Debug, Error)]
@@ -165,6 +171,18 @@ struct Reader<R> {
     inner: R,
     at: u64,
     end: u64,
+    /// Array elements that the file may still have.
+    elements: u64,
+}
+
+/// Fewest bytes of a value of this type.
+fn smallest(kind: u32) -> u64 {
+    match kind {
+        0 | 1 | 7 => 1,
+        2 | 3 => 2,
+        4..=6 => 4,
+        _ => 8,
+    }
 }
 
 fn limit(what: &'static str, got: u64, limit: u64) -> Result<(), GgufError> {
@@ -178,12 +196,18 @@ impl<R: Read> Reader<R> {
         Ok(out)
     }
 
-    fn fill(&mut self, out: &mut [u8]) -> Result<(), GgufError> {
-        let next = self.at + out.len() as u64;
+    /// Refuses what needs `bytes` more than the file has, before memory is taken for it.
+    fn has(&self, bytes: u64) -> Result<u64, GgufError> {
+        let next = self.at.saturating_add(bytes);
         limit("header in bytes", next, MAX_HEADER_BYTES)?;
         if next > self.end {
             return Err(GgufError::Format(format!("the header is cut off at byte {}", self.end)));
         }
+        Ok(next)
+    }
+
+    fn fill(&mut self, out: &mut [u8]) -> Result<(), GgufError> {
+        let next = self.has(out.len() as u64)?;
         self.inner.read_exact(out)?;
         self.at = next;
         Ok(())
@@ -200,6 +224,7 @@ impl<R: Read> Reader<R> {
     fn string(&mut self, what: &'static str, most: u64) -> Result<String, GgufError> {
         let length = self.u64()?;
         limit(what, length, most)?;
+        self.has(length)?;
         let mut bytes = vec![0u8; length as usize];
         self.fill(&mut bytes)?;
         String::from_utf8(bytes)
@@ -236,6 +261,9 @@ impl<R: Read> Reader<R> {
         let element = self.u32()?;
         let count = self.u64()?;
         limit("length of an array", count, MAX_ARRAY)?;
+        limit("number of array elements", MAX_ARRAY - self.elements + count, MAX_ARRAY)?;
+        self.elements -= count;
+        self.has(count * smallest(element))?;
         let mut items = Vec::with_capacity(count.min(1024) as usize);
         for _ in 0..count {
             items.push(self.scalar(element)?);
@@ -287,7 +315,7 @@ impl Gguf {
     /// # Errors
     /// See [`Gguf::open`].
     pub fn read(input: impl Read, length: u64) -> Result<Self, GgufError> {
-        let mut r = Reader { inner: input, at: 0, end: length };
+        let mut r = Reader { inner: input, at: 0, end: length, elements: MAX_ARRAY };
         if &r.bytes::<4>()? != b"GGUF" {
             return Err(GgufError::Format("it does not begin with GGUF".into()));
         }
@@ -328,7 +356,6 @@ impl Gguf {
             }
         };
         let data = header.next_multiple_of(alignment);
-        let mut starts = BTreeSet::new();
         for (name, mut info) in found {
             let problem = |problem: String| GgufError::Tensor { name: name.clone(), problem };
             if info.start % alignment != 0 {
@@ -343,14 +370,25 @@ impl Gguf {
                 )));
             };
             info.start = start;
-            if !starts.insert(start) {
-                return Err(problem("lies where another tensor lies".into()));
-            }
             if self.tensors.insert(name.clone(), info).is_some() {
                 return Err(GgufError::Tensor { name, problem: "occurs twice".into() });
             }
         }
-        Ok(())
+        self.refuse_overlaps()
+    }
+
+    /// Two tensors that share bytes, or begin at the same one.
+    fn refuse_overlaps(&self) -> Result<(), GgufError> {
+        let mut places: Vec<(u64, u64, &str)> =
+            self.tensors.iter().map(|(name, t)| (t.start, t.start + t.bytes.max(1), name.as_str())).collect();
+        places.sort_unstable();
+        match places.windows(2).find(|pair| pair[1].0 < pair[0].1) {
+            None => Ok(()),
+            Some(pair) => Err(GgufError::Tensor {
+                name: pair[1].2.into(),
+                problem: format!("lies where {} lies", pair[0].2),
+            }),
+        }
     }
 
     /// A metadata value.
@@ -430,6 +468,19 @@ impl Gguf {
                     _ => None,
                 })
                 .collect()
+        })
+    }
+
+    /// A list of finite numbers.
+    ///
+    /// # Errors
+    /// The key is missing or not such a list.
+    pub fn floats(&self, key: &str) -> Result<Vec<f64>, GgufError> {
+        self.typed(key, "a list of finite numbers", |v| {
+            let Value::Array(items) = v else { return None };
+            let finite =
+                |v: &Value| if let Value::Float(x) = v { Some(*x).filter(|x| x.is_finite()) } else { None };
+            items.iter().map(finite).collect()
         })
     }
 
