@@ -2,6 +2,7 @@
 
 mod dispatcher;
 mod engine;
+mod families;
 mod session;
 
 use std::path::PathBuf;
@@ -11,12 +12,21 @@ use tokio::sync::Mutex;
 /// Threads of libtorch are a setting of the process: one engine at a time.
 static ONE_AT_A_TIME: Mutex<()> = Mutex::const_new(());
 
-fn model_path() -> PathBuf {
-    std::env::var_os("INFERA_MODEL").map_or_else(
+fn model(variable: &str, file: &str) -> PathBuf {
+    std::env::var_os(variable).map_or_else(
         || {
             let home = std::env::var_os("HOME").expect("HOME is set");
-            PathBuf::from(home).join(".cache/infera/models/smollm2-135m-instruct-q4_1.gguf")
+            PathBuf::from(home).join(".cache/infera/models").join(file)
         },
         PathBuf::from,
     )
+}
+
+fn model_path() -> PathBuf {
+    model("INFERA_MODEL", "smollm2-135m-instruct-q4_1.gguf")
+}
+
+/// A base model of another family.
+fn gemma_path() -> PathBuf {
+    model("INFERA_GEMMA", "gemma-3-270m-q4_k_m.gguf")
 }

@@ -1,0 +1,111 @@
+//! The families' forward passes against transformers' (`tests/fixtures/make.py`): the same model as safetensors and as
+//! GGUF, prompts computed at once and token by token.
+
+use std::path::{Path, PathBuf};
+
+use infera_node::engine::{Class, reference_logits};
+use serde::Deserialize;
+
+use crate::{ONE_AT_A_TIME, gemma_path, model_path};
+
+fn fixture(name: &str) -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures").join(name)
+}
+
+fn tokens() -> Vec<u32> {
+    serde_json::from_slice(&std::fs::read(fixture("tokens.json")).unwrap()).unwrap()
+}
+
+/// What transformers computed after each token.
+fn expected(folder: &str, positions: usize) -> Vec<Vec<f32>> {
+    let bytes = std::fs::read(fixture(folder).join("logits.bin")).unwrap();
+    let all: Vec<f32> = bytes.chunks_exact(4).map(|b| f32::from_le_bytes(b.try_into().unwrap())).collect();
+    assert_eq!(all.len() % positions, 0);
+    all.chunks(all.len() / positions).map(<[f32]>::to_vec).collect()
+}
+
+fn farthest(a: &[f32], b: &[f32]) -> f32 {
+    assert_eq!(a.len(), b.len());
+    a.iter().zip(b).map(|(a, b)| (a - b).abs()).fold(0.0, f32::max)
+}
+
+/// Logits reach from about -6 to 6; two orders of summing in f32 differ by a few millionths.
+const TOLERANCE: f32 = 1e-4;
+
+fn agrees(model: &Path, folder: &str) {
+    let tokens = tokens();
+    let expected = expected(folder, tokens.len());
+    let spread = expected.iter().flatten().fold(0f32, |a, x| a.max(x.abs()));
+    assert!(spread > 2.0, "{folder}: logits within {spread} would hide an error");
+    for prefilled in [1, 10, tokens.len()] {
+        let got = reference_logits(model, Class::Exact, &tokens, prefilled).unwrap();
+        assert_eq!(got.len(), tokens.len() + 1 - prefilled);
+        for (at, (got, expected)) in got.iter().zip(&expected[prefilled - 1..]).enumerate() {
+            let far = farthest(got, expected);
+            let name = model.display();
+            assert!(
+                far <= TOLERANCE,
+                "{name}, {prefilled} at once, token {}: {far} of {spread}",
+                at + prefilled - 1
+            );
+        }
+    }
+}
+
+#[test]
+fn safetensors_compute_as_transformers() {
+    for family in ["llama", "llama3", "mistral", "qwen2", "qwen3", "gemma3"] {
+        agrees(&fixture(family), family);
+    }
+    // The file itself, with config.json beside it.
+    agrees(&fixture("llama/model.safetensors"), "llama");
+}
+
+#[test]
+fn gguf_computes_as_transformers() {
+    for family in ["llama", "llama3", "mistral", "qwen2", "qwen3", "gemma3"] {
+        agrees(&fixture(&format!("{family}.gguf")), family);
+    }
+}
+
+#[test]
+fn quantised_matrices_compute_as_transformers_with_the_dequantised() {
+    agrees(&fixture("quantised.gguf"), "quantised");
+}
+
+/// The logits of a recorded model that tell whether two implementations agree.
+#[derive(Deserialize)]
+struct Recorded {
+    tokens: Vec<u32>,
+    logits: Vec<Picked>,
+}
+
+#[derive(Deserialize)]
+struct Picked {
+    position: usize,
+    values: Vec<(usize, f32)>,
+}
+
+fn agrees_on_real_weights(model: &Path, record: &str, tolerance: f32) {
+    let record: Recorded = serde_json::from_slice(&std::fs::read(fixture(record)).unwrap()).unwrap();
+    let got = reference_logits(model, Class::Exact, &record.tokens, 1).unwrap();
+    for picked in &record.logits {
+        for (token, expected) in &picked.values {
+            let far = (got[picked.position][*token] - expected).abs();
+            let at = picked.position;
+            assert!(far <= tolerance, "token {token} after {at}: {far} from {expected}");
+        }
+    }
+}
+
+#[test]
+fn smollm2_computes_as_transformers() {
+    let _one = ONE_AT_A_TIME.blocking_lock();
+    agrees_on_real_weights(&model_path(), "smollm2-135m-instruct-q4_1.json", 2e-3);
+}
+
+#[test]
+fn gemma_3_270m_computes_as_transformers() {
+    let _one = ONE_AT_A_TIME.blocking_lock();
+    agrees_on_real_weights(&gemma_path(), "gemma-3-270m-q4_k_m.json", 2e-3);
+}
