@@ -270,8 +270,9 @@ impl Model {
 
     /// `q` [1, kv heads, queries, head] against some tokens of a cache; the same shape comes back.
     ///
-    /// With fewer than [`ROWS`] queries libtorch would split the keys among its threads, and the sums would depend on
-    /// their number: such a block is filled up.
+    /// libtorch gives a thread at least one head and up to 32 queries of it. With fewer than [`ROWS`] queries, and with
+    /// a single such task, it would instead split sums among its threads, and they would depend on their number: the
+    /// queries are filled up, and those of a single head are shown as two heads with the same keys.
     fn attention(
         &self,
         q: &Tensor,
@@ -280,16 +281,28 @@ impl Model {
         mask: Option<&Tensor>,
     ) -> Result<Tensor, TchError> {
         let scale = f64::from(self.shape.attention_scale);
-        let part = |t: &Tensor| t.f_narrow(1, seen.start as i64, seen.len() as i64)?.f_unsqueeze(0);
-        let (keys, values) = (part(&cache.0)?, part(&cache.1)?);
-        let queries = q.size()[2];
-        let missing = (ROWS as i64 - queries).max(0);
-        let padding = [0, 0, 0, missing];
-        let (q, mask) = match missing {
-            0 => (q.shallow_clone(), mask.map(Tensor::shallow_clone)),
-            _ => (q.f_constant_pad_nd(padding)?, mask.map(|m| m.f_constant_pad_nd(padding)).transpose()?),
+        let (kv, queries, head) = (self.shape.kv_heads as i64, q.size()[2], self.shape.head as i64);
+        let shown = kv.max(2);
+        let length = seen.len() as i64;
+        let part = |t: &Tensor| {
+            let part = t.f_narrow(1, seen.start as i64, length)?.f_unsqueeze(0)?;
+            part.f_expand([1, shown, length, head], true)
         };
+        let (keys, values) = (part(&cache.0)?, part(&cache.1)?);
+        let step = ROWS as i64 * (shown / kv);
+        let filled = match shown == kv {
+            true => queries.max(step),
+            false => (queries + step - 1) / step * step,
+        };
+        let fill = |t: &Tensor| match filled - queries {
+            0 => Ok(t.shallow_clone()),
+            missing => t.f_constant_pad_nd([0, 0, 0, missing]),
+        };
+        let each = filled * kv / shown;
+        let mask = mask.map(|m| fill(m)?.f_reshape([1, shown / kv, each, length])).transpose()?;
+        let q = fill(q)?.f_reshape([1, shown, each, head])?;
         Tensor::f_scaled_dot_product_attention(&q, &keys, &values, mask.as_ref(), 0.0, false, scale, false)?
+            .f_reshape([1, kv, filled, head])?
             .f_narrow(2, 0, queries)
     }
 
@@ -351,11 +364,7 @@ impl Model {
     fn feed_forward(&self, layer: &Layer, x: &Tensor) -> Result<Tensor, TchError> {
         let ffn = self.shape.ffn as i64;
         let both = layer.gate_up.forward(&self.normalise(x, &layer.ffn_norm)?)?.f_to_kind(Kind::Float)?;
-        let gate = both.f_narrow(1, 0, ffn)?.f_contiguous()?;
-        let gate = match self.shape.activation {
-            Activation::Silu => gate.f_silu()?,
-            Activation::GeluTanh => gate.f_gelu("tanh")?,
-        };
+        let gate = activate(&both.f_narrow(1, 0, ffn)?.f_contiguous()?, self.shape.activation)?;
         layer.down.forward(&gate.f_mul(&both.f_narrow(1, ffn, ffn)?)?)
     }
 
@@ -384,6 +393,23 @@ impl Model {
     }
 }
 
+/// Numbers that go through an activation at once. From 32768 on libtorch would cut them among its threads anywhere, and at
+/// a cut a few are computed by another formula.
+const AT_ONCE: i64 = 16_384;
+
+fn activate(gate: &Tensor, activation: Activation) -> Result<Tensor, TchError> {
+    let one = |part: &Tensor| match activation {
+        Activation::Silu => part.f_silu(),
+        Activation::GeluTanh => part.f_gelu("tanh"),
+    };
+    let flat = gate.f_view([-1])?;
+    if flat.size()[0] <= AT_ONCE {
+        return one(gate);
+    }
+    let parts: Result<Vec<Tensor>, TchError> = flat.f_split(AT_ONCE, 0)?.iter().map(one).collect();
+    Tensor::f_cat(&parts?, 0)?.f_view_as(gate)
+}
+
 /// Logits after each token from the one at `prefilled - 1` on: the first `prefilled` tokens are computed at once, the
 /// others one by one. For comparing with other implementations; the engine itself goes through `Engine`.
 ///
@@ -406,3 +432,7 @@ pub fn reference_logits(
     }
     Ok(all)
 }
+
+#[cfg(test)]
+#[path = "model_tests.rs"]
+mod tests;

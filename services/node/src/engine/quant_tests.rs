@@ -42,3 +42,60 @@ fn rows_of_heads_are_sorted_into_halves() {
     let got = raw(GgmlType::F32, 8, 1, bytes).unpermute(2).dequantise();
     assert_eq!(got, [0.0, 2.0, 1.0, 3.0, 4.0, 6.0, 5.0, 7.0]);
 }
+
+/// Blocks with random bytes and what the `gguf` Python package makes of them; see `tests/fixtures/make.py`.
+fn recorded() -> Vec<(Raw, Vec<f32>)> {
+    let text = include_str!("../../tests/fixtures/quants.json");
+    let all: serde_json::Map<String, serde_json::Value> = serde_json::from_str(text).unwrap();
+    let kinds = [
+        ("F32", GgmlType::F32),
+        ("F16", GgmlType::F16),
+        ("BF16", GgmlType::BF16),
+        ("Q4_0", GgmlType::Q4_0),
+        ("Q4_1", GgmlType::Q4_1),
+        ("Q5_0", GgmlType::Q5_0),
+        ("Q5_1", GgmlType::Q5_1),
+        ("Q8_0", GgmlType::Q8_0),
+        ("Q4_K", GgmlType::Q4K),
+        ("Q5_K", GgmlType::Q5K),
+        ("Q6_K", GgmlType::Q6K),
+    ];
+    assert_eq!(all.len(), kinds.len());
+    let one = |(name, kind): (&str, GgmlType)| {
+        let bytes = hex::decode(all[name]["bytes"].as_str().unwrap()).unwrap();
+        let bits = all[name]["bits"].as_array().unwrap();
+        let values: Vec<f32> = bits.iter().map(|b| f32::from_bits(b.as_u64().unwrap() as u32)).collect();
+        let (per, size) = kind.block().unwrap();
+        assert_eq!(values.len() as u64 / per, bytes.len() as u64 / size, "{name}");
+        (raw(kind, 2, values.len() / 2, bytes), values)
+    };
+    kinds.into_iter().map(one).collect()
+}
+
+#[test]
+fn every_storage_is_read_as_ggml_reads_it() {
+    for (raw, expected) in recorded() {
+        assert_eq!(raw.dequantise(), expected, "{:?}", raw.kind);
+        assert_eq!(raw.dequantise_rows(1, 1), expected[raw.cols..], "{:?}", raw.kind);
+    }
+}
+
+#[test]
+fn integers_scales_and_minima_give_the_same_numbers() {
+    for (raw, expected) in recorded() {
+        let value = |q: f32, scale: f32, min: f32| q * scale + min;
+        match (raw.groups(), raw.bytes8()) {
+            (None, None) => assert!(group_of(raw.kind).is_none()),
+            (Some(g), None) => {
+                assert!(g.nibbles.iter().all(|q| *q < 16));
+                let at = |i: usize| value(f32::from(g.nibbles[i]), g.scales[i / GROUP], g.mins[i / GROUP]);
+                assert_eq!((0..g.nibbles.len()).map(at).collect::<Vec<_>>(), expected, "{:?}", raw.kind);
+            }
+            (None, Some(b)) => {
+                let at = |i: usize| value(f32::from(b.values[i]), b.scales[i / b.group], b.mins[i / b.group]);
+                assert_eq!((0..b.values.len()).map(at).collect::<Vec<_>>(), expected, "{:?}", raw.kind);
+            }
+            both => panic!("{:?} is both: {both:?}", raw.kind),
+        }
+    }
+}

@@ -16,17 +16,17 @@ fn model(variable: &str, file: &str) -> PathBuf {
     std::env::var_os(variable).map_or_else(
         || {
             let home = std::env::var_os("HOME").expect("HOME is set");
-            PathBuf::from(home).join(".cache/infera/models").join(file)
+            PathBuf::from(home).join(".cache/infera").join(file)
         },
         PathBuf::from,
     )
 }
 
 fn model_path() -> PathBuf {
-    model("INFERA_MODEL", "smollm2-135m-instruct-q4_1.gguf")
+    model("INFERA_MODEL", "models/smollm2-135m-instruct-q4_1.gguf")
 }
 
 /// A base model of another family.
 fn gemma_path() -> PathBuf {
-    model("INFERA_GEMMA", "gemma-3-270m-q4_k_m.gguf")
+    model("INFERA_GEMMA", "test-models/gemma-3-270m-q4_k_m.gguf")
 }
