@@ -234,6 +234,12 @@ impl Prompt {
         &self.tokenizer
     }
 
+    /// The tokenizer, without the rest.
+    #[must_use]
+    pub fn into_tokenizer(self) -> Tokenizer {
+        self.tokenizer
+    }
+
     /// BLAKE3 of the tokenizer, as the model registry lists it.
     #[must_use]
     pub fn tokenizer_hash(&self) -> [u8; 32] {

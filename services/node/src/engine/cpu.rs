@@ -314,6 +314,15 @@ impl Model {
         })
     }
 
+    /// Bytes of all matrices.
+    #[cfg(test)]
+    pub fn packed(&self) -> usize {
+        let parts = |l: &Linear| l.parts.iter().map(|(_, m)| m.bytes()).sum::<usize>();
+        let layers =
+            self.layers.iter().map(|l| parts(&l.qkv) + l.output.bytes() + parts(&l.gate_up) + l.down.bytes());
+        layers.sum::<usize>() + self.embedding.bytes() + self.head.as_ref().map_or(0, Matrix::bytes)
+    }
+
     /// One step: writes keys and values of all tokens to the cache and computes the wanted logits.
     ///
     /// At most [`STEP_ROWS`] tokens and [`LOGIT_ROWS`] rows of logits.

@@ -11,20 +11,19 @@
 //!   generate(job), score(job) --channel--> thread { admit | step: forward, draw } --events--> receiver of the job
 //! ```
 //!
-//! `model` is the same forward pass written with libtorch: the tests hold the kernels against it, and both against
+//! `reference` is the same forward pass written with libtorch: the tests hold the kernels against it, and both against
 //! transformers.
 
 mod cpu;
 mod error;
 mod gate;
 mod kv;
-mod model;
 mod quant;
+mod reference;
 mod sequence;
 mod shape;
 mod source;
 mod thread;
-mod weights;
 
 use std::collections::HashMap;
 use std::path::PathBuf;
@@ -47,7 +46,7 @@ use uuid::Uuid;
 pub use cpu::engine_logits;
 pub use error::{Busy, EngineError};
 #[doc(hidden)]
-pub use model::reference_logits;
+pub use reference::reference_logits;
 pub use shape::MemoryNeed;
 
 use gate::Gate;
@@ -248,8 +247,14 @@ impl Engine {
         let (source, shape) = read_shape(&config)?;
         let need = shape.memory(&config);
         need.check(config.memory_limit)?;
-        let no_tokenizer = || EngineError::Unsupported("a tokenizer outside a GGUF file".into());
-        let tokenizer = Arc::new(Tokenizer::new(source.gguf().ok_or_else(no_tokenizer)?)?);
+        let tokenizer = Arc::new(match source.gguf() {
+            Some(gguf) => Tokenizer::new(gguf)?,
+            None => {
+                let path = &config.model_path;
+                let folder = if path.is_dir() { path } else { path.parent().unwrap_or(path) };
+                Prompt::load(folder)?.into_tokenizer()
+            }
+        });
         // A slot has one job at a time, so that a start always finds room; and one call to wake up.
         let (starts, inbox) = sync_channel(config.slots + 1);
         let (active, gate): (Active, _) = (Arc::default(), Arc::new(Gate::new()));

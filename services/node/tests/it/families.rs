@@ -3,7 +3,8 @@
 
 use std::path::{Path, PathBuf};
 
-use infera_node::engine::{Class, reference_logits};
+use infera_node::engine::{Class, Engine, EngineConfig, Event, Job, engine_logits};
+use infera_protocol::sampling::SamplingParams;
 use serde::Deserialize;
 
 use crate::{ONE_AT_A_TIME, gemma_path, model_path};
@@ -37,8 +38,10 @@ fn agrees(model: &Path, folder: &str) {
     let expected = expected(folder, tokens.len());
     let spread = expected.iter().flatten().fold(0f32, |a, x| a.max(x.abs()));
     assert!(spread > 2.0, "{folder}: logits within {spread} would hide an error");
+    let whole = engine_logits(model, Class::Exact, &tokens, 1).unwrap();
     for prefilled in [1, 10, tokens.len()] {
-        let got = reference_logits(model, Class::Exact, &tokens, prefilled).unwrap();
+        let got = engine_logits(model, Class::Exact, &tokens, prefilled).unwrap();
+        assert!(got == whole[prefilled - 1..], "{}: cuts change bits", model.display());
         assert_eq!(got.len(), tokens.len() + 1 - prefilled);
         for (at, (got, expected)) in got.iter().zip(&expected[prefilled - 1..]).enumerate() {
             let far = farthest(got, expected);
@@ -88,7 +91,7 @@ struct Picked {
 
 fn agrees_on_real_weights(model: &Path, record: &str, tolerance: f32) {
     let record: Recorded = serde_json::from_slice(&std::fs::read(fixture(record)).unwrap()).unwrap();
-    let got = reference_logits(model, Class::Exact, &record.tokens, 1).unwrap();
+    let got = engine_logits(model, Class::Exact, &record.tokens, 1).unwrap();
     for picked in &record.logits {
         for (token, expected) in &picked.values {
             let far = (got[picked.position][*token] - expected).abs();
@@ -108,4 +111,58 @@ fn smollm2_computes_as_transformers() {
 fn gemma_3_270m_computes_as_transformers() {
     let _one = ONE_AT_A_TIME.blocking_lock();
     agrees_on_real_weights(&gemma_path(), "gemma-3-270m-q4_k_m.json", 2e-3);
+}
+
+#[derive(Deserialize)]
+struct Continued {
+    sentence: Vec<u32>,
+    greedy: Vec<u32>,
+}
+
+/// The tokens that transformers chooses; the class fast may choose others at a near-tie, but says the same.
+#[test]
+fn real_models_continue_a_sentence_as_transformers_does() {
+    let _one = ONE_AT_A_TIME.blocking_lock();
+    for (model_path, record) in
+        [(model_path(), "smollm2-135m-instruct-q4_1.json"), (gemma_path(), "gemma-3-270m-q4_k_m.json")]
+    {
+        let record: Continued = serde_json::from_slice(&std::fs::read(fixture(record)).unwrap()).unwrap();
+        for class in [Class::Exact, Class::Fast] {
+            let config = EngineConfig {
+                model_path: model_path.clone(),
+                class,
+                slots: 1,
+                threads: 2,
+                max_context: 64,
+                cache_tokens: None,
+                memory_limit: None,
+            };
+            let engine = Engine::start(config).unwrap();
+            let job = Job {
+                id: uuid::Uuid::now_v7(),
+                prompt: record.sentence.clone(),
+                params: SamplingParams::greedy(),
+                max_tokens: record.greedy.len() as u32,
+                stop: vec![],
+                seed: 0,
+                end_tokens: vec![],
+            };
+            let mut events = engine.generate(job).unwrap();
+            let mut tokens = Vec::new();
+            while let Some(event) = events.blocking_recv() {
+                match event {
+                    Event::Token { token, .. } => tokens.push(token),
+                    Event::Finished { .. } => break,
+                    Event::Failed { reason } => panic!("{reason}"),
+                }
+            }
+            if class == Class::Exact {
+                assert_eq!(tokens, record.greedy, "{}", model_path.display());
+            }
+            let text: Vec<u8> =
+                tokens.iter().flat_map(|t| engine.tokenizer().token_bytes(*t)).copied().collect();
+            let text = String::from_utf8_lossy(&text);
+            assert!(text.contains("France") || text.contains("Paris"), "{}: {text}", model_path.display());
+        }
+    }
 }
