@@ -335,6 +335,26 @@ mod tests {
     }
 
     #[test]
+    fn the_reserve_pays_for_added_replicas_and_no_more() {
+        use infera_testkit::evidence::{Case, Network};
+        // Three replicas at 10 each are held for; four more may be added: 7 in all.
+        let (hold, k) = (30, 3);
+        let mut receipt = Case::new(&Network::new()).receipt();
+        let mut settle = |charged_micro: u64| {
+            let paid = charged_micro / u64::try_from(receipt.payments.len()).unwrap();
+            receipt.payments.iter_mut().for_each(|payment| payment.amount_micro = paid);
+            receipt.charged_micro = charged_micro;
+            settle_transfer("alice", hold, k, &receipt)
+        };
+        assert_eq!(settle(30).unwrap().charged_micro, 30);
+        assert_eq!(settle(69).unwrap().charged_micro, 30, "never more than the hold");
+        let error = settle(72).unwrap_err();
+        assert!(matches!(error, LedgerError::Reserve { needed: 42, cap: 40 }), "{error:?}");
+        let said = error.to_string();
+        assert!(said.contains("42") && said.contains("40"), "{said}");
+    }
+
+    #[test]
     fn a_batch_is_formed_by_size_or_age() {
         let mut local = Local { waiting: 9, oldest_ms: Some(1_000), ..Local::default() };
         assert_eq!(plan(0, &Hash32::ZERO, &local, &LIMITS, 2_999), work(&[], None, false));

@@ -222,3 +222,77 @@ fn claims(state: &State, request: &HttpRequest) -> Result<Option<Claims>, ApiErr
         })?;
     Ok(Some(state.keys.verify(token.trim(), AUDIENCE)?))
 }
+
+#[cfg(test)]
+mod tests {
+    use actix_web::body::to_bytes;
+    use infera_runtime::{db, jwt::Signer};
+    use infera_testkit::{TempDir, sqlite_url};
+    use sea_orm::TransactionTrait;
+
+    use super::*;
+    use crate::store::Migrator;
+
+    fn tree(seed: u8) -> Arc<MerkleTree> {
+        let leaves: Vec<Hash32> = (0..3).map(|n| Hash32([seed ^ n; 32])).collect();
+        Arc::new(MerkleTree::new(&leaves).unwrap())
+    }
+
+    #[test]
+    fn trees_that_are_asked_for_stay() {
+        let trees = Trees::default();
+        let made: Vec<_> = (0..=MAX_TREES).map(|n| tree(u8::try_from(n).unwrap() * 8)).collect();
+        let get = |n: usize| trees.get(n as u64, &made[n].root()).is_some();
+        for (n, tree) in made.iter().enumerate().take(MAX_TREES) {
+            trees.put(n as u64, tree.clone());
+        }
+        assert!(get(0), "asked for last");
+        trees.put(MAX_TREES as u64, made[MAX_TREES].clone());
+        assert!(get(0) && !get(1) && (2..=MAX_TREES).all(get), "the one that nobody asked for leaves");
+        // A batch that was posted again with another root.
+        assert!(trees.get(2, &made[3].root()).is_none());
+        trees.put(2, made[3].clone());
+        assert!(trees.get(2, &made[3].root()).is_some() && !get(2));
+    }
+
+    async fn state(dir: &TempDir) -> web::Data<State> {
+        let db = db::connect(&sqlite_url(dir), None).await.unwrap();
+        db::migrate::<Migrator>(&db).await.unwrap();
+        let jwks = dir.path().join("jwks.json");
+        Signer::load_or_create(&dir.path().join("key.pem")).unwrap().write_jwks(&jwks).unwrap();
+        let keys = Verifier::from_jwks_file(&jwks).unwrap();
+        web::Data::new(State { db, keys, audit: Arc::default(), trees: Trees::default() })
+    }
+
+    async fn transfers(state: &web::Data<State>) -> i64 {
+        let response = audit(state.clone()).await.unwrap();
+        let body = to_bytes(response.into_body()).await.unwrap();
+        serde_json::from_slice::<serde_json::Value>(&body).unwrap()["transfers"].as_i64().unwrap()
+    }
+
+    #[actix_rt::test]
+    async fn an_audit_is_made_once_at_a_time_and_kept_for_a_moment() {
+        let dir = TempDir::new().unwrap();
+        let state = state(&dir).await;
+        assert_eq!(transfers(&state).await, 0);
+        let tx = state.db.begin().await.unwrap();
+        ledger::credit(&tx, Uuid::now_v7(), "alice", 5, 0).await.unwrap();
+        tx.commit().await.unwrap();
+        set_time(&state, Instant::now() + Duration::from_secs(3_600)).await;
+        assert_eq!(transfers(&state).await, 0, "said again");
+        set_time(&state, Instant::now().checked_sub(AUDIT_LIFE).unwrap()).await;
+        assert_eq!(transfers(&state).await, 1, "made anew");
+
+        let running = state.audit.clone().lock_owned().await;
+        let refused = audit(state.clone()).await.unwrap_err();
+        assert_eq!(refused.status.as_u16(), 429);
+        drop(running);
+        assert_eq!(transfers(&state).await, 1);
+    }
+
+    /// When the kept audit was made.
+    async fn set_time(state: &web::Data<State>, at: Instant) {
+        let mut kept = state.audit.lock().await;
+        kept.as_mut().unwrap().0 = at;
+    }
+}

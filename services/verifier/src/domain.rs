@@ -52,8 +52,12 @@ pub enum Rejection {
     Round { attempt: u32, round: u32 },
     #[error("{0} results were revealed, at most {MAX_REPLICAS} are asked for")]
     TooMany(usize),
-    #[error("a request closes for `deadline` or `cancelled`, not for `{0}`")]
+    #[error("a request closes for one of {known}, not for `{0}`", known = known_reasons())]
     Reason(String),
+}
+
+fn known_reasons() -> String {
+    CloseReason::ALL.map(CloseReason::as_str).join(", ")
 }
 
 /// Collected results that hold together.
@@ -310,6 +314,21 @@ mod tests {
     use infera_testkit::evidence;
 
     use super::*;
+
+    #[test]
+    fn a_wrong_reason_is_told_every_right_one() {
+        let submitted = evidence::Case::new(&evidence::Network::new()).submitted();
+        let closing = |reason: &str| {
+            let wire = v1::CloseRequested { submitted: Some(submitted.clone()), reason: reason.to_owned() };
+            close(&wire, 0).map(|_| ()).map_err(|error| error.to_string())
+        };
+        let error = closing("boredom").unwrap_err();
+        assert!(error.contains("`boredom`"), "{error}");
+        for reason in CloseReason::ALL {
+            assert!(error.contains(reason.as_str()), "{error}");
+            closing(reason.as_str()).unwrap();
+        }
+    }
 
     #[test]
     fn a_request_keeps_its_price_when_the_registry_changes_under_it() {

@@ -403,9 +403,6 @@ impl CloseReason {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use infera_protocol::bytes::Address;
-    use proptest::prelude::*;
-    use prost::Message;
 
     fn wire_request() -> v1::Request {
         request_to_wire(&Request {
@@ -454,22 +451,6 @@ mod tests {
         }
         for bad in ["", "a.b", "#", "*", "gw 1", "gw\u{e9}", &"a".repeat(65)] {
             assert!(reply_to(bad).unwrap_err().to_string().contains("submitted.reply_to"), "{bad}");
-        }
-    }
-
-    proptest! {
-        #[test]
-        fn garbage_never_panics(bytes in proptest::collection::vec(any::<u8>(), 0..300)) {
-            if let Ok(collected) = v1::ResultsCollected::decode(bytes.as_slice()) {
-                let domain = Domain { chain_id: 1, contract: Address::ZERO };
-                let _ = evidence(&collected, domain, Hash32::ZERO, 0);
-            }
-            if let Ok(wire) = v1::Hello::decode(bytes.as_slice()) {
-                let _ = hello(&wire);
-            }
-            if let Ok(wire) = v1::Reveal::decode(bytes.as_slice()) {
-                let _ = reveal(&wire);
-            }
         }
     }
 }

@@ -150,6 +150,34 @@ fn verdicts_about_other_rounds_are_stale() {
     assert!(bench.collected.contains(&(request, 1, 2)));
 }
 
+/// An offer that was delivered again is a newer attempt, while the verifier may still speak about the older one.
+#[test]
+fn what_is_said_about_an_older_attempt_does_not_move_a_newer_one() {
+    let request = Uuid::from_u128(1);
+    let mut bench = Bench::with_nodes(&[1, 2, 3, 4]);
+    bench.attempts.insert(request, 1);
+    bench.run(Command::Offered(Box::new(offer(1)))).unwrap();
+    assert_eq!(bench.state.attempt(request).map(|attempt| attempt.number), Some(2));
+    let drawn = bench.drawn();
+    assert_eq!(bench.run(commit(drawn[0], 1, 1, 0)), Err(Rejection::Stale), "of the older attempt");
+    for n in &drawn {
+        bench.run(commit(*n, 1, 2, 1)).unwrap();
+    }
+    for n in &drawn {
+        bench.run(reveal(*n, 1, 2, 1)).unwrap();
+    }
+    assert!(bench.collected.contains(&(request, 2, 1)));
+    let more = |attempt| Command::MoreNodes { request, attempt, round: 1, count: 2 };
+    assert_eq!(bench.run(more(1)), Err(Rejection::Stale));
+    assert_eq!(bench.drawn(), drawn, "nobody was drawn for the older attempt's verdict");
+    bench.run(more(2)).unwrap();
+    assert_eq!(bench.drawn().len(), 4);
+    // A closing verdict counts, whichever attempt it was reached in: the newer one ends.
+    bench.run(Command::Closed { request }).unwrap();
+    assert!(bench.closed.contains(&request));
+    assert_eq!((bench.state.request_count(), bench.busy()), (0, 0));
+}
+
 #[test]
 fn a_deadline_without_a_verdict_asks_for_it() {
     let mut bench = Bench::offered(&[1, 2]);
