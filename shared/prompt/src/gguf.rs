@@ -260,6 +260,12 @@ impl<R: Read> Reader<R> {
         }
         let element = self.u32()?;
         let count = self.u64()?;
+        if element == 9 || element > 12 {
+            return Err(GgufError::Format(format!(
+                "value type {element} in an array before byte {}",
+                self.at
+            )));
+        }
         limit("length of an array", count, MAX_ARRAY)?;
         limit("number of array elements", MAX_ARRAY - self.elements + count, MAX_ARRAY)?;
         self.elements -= count;

@@ -34,7 +34,7 @@ type Done<T> = Result<T, String>;
 /// Refuses templates whose syntax tree would be too deep to walk.
 pub(super) fn check_depth(source: &str) -> Done<()> {
     let (mut operators, mut elifs) = (0, 0);
-    for token in tokenize(source, false, SyntaxConfig::default(), WHITESPACE) {
+    for token in tokenize(source, false, SyntaxConfig, WHITESPACE) {
         let (token, span) = token.map_err(|e| e.to_string())?;
         match token {
             Token::VariableStart | Token::BlockStart => operators = 0,
@@ -242,6 +242,7 @@ fn compare<'a>(c: &Spanned<ast::Compare<'a>>) -> Done<Expr<'a>> {
 }
 
 fn unary<'a>(u: &Spanned<ast::UnaryOp<'a>>) -> Done<Expr<'a>> {
+    #[expect(clippy::needless_match, reason = "the operator cannot be copied")]
     let op = match u.op {
         ast::UnaryOpKind::Not => ast::UnaryOpKind::Not,
         ast::UnaryOpKind::Neg => ast::UnaryOpKind::Neg,

@@ -42,6 +42,14 @@ pub(super) fn dump(
     Ok(writer.out)
 }
 
+fn word(value: &Value) -> String {
+    match value.kind() {
+        ValueKind::None => "null".into(),
+        ValueKind::Bool => value.is_true().to_string(),
+        _ => value.to_string(),
+    }
+}
+
 impl Writer<'_> {
     fn push(&mut self, text: &str) -> Result<(), Error> {
         self.budget.take(text.len())?;
@@ -78,7 +86,7 @@ impl Writer<'_> {
     fn key(&mut self, key: &Value) -> Result<(), Error> {
         match key.kind() {
             ValueKind::String => self.text(key.as_str().unwrap_or("")),
-            ValueKind::Number | ValueKind::Bool | ValueKind::None => self.text(&key.to_string()),
+            ValueKind::Number | ValueKind::Bool | ValueKind::None => self.text(&word(key)),
             kind => Err(invalid(format!("tojson: {kind} cannot be a key"))),
         }
     }
@@ -89,9 +97,7 @@ impl Writer<'_> {
         }
         match value.kind() {
             ValueKind::String => self.text(value.as_str().unwrap_or("")),
-            // minijinja writes none, true and false; JSON's null is the only other word.
-            ValueKind::None => self.push("null"),
-            ValueKind::Bool | ValueKind::Number => self.push(&value.to_string()),
+            ValueKind::None | ValueKind::Bool | ValueKind::Number => self.push(&word(value)),
             ValueKind::Map => {
                 let mut keys = self.budget.items(value)?;
                 if self.sort_keys {

@@ -74,7 +74,7 @@ type Compiled<'a> = (Instructions<'a>, BTreeMap<&'a str, Instructions<'a>>);
 
 fn compile(source: &str) -> Result<Compiled<'_>, String> {
     guard::check_depth(source)?;
-    let tree = parse(source, NAME, SyntaxConfig::default(), guard::WHITESPACE).map_err(|e| e.to_string())?;
+    let tree = parse(source, NAME, SyntaxConfig, guard::WHITESPACE).map_err(|e| e.to_string())?;
     let tree = guard::statement(&tree)?;
     let mut generator = CodeGenerator::new(NAME, source);
     generator.compile_stmt(&tree);

@@ -88,7 +88,7 @@ fn join(budget: &Budget, items: &Value, by: &str) -> Result<Value, Error> {
     Ok(Value::from(out))
 }
 
-fn prefixes<'v>(value: &'v Value) -> Result<Vec<Value>, Error> {
+fn prefixes(value: &Value) -> Result<Vec<Value>, Error> {
     match value.kind() {
         ValueKind::String => Ok(vec![value.clone()]),
         ValueKind::Seq => Ok(value.try_iter()?.collect()),

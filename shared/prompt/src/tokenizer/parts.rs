@@ -165,10 +165,9 @@ impl Parts {
         let mut vocabulary = Vocab::default();
         for (id, (name, kind)) in self.names.iter().zip(&self.kinds).enumerate() {
             let unknown = self.unknown == Some(id as u32) && *kind == Kind::Unknown;
-            if matches!(kind, Kind::Normal | Kind::Byte) || unknown {
-                if vocabulary.insert(name.clone(), id as u32).is_some() {
-                    return unsupported(format!("the tokenizer names the token {name:?} twice"));
-                }
+            let ordinary = matches!(kind, Kind::Normal | Kind::Byte) || unknown;
+            if ordinary && vocabulary.insert(name.clone(), id as u32).is_some() {
+                return unsupported(format!("the tokenizer names the token {name:?} twice"));
             }
         }
         for (id, (name, kind)) in self.names.iter().zip(&self.kinds).enumerate() {
