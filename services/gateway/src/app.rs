@@ -139,10 +139,11 @@ impl App {
         let request = Request {
             id,
             model_root: served.model.weights_root,
-            sampling: chat.sampling,
+            sampling: chat.sampling.clone(),
             max_tokens,
             stop: chat.stop.clone(),
             seed: chat.seed.unwrap_or_else(|| derived_seed(id)),
+            grammar: None,
             prompt,
         };
         request.validate().map_err(|error| ApiError::bad_request(None, error.to_string()))?;

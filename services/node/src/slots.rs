@@ -269,7 +269,7 @@ impl Slots {
             let job = Job {
                 id: work.job,
                 prompt: request.prompt.clone(),
-                params: request.sampling,
+                params: request.sampling.clone(),
                 max_tokens: request.max_tokens,
                 stop: request.stop.clone(),
                 seed: request.seed,

@@ -82,14 +82,12 @@ pub fn compare(
     if !same_distribution(&print_a, &print_b, calibration) {
         return Relation::Disagree(Disagreement::Distribution { parting });
     }
-    let position = u32::try_from(parting).unwrap_or(u32::MAX);
-    let score = |print: &Fingerprint, token: u32| score_in(request, print, position, token);
+    let place = Parting { request, prefix: &a.tokens[..parting] };
+    let score = |print: &Fingerprint, token: u32| place.score_in(print, token);
     let margin = f64::from(calibration.near_tie_milli) / 1_000.0;
     let tied = |print: &Fingerprint, own: u32, other: u32| {
         let own = score(print, own);
-        own.is_some_and(|own| {
-            own - score(print, other).unwrap_or_else(|| cut(request, print, position)) < margin
-        })
+        own.is_some_and(|own| own - score(print, other).unwrap_or_else(|| place.cut(print)) < margin)
     };
     if !(tied(&print_a, token_a, token_b) && tied(&print_b, token_b, token_a)) {
         return Relation::Disagree(Disagreement::NotATie { parting });
@@ -118,23 +116,29 @@ fn same_distribution(a: &Fingerprint, b: &Fingerprint, calibration: &Calibration
     shared > 0
 }
 
-/// z + T g up to a constant of the position: the raw log-probability stands for z.
-fn score_in(request: &Request, print: &Fingerprint, position: u32, token: u32) -> Option<f64> {
-    let temperature = f64::from(request.sampling.temperature);
-    print
-        .entries()
-        .iter()
-        .find(|e| e.token == token)
-        .map(|e| f64::from(e.logprob()) + temperature * gumbel(request.seed, position, token))
+/// Where two results part: everything before it is common, so that the draw's adjustments are known.
+struct Parting<'a> {
+    request: &'a Request,
+    prefix: &'a [u32],
 }
 
-/// A token just outside the candidates counts by its distance to the cut: the lowest listed score.
-fn cut(request: &Request, print: &Fingerprint, position: u32) -> f64 {
-    print
-        .entries()
-        .iter()
-        .filter_map(|e| score_in(request, print, position, e.token))
-        .fold(f64::INFINITY, f64::min)
+impl Parting<'_> {
+    /// z + T g up to a constant of the position: the raw log-probability stands for the model's logit, bias and
+    /// penalties are added as the draw did.
+    fn score_in(&self, print: &Fingerprint, token: u32) -> Option<f64> {
+        let sampling = &self.request.sampling;
+        let entry = print.entries().iter().find(|e| e.token == token)?;
+        let times = self.prefix.iter().filter(|t| **t == token).count();
+        let z = sampling.adjust(token, entry.logprob(), u32::try_from(times).unwrap_or(u32::MAX));
+        let position = u32::try_from(self.prefix.len()).unwrap_or(u32::MAX);
+        Some(f64::from(z) + f64::from(sampling.temperature) * gumbel(self.request.seed, position, token))
+    }
+
+    /// A token just outside the candidates counts by its distance to the cut: the lowest listed score.
+    fn cut(&self, print: &Fingerprint) -> f64 {
+        let scores = print.entries().iter().filter_map(|e| self.score_in(print, e.token));
+        scores.fold(f64::INFINITY, f64::min)
+    }
 }
 
 /// What follows from the results that were revealed.
@@ -224,6 +228,39 @@ mod tests {
         ));
         let clear = (output(&[1, 8, 3], -3.0), output(&[1, 9, 4], -3.0));
         assert!(matches!(relation(&clear.0, &clear.1, 900_000), Relation::Disagree(_)));
+    }
+
+    #[test]
+    fn bias_and_penalties_count_where_results_part() {
+        let (a, b) = (output(&[8, 8, 3], -0.75), output(&[8, 9, 4], -0.75));
+        let relation = |change: fn(&mut crate::sampling::SamplingParams)| {
+            let mut request = sample();
+            request.sampling.temperature = 0.0;
+            change(&mut request.sampling);
+            compare(&request, &CALIBRATION, 500_000, &a, &b, 900_000)
+        };
+        assert_eq!(relation(|_| {}), Relation::Unconfirmed { parting: 1 });
+        let not_tied = Relation::Disagree(Disagreement::NotATie { parting: 1 });
+        assert_eq!(relation(|s| _ = s.logit_bias.insert(8, 5.0)), not_tied);
+        // 8 was emitted once before the parting, 9 was not.
+        assert_eq!(relation(|s| s.presence_penalty = -2.0), not_tied);
+        let both = [(8, 5.0), (9, 5.0)];
+        assert!(matches!(
+            compare(
+                &{
+                    let mut request = sample();
+                    request.sampling.temperature = 0.0;
+                    request.sampling.logit_bias = both.into();
+                    request
+                },
+                &CALIBRATION,
+                500_000,
+                &a,
+                &b,
+                900_000
+            ),
+            Relation::Unconfirmed { parting: 1 }
+        ));
     }
 
     #[test]

@@ -4,9 +4,9 @@
 //! | section | module |
 //! |---|---|
 //! | 1 identities | [`identity`], [`registry`] |
-//! | 3 request | [`request`] |
+//! | 3 request | [`request`], [`grammar`] |
 //! | 4 assignment | [`assignment`] |
-//! | 5 generation | [`sampling`], [`fingerprint`] |
+//! | 5 generation | [`sampling`], [`mask`], [`fingerprint`] |
 //! | 6 commit and reveal | [`commitment`] |
 //! | 7 agreement | [`agreement`] |
 //! | 10 settlement | [`evidence`], [`receipt`], [`document`], [`merkle`], [`money`] |
@@ -18,9 +18,12 @@ pub mod commitment;
 pub mod document;
 pub mod evidence;
 pub mod fingerprint;
+pub mod grammar;
 pub mod hash;
 pub mod identity;
 pub mod ids;
+mod logits;
+pub mod mask;
 pub mod merkle;
 pub mod money;
 pub mod receipt;

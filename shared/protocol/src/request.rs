@@ -3,6 +3,7 @@
 use crate::{
     bytes::{Hash32, hex_bytes},
     fingerprint::Fingerprint,
+    grammar::{Grammar, MAX_GRAMMAR_BYTES},
     hash::{Encoder, keccak},
     identity::Domain,
     sampling::SamplingParams,
@@ -33,6 +34,9 @@ pub struct Request {
     pub max_tokens: u32,
     pub stop: Vec<String>,
     pub seed: u64,
+    /// What the answer must look like.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub grammar: Option<Grammar>,
 }
 
 /// A request that breaks a limit; names the field.
@@ -44,6 +48,8 @@ pub enum RequestError {
     MaxTokens { actual: u32 },
     #[error("stop must be at most {MAX_STOPS} non-empty strings of at most {MAX_STOP_BYTES} bytes")]
     Stop,
+    #[error("grammar has {actual} bytes; allowed are 1 to {MAX_GRAMMAR_BYTES}")]
+    Grammar { actual: usize },
 }
 
 impl Request {
@@ -58,14 +64,19 @@ impl Request {
         if self.stop.len() > MAX_STOPS || self.stop.iter().any(|s| s.is_empty() || s.len() > MAX_STOP_BYTES) {
             return Err(RequestError::Stop);
         }
-        Ok(())
+        match &self.grammar {
+            Some(grammar) if !(1..=MAX_GRAMMAR_BYTES).contains(&grammar.text.len()) => {
+                Err(RequestError::Grammar { actual: grammar.text.len() })
+            }
+            _ => Ok(()),
+        }
     }
 
     /// The request hash: every commitment is to this hash, on this network.
     pub fn hash(&self, domain: &Domain) -> Hash32 {
         let s = &self.sampling;
         let mut encoder = domain
-            .encode(Encoder::new("infera.request.v1"))
+            .encode(Encoder::new("infera.request.v2"))
             .fixed(self.id.as_bytes())
             .fixed(&self.model_root.0)
             .tokens(&self.prompt)
@@ -81,13 +92,30 @@ impl Request {
         for stop in &self.stop {
             encoder = encoder.bytes(stop.as_bytes());
         }
-        encoder.keccak()
+        encoder = encoder.u32(u32::try_from(s.logit_bias.len()).unwrap_or(u32::MAX));
+        for (token, bias) in &s.logit_bias {
+            encoder = encoder.u32(*token).u32(bias.to_bits());
+        }
+        let (kind, text) = self.grammar.as_ref().map_or((0, ""), |g| (g.kind.code(), g.text.as_str()));
+        encoder.u8(kind).bytes(text.as_bytes()).keccak()
     }
 }
 
 /// The seed of a request whose caller gave none: derived from its id.
 pub fn derived_seed(id: Uuid) -> u64 {
     let hash = Encoder::new("infera.seed.v1").fixed(id.as_bytes()).keccak();
+    let mut bytes = [0; 8];
+    bytes.copy_from_slice(&hash.0[..8]);
+    u64::from_be_bytes(bytes)
+}
+
+/// The seed of the answer with this index, where several are asked for with one seed: the first one's is the seed
+/// itself.
+pub fn choice_seed(seed: u64, index: u32) -> u64 {
+    if index == 0 {
+        return seed;
+    }
+    let hash = Encoder::new("infera.choice.v1").u64(seed).u32(index).keccak();
     let mut bytes = [0; 8];
     bytes.copy_from_slice(&hash.0[..8]);
     u64::from_be_bytes(bytes)
@@ -141,7 +169,8 @@ impl Output {
 }
 
 /// Checks an output against its request's limits: 1 to max_tokens tokens, `Length` only at exactly
-/// max_tokens, one well-formed fingerprint per token.
+/// max_tokens, `Grammar` only with one, one well-formed fingerprint per token. What the tokens say is
+/// not looked at: that takes the model's vocabulary.
 ///
 /// # Errors
 /// What is wrong, for people.
@@ -156,6 +185,9 @@ pub fn check_output(request: &Request, output: &Output) -> Result<(), &'static s
     if output.finish == Finish::Length && output.tokens.len() != most {
         return Err("the result says `length` before max_tokens");
     }
+    if output.finish == Finish::Grammar && request.grammar.is_none() {
+        return Err("the result says `grammar`, but the request has none");
+    }
     match Fingerprint::decode_all(&output.fingerprints) {
         Err(_) => Err("the fingerprints are malformed"),
         Ok(prints) if prints.len() != output.tokens.len() => Err("not one fingerprint per token"),
@@ -166,7 +198,7 @@ pub fn check_output(request: &Request, output: &Output) -> Result<(), &'static s
 #[cfg(test)]
 pub(crate) mod tests {
     use super::*;
-    use crate::bytes::Address;
+    use crate::{bytes::Address, grammar::GrammarKind};
 
     pub(crate) fn sample() -> Request {
         Request {
@@ -177,7 +209,12 @@ pub(crate) mod tests {
             max_tokens: 16,
             stop: vec!["END".into()],
             seed: 42,
+            grammar: None,
         }
+    }
+
+    fn grammar(kind: GrammarKind, text: &str) -> Option<Grammar> {
+        Some(Grammar { kind, text: text.into() })
     }
 
     #[test]
@@ -191,12 +228,21 @@ pub(crate) mod tests {
             Request { max_tokens: 17, ..sample() },
             Request { stop: vec![], ..sample() },
             Request { seed: 43, ..sample() },
+            Request { grammar: grammar(GrammarKind::Regex, "true"), ..sample() },
+            Request { grammar: grammar(GrammarKind::JsonSchema, "true"), ..sample() },
+            Request { grammar: grammar(GrammarKind::Regex, "false"), ..sample() },
         ];
         let mut warm = sample();
         warm.sampling.temperature = 0.25;
         changed.push(warm);
+        for bias in [(5, 1.0), (5, -1.0), (6, 1.0)] {
+            let mut biased = sample();
+            biased.sampling.logit_bias.insert(bias.0, bias.1);
+            changed.push(biased);
+        }
+        let mut hashes = std::collections::BTreeSet::from([base]);
         for request in changed {
-            assert_ne!(request.hash(&domain), base, "{request:?}");
+            assert!(hashes.insert(request.hash(&domain)), "{request:?}");
         }
         assert_ne!(sample().hash(&Domain { chain_id: 2, ..domain }), base);
     }
@@ -225,6 +271,7 @@ pub(crate) mod tests {
             (output(2, 1, Finish::Eos), Some("one fingerprint per token")),
             (output(1, 2, Finish::Eos), Some("one fingerprint per token")),
             (output(1, 0, Finish::Eos), Some("one fingerprint per token")),
+            (output(3, 3, Finish::Grammar), Some("the request has none")),
             (Output { fingerprints: vec![1, 0], ..output(1, 1, Finish::Eos) }, Some("malformed")),
         ];
         for (output, expected) in table {
@@ -235,6 +282,26 @@ pub(crate) mod tests {
             };
             assert!(fits, "{actual:?}, expected {expected:?}: {output:?}");
         }
+        let formed = Request { grammar: grammar(GrammarKind::Regex, "a"), ..sample() };
+        assert_eq!(check_output(&formed, &output(3, 3, Finish::Grammar)), Ok(()));
+    }
+
+    #[test]
+    fn choices_have_seeds_of_their_own() {
+        let seeds: std::collections::BTreeSet<u64> = (0..8).map(|i| choice_seed(42, i)).collect();
+        assert_eq!((seeds.len(), choice_seed(42, 0)), (8, 42));
+        assert_ne!(choice_seed(42, 1), choice_seed(43, 1));
+    }
+
+    #[test]
+    fn a_request_without_the_optional_parts_is_read() {
+        let json = serde_json::to_value(sample()).unwrap();
+        assert!(json.get("grammar").is_none() && json["sampling"].get("logit_bias").is_none());
+        assert_eq!(serde_json::from_value::<Request>(json).unwrap(), sample());
+        let mut full = Request { grammar: grammar(GrammarKind::JsonSchema, "{}"), ..sample() };
+        full.sampling.logit_bias = [(7, 0.1), (9, -100.0)].into();
+        let json = serde_json::to_vec(&full).unwrap();
+        assert_eq!(serde_json::from_slice::<Request>(&json).unwrap(), full);
     }
 
     #[test]
@@ -248,5 +315,11 @@ pub(crate) mod tests {
             Err(RequestError::Prompt { actual: 0 })
         );
         assert_eq!(Request { stop: vec![String::new()], ..sample() }.validate(), Err(RequestError::Stop));
+        for bytes in [0, MAX_GRAMMAR_BYTES + 1] {
+            assert_eq!(
+                Request { grammar: grammar(GrammarKind::Regex, &"a".repeat(bytes)), ..sample() }.validate(),
+                Err(RequestError::Grammar { actual: bytes })
+            );
+        }
     }
 }

@@ -158,6 +158,7 @@ impl Case {
                 max_tokens: 16,
                 stop: Vec::new(),
                 seed: 7,
+                grammar: None,
             },
             account: "alice".to_owned(),
             model: model.id.clone(),

@@ -6,6 +6,7 @@ use infera_protocol::{
     bytes::{BytesError, EvmSignature, Hash32, NodeId, Signature},
     evidence::{Evidence, Reveal, SignedCommitment, SlotEvidence, SlotOutcome},
     fingerprint::Fingerprint,
+    grammar::{Grammar, GrammarKind},
     identity::{Domain, HelloClaims, NodeBinding},
     request::{Finish, Output, Request},
     sampling::SamplingParams,
@@ -51,17 +52,47 @@ pub fn name(field: &'static str, text: &str) -> Result<String, WireError> {
     Ok(text.to_owned())
 }
 
-pub fn request(wire: &v1::Request) -> Result<Request, WireError> {
-    let s = required("request.sampling", &wire.sampling)?;
-    let sampling = SamplingParams {
+fn sampling(s: &v1::Sampling) -> Result<SamplingParams, WireError> {
+    let mut sampling = SamplingParams {
         temperature: s.temperature,
         top_p: s.top_p,
         top_k: s.top_k,
         min_p: s.min_p,
         frequency_penalty: s.frequency_penalty,
         presence_penalty: s.presence_penalty,
+        ..SamplingParams::default()
     };
+    for v1::LogitBias { token, bias } in &s.logit_bias {
+        if sampling.logit_bias.insert(*token, *bias).is_some() {
+            let reason = format!("names token {token} twice");
+            return Err(WireError::invalid("request.sampling.logit_bias", reason));
+        }
+    }
     sampling.validate().map_err(|e| WireError::invalid("request.sampling", e.to_string()))?;
+    Ok(sampling)
+}
+
+fn grammar(wire: &v1::Grammar) -> Result<Grammar, WireError> {
+    let kind = match v1::GrammarKind::try_from(wire.kind) {
+        Ok(v1::GrammarKind::JsonSchema) => GrammarKind::JsonSchema,
+        Ok(v1::GrammarKind::Regex) => GrammarKind::Regex,
+        Ok(v1::GrammarKind::Unspecified) | Err(_) => {
+            return Err(WireError::invalid("request.grammar.kind", format!("unknown kind {}", wire.kind)));
+        }
+    };
+    Ok(Grammar { kind, text: wire.text.clone() })
+}
+
+fn grammar_to_wire(grammar: &Grammar) -> v1::Grammar {
+    let kind = match grammar.kind {
+        GrammarKind::JsonSchema => v1::GrammarKind::JsonSchema,
+        GrammarKind::Regex => v1::GrammarKind::Regex,
+    };
+    v1::Grammar { kind: kind.into(), text: grammar.text.clone() }
+}
+
+pub fn request(wire: &v1::Request) -> Result<Request, WireError> {
+    let sampling = sampling(required("request.sampling", &wire.sampling)?)?;
     let request = Request {
         id: uuid("request.id", &wire.id)?,
         model_root: fixed("request.model_root", &wire.model_root)?,
@@ -70,6 +101,7 @@ pub fn request(wire: &v1::Request) -> Result<Request, WireError> {
         max_tokens: wire.max_tokens,
         stop: wire.stop.clone(),
         seed: wire.seed,
+        grammar: wire.grammar.as_ref().map(grammar).transpose()?,
     };
     request.validate().map_err(|e| WireError::invalid("request", e.to_string()))?;
     Ok(request)
@@ -88,10 +120,16 @@ pub fn request_to_wire(request: &Request) -> v1::Request {
             min_p: s.min_p,
             frequency_penalty: s.frequency_penalty,
             presence_penalty: s.presence_penalty,
+            logit_bias: s
+                .logit_bias
+                .iter()
+                .map(|(token, bias)| v1::LogitBias { token: *token, bias: *bias })
+                .collect(),
         }),
         max_tokens: request.max_tokens,
         stop: request.stop.clone(),
         seed: request.seed,
+        grammar: request.grammar.as_ref().map(grammar_to_wire),
     }
 }
 
@@ -409,17 +447,34 @@ mod tests {
             id: Uuid::from_u128(5),
             model_root: Hash32([1; 32]),
             prompt: vec![1],
-            sampling: SamplingParams::default(),
+            sampling: SamplingParams {
+                logit_bias: [(3, -100.0), (70_000, 0.5)].into(),
+                ..SamplingParams::default()
+            },
             max_tokens: 4,
             stop: vec!["x".into()],
             seed: 9,
+            grammar: Some(Grammar { kind: GrammarKind::JsonSchema, text: "{}".into() }),
         })
     }
 
     #[test]
     fn a_request_survives_the_wire() {
-        let wire = wire_request();
-        assert_eq!(request_to_wire(&request(&wire).unwrap()), wire);
+        let regex = Some(v1::Grammar { kind: v1::GrammarKind::Regex.into(), text: "a|b".into() });
+        for grammar in [wire_request().grammar, regex, None] {
+            let wire = v1::Request { grammar, ..wire_request() };
+            assert_eq!(request_to_wire(&request(&wire).unwrap()), wire);
+        }
+    }
+
+    fn field_bias(bias: Vec<v1::LogitBias>) -> String {
+        let mut wire = wire_request();
+        wire.sampling.as_mut().unwrap().logit_bias = bias;
+        request(&wire).unwrap_err().to_string()
+    }
+
+    fn field_grammar(grammar: v1::Grammar) -> String {
+        request(&v1::Request { grammar: Some(grammar), ..wire_request() }).unwrap_err().to_string()
     }
 
     #[test]
@@ -434,6 +489,15 @@ mod tests {
         assert!(field(|r| r.sampling = None).contains("request.sampling"));
         assert!(field(|r| r.max_tokens = 0).contains("max_tokens"));
         assert!(field(|r| r.stop = vec![String::new()]).contains("stop"));
+        let bias = |token, bias| v1::LogitBias { token, bias };
+        assert!(field_bias(vec![bias(5, 1.0), bias(5, 2.0)]).contains("names token 5 twice"));
+        assert!(field_bias(vec![bias(5, -100.5)]).contains("logit_bias must be from -100 to 100"));
+        assert!(field_bias((0..301).map(|t| bias(t, 1.0)).collect()).contains("at most 300 tokens"));
+        let grammar = |kind, text: &str| v1::Grammar { kind, text: text.into() };
+        assert!(field_grammar(grammar(0, "a")).contains("request.grammar.kind"));
+        assert!(field_grammar(grammar(9, "a")).contains("request.grammar.kind"));
+        assert!(field_grammar(grammar(2, "")).contains("grammar has 0 bytes"));
+        assert!(field_grammar(grammar(2, &"a".repeat(16_385))).contains("grammar has 16385 bytes"));
     }
 
     #[test]

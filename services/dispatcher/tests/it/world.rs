@@ -131,6 +131,7 @@ impl World {
                     max_tokens: 16,
                     stop: vec![],
                     seed: 7,
+                    grammar: None,
                 },
                 account: "alice".to_owned(),
                 model: self.network.registry.models[0].id.clone(),

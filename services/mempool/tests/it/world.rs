@@ -236,6 +236,7 @@ pub fn funded(account: &str) -> Funded {
                 max_tokens: 16,
                 stop: vec![],
                 seed: 7,
+                grammar: None,
             },
             account: account.to_owned(),
             model: "synthetic".to_owned(),

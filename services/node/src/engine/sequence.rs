@@ -278,7 +278,7 @@ impl Sequence {
     /// Draws the next token and sends it; gives the reason if it was the last one.
     fn draw(&mut self, logits: &[f32], tokenizer: &Tokenizer) -> Result<(u32, Option<Finish>), SampleError> {
         let generated = self.tokens.len() - self.prompt;
-        let found = candidates(logits, &self.params, &self.counts)?;
+        let found = candidates(logits, &self.params, &self.counts, None)?;
         let choice = choose(&found, self.params.temperature, self.seed, generated as u32)?;
         let token = choice.token;
         self.tokens.push(token);
@@ -304,7 +304,7 @@ impl Sequence {
     fn score(&mut self, logits: &[f32], position: usize) -> Result<(), SampleError> {
         let token = self.tokens[position];
         let at = (position - self.prompt) as u32;
-        let found = candidates(logits, &self.params, &self.counts)?;
+        let found = candidates(logits, &self.params, &self.counts, None)?;
         let choice = choose(&found, self.params.temperature, self.seed, at)?;
         let rank = choice.scores.iter().position(|s| s.token == token);
         let (score, raw_logprob) = match rank {

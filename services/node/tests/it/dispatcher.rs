@@ -223,5 +223,6 @@ pub fn request(text: &str, max_tokens: u32) -> Request {
         max_tokens,
         stop: Vec::new(),
         seed: 1,
+        grammar: None,
     }
 }

@@ -443,7 +443,7 @@ fn impossible_jobs_are_refused_in_words() {
         (Job { max_tokens: 0, ..base.clone() }, "must not be empty"),
         (Job { prompt: vec![], ..base.clone() }, "must not be empty"),
         (Job { prompt: vec![49_152], ..base.clone() }, "prompt has token 49152"),
-        (Job { params: SamplingParams { top_k: 0, ..base.params }, ..base.clone() }, "top_k must be"),
+        (Job { params: SamplingParams { top_k: 0, ..base.params.clone() }, ..base.clone() }, "top_k must be"),
     ] {
         let got = engine.generate(bad).unwrap_err().to_string();
         assert!(got.contains(text), "{got:?} should contain {text:?}");

@@ -83,6 +83,7 @@ impl Network {
                 max_tokens: 90,
                 stop: vec![],
                 seed: 4,
+                grammar: None,
             },
             account: account.into(),
             model: MODEL.into(),

@@ -2,7 +2,8 @@
 
     python3 shared/protocol/tests/golden/sampling.py > shared/protocol/tests/golden/sampling.json
 
-Noise is compared bit by bit, so that the logarithm is that of FreeBSD's msun (e_log.c), which the Rust `libm` follows.
+Noise and log-probabilities are compared bit by bit: the logarithm is that of FreeBSD's msun (e_log.c), which the Rust
+`libm` follows; the exponential is Cephes' expf with every operation rounded to f32, the sum is taken in its lanes.
 """
 
 import json
@@ -64,13 +65,47 @@ def logits_of(n, salt):
     return [(noise_bits(salt, 0, i) >> 40) / 524288.0 - 16.0 for i in range(n)]
 
 
-def draw(n, salt, seed, params, counts, length):
+def bits32(x):
+    return struct.unpack("<I", struct.pack("<f", x))[0]
+
+
+LOG2_E, ROUND, LN2_HIGH, LN2_LOW = f32(math.log2(math.e)), 12582912.0, 0.693359375, f32(-2.1219444e-4)
+POLYNOMIAL = [f32(c) for c in (1.9875692e-4, 1.3981999e-3, 8.333452e-3, 4.1665796e-2, 1.6666665e-1, 0.5)]
+
+
+def exp(x):
+    """e^x of an f32 x <= 0; every operation is rounded to f32."""
+    x = max(x, -87.0)
+    shifted = f32(f32(x * LOG2_E) + ROUND)
+    n = f32(shifted - ROUND)
+    r = f32(f32(x - f32(n * LN2_HIGH)) - f32(n * LN2_LOW))
+    p = POLYNOMIAL[0]
+    for c in POLYNOMIAL[1:]:
+        p = f32(f32(p * r) + c)
+    p = f32(f32(f32(p * f32(r * r)) + r) + 1.0)
+    return f32(p * 2.0 ** int(n))
+
+
+def log_sum_exp(logits):
+    top, total = max(logits), 0.0
+    for start in range(0, len(logits), 256):
+        lanes = [0.0] * 16
+        for i, z in enumerate(logits[start : start + 256]):
+            lanes[i % 16] = f32(lanes[i % 16] + exp(f32(z - top)))
+        for lane in lanes:
+            total += lane
+    return top + ln(total)
+
+
+def draw(n, salt, seed, params, counts, length, bias=None, mask=None):
     raw = [f32(z) for z in logits_of(n, salt)]
     z = list(raw)
+    for token, value in (bias or {}).items():
+        z[token] = f32(z[token] + f32(value))
     for token, times in counts.items():
         if times:
             z[token] = f32(f32(z[token] - f32(times * params["frequency_penalty"])) - params["presence_penalty"])
-    order = sorted(range(n), key=lambda i: (-z[i], i))[: params["top_k"]]
+    order = sorted(mask or range(n), key=lambda i: (-z[i], i))[: params["top_k"]]
     weights = [math.exp(z[i] - z[order[0]]) for i in order]
     keep = len(order)
     if params["top_p"] < 1:
@@ -83,16 +118,19 @@ def draw(n, salt, seed, params, counts, length):
     if params["min_p"] > 0:
         keep = min(keep, sum(w >= params["min_p"] for w in weights))
     order = order[: max(keep, 1)]
-    lse = max(raw) + math.log(math.fsum(math.exp(x - max(raw)) for x in raw))
+    lse = log_sum_exp(raw)
     t = params["temperature"]
     tokens = [
         max(order, key=lambda i: (z[i] / t + gumbel(seed, p, i), -i)) if t > 0 else order[0] for p in range(length)
     ]
-    return {
+    if bias:
+        params = {**params, "logit_bias": {str(k): v for k, v in bias.items()}}
+    row = {
         "vocabulary": n, "salt": "%x" % salt, "seed": "%x" % seed, "params": params,
         "counts": {str(k): v for k, v in counts.items()}, "candidates": len(order),
-        "logprob": "%08x" % struct.unpack("<I", struct.pack("<f", min(raw[order[0]] - lse, 0.0)))[0], "tokens": tokens,
+        "logprobs": ["%08x" % bits32(min(f32(raw[i] - lse), 0.0)) for i in order[:8]], "tokens": tokens,
     }
+    return {**row, "mask": mask} if mask else row
 
 
 def main():
@@ -116,6 +154,10 @@ def main():
         draw(1000, 5, M64, params(temperature=0.5, min_p=0.25), {}, 24),
         draw(60, 6, 9, params(frequency_penalty=0.5, presence_penalty=0.25), {i: i % 4 for i in range(30)}, 24),
         draw(1, 7, 9, params(), {}, 2),
+        draw(5000, 8, 11, params(temperature=0.8), {}, 24),
+        draw(1000, 9, 12, params(), {}, 24, bias={3: 40.0, 7: -100.0, 500: 20.25, 999: 25.5}),
+        draw(300, 10, 13, params(frequency_penalty=1.5), {i: 1 for i in range(0, 300, 7)}, 24,
+             bias={i: (i % 11) - 5.0 for i in range(0, 300, 5)}, mask=[i for i in range(300) if i % 3 == 0]),
     ]
     print(json.dumps({"noise": noise, "draws": draws}, indent=1))
 

@@ -93,6 +93,7 @@ fn evidence_of(k: u32, epoch: u64, max_tokens: u32, outlier: Option<usize>) -> E
             max_tokens,
             stop: vec![],
             seed: 5,
+            grammar: None,
         },
         account: "alice".into(),
         model: "tiny".into(),

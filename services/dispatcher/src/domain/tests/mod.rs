@@ -65,6 +65,7 @@ fn offer(id: u128) -> Offer {
                 max_tokens: 4,
                 stop: vec![],
                 seed: 1,
+                grammar: None,
             },
             account: "a".into(),
             model: "m".into(),
