@@ -31,7 +31,7 @@ fn layer(krate: &str) -> Option<u32> {
         "infera-protocol" => 0,
         "infera-wire" => 1,
         "infera-runtime" | "infera-prompt" | "infera-kernels" => 2,
-        "infera-bus" | "infera-embed" => 3,
+        "infera-bus" | "infera-embed" | "infera-grammar" => 3,
         "infera-gateway" | "infera-mempool" | "infera-dispatcher" | "infera-verifier"
         | "infera-settlement" | "infera-explorer" | "infera-node" => 4,
         "infera" => 5,
@@ -57,10 +57,11 @@ fn dependencies_point_inwards() {
 
 #[test]
 fn each_driver_has_one_home() {
-    let homes: [(&str, &[&str]); 5] = [
+    let homes: [(&str, &[&str]); 6] = [
         ("tch", &["infera-node", "infera-embed"]),
         ("qdrant-client", &["infera-embed"]),
         ("lapin", &["infera-bus"]),
+        ("llguidance", &["infera-grammar"]),
         ("alloy", &["infera-settlement", "infera"]),
         ("redis", &["infera-runtime"]),
     ];
