@@ -51,6 +51,7 @@ fn main() {
                             stop: Vec::new(),
                             seed: i,
                             end_tokens: Vec::new(),
+                            grammar: None,
                         };
                         engine.generate(job).unwrap()
                     })

@@ -105,7 +105,7 @@ impl Identity {
             weights_root: weights_root.to_vec(),
             class: claims.class,
             slots,
-            version: env!("CARGO_PKG_VERSION").to_owned(),
+            version: format!("{} {}", env!("CARGO_PKG_VERSION"), infera_grammar::LIBRARY),
             signature: signature.to_vec(),
         }
     }

@@ -22,6 +22,7 @@
 mod args;
 pub mod engine;
 mod fault;
+mod grammar;
 mod identity;
 mod journal;
 mod pause;

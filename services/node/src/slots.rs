@@ -2,6 +2,7 @@
 
 use std::{collections::HashMap, io, sync::Arc, time::Duration};
 
+use infera_grammar::Matcher;
 use infera_protocol::{
     bytes::Hash32,
     commitment::{Slot, commitment, decline_digest},
@@ -20,6 +21,7 @@ use uuid::Uuid;
 use crate::{
     engine::{Busy, Engine, Event, Job, PREEMPTED},
     fault::{self, Fault},
+    grammar::Grammars,
     identity::Identity,
     journal::{Journal, Key, Promise},
 };
@@ -74,6 +76,7 @@ pub struct Slots {
     journal: Journal,
     pub setting: Setting,
     states: Mutex<HashMap<Key, State>>,
+    grammars: Arc<Grammars>,
     outgoing: Mutex<Option<Outgoing>>,
 }
 
@@ -103,7 +106,8 @@ impl Slots {
             .map(|(key, promise)| (key, State::Promised { promise: Box::new(promise), until_ms }))
             .collect();
         let states = Mutex::new(states);
-        Ok(Self { engine, identity, journal, setting, states, outgoing: Mutex::new(None) })
+        let grammars = Grammars::new(engine.tokenizer().clone(), setting.end_tokens.clone());
+        Ok(Self { engine, identity, journal, setting, states, grammars, outgoing: Mutex::new(None) })
     }
 
     /// Cancelled once the engine has ended.
@@ -264,6 +268,7 @@ impl Slots {
     /// Begins a job; while all slots are taken it tries again for `patience`.
     async fn start(&self, work: &Work, patience: Duration) -> Result<mpsc::Receiver<Event>, &'static str> {
         let request = &work.request;
+        let grammar = self.grammar(request).await?;
         let until = Instant::now() + patience;
         loop {
             let job = Job {
@@ -274,6 +279,7 @@ impl Slots {
                 stop: request.stop.clone(),
                 seed: request.seed,
                 end_tokens: self.setting.end_tokens.clone(),
+                grammar: grammar.clone(),
             };
             match self.engine.generate(job) {
                 Ok(events) => return Ok(events),
@@ -288,6 +294,14 @@ impl Slots {
                 }
             }
         }
+    }
+
+    async fn grammar(&self, request: &Request) -> Result<Option<Matcher>, &'static str> {
+        let Some(grammar) = &request.grammar else { return Ok(None) };
+        self.grammars.matcher(grammar).await.map(Some).map_err(|reason| {
+            tracing::info!(reason, request_id = %request.id, "the grammar cannot be used, lease is declined");
+            "grammar"
+        })
     }
 
     fn decline(&self, request: &Request, key: Key, reason: &str) {

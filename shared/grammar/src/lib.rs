@@ -232,6 +232,12 @@ impl Matcher {
         Ok(self.inner.validate_tokens(&[token]).map_err(|e| stuck(e.to_string()))? == 1)
     }
 
+    /// Whether `token` is one of those that end an answer.
+    #[must_use]
+    pub fn ends_with(&self, token: u32) -> bool {
+        self.ends.contains(&token)
+    }
+
     /// Takes the token that follows, which must be no end token. True once only the end is allowed.
     ///
     /// # Errors

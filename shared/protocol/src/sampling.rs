@@ -156,8 +156,9 @@ impl SamplingParams {
         self.logit_bias.values().try_for_each(bias)
     }
 
-    /// A logit with its bias and the penalties of a token that was emitted `times` before.
-    pub(crate) fn adjust(&self, token: u32, logit: f32, times: u32) -> f32 {
+    /// A logit as the draw sees it: with the token's bias, and the penalties for having been emitted `times` before.
+    #[must_use]
+    pub fn adjust(&self, token: u32, logit: f32, times: u32) -> f32 {
         let biased = self.logit_bias.get(&token).map_or(logit, |bias| logit + bias);
         if times == 0 {
             return biased;

@@ -1,3 +1,4 @@
+use infera_grammar::GrammarError;
 use infera_prompt::PromptError;
 use infera_prompt::gguf::GgufError;
 use infera_protocol::sampling::SampleError;
@@ -52,10 +53,21 @@ pub enum EngineError {
     Torch(#[from] tch::TchError),
     /// The logits cannot be drawn from.
     #[error(transparent)]
-    Sample(#[from] SampleError),
+    Draw(#[from] DrawError),
     /// The engine's thread cannot be started or is gone.
     #[error("the engine's thread: {0}")]
     Thread(String),
+}
+
+/// Why there is no next token.
+#[derive(Debug, Error)]
+pub enum DrawError {
+    /// The logits cannot be drawn from.
+    #[error(transparent)]
+    Sample(#[from] SampleError),
+    /// The grammar allows nothing.
+    #[error(transparent)]
+    Grammar(#[from] GrammarError),
 }
 
 /// Why a job is not taken.

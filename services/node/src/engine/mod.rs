@@ -32,6 +32,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{SyncSender, sync_channel};
 use std::thread::JoinHandle;
 
+use infera_grammar::Matcher;
 use infera_prompt::{Prompt, Tokenizer};
 use infera_protocol::fingerprint::Fingerprint;
 pub use infera_protocol::request::Finish;
@@ -44,7 +45,7 @@ use uuid::Uuid;
 
 #[doc(hidden)]
 pub use cpu::engine_logits;
-pub use error::{Busy, EngineError};
+pub use error::{Busy, DrawError, EngineError};
 #[doc(hidden)]
 pub use reference::reference_logits;
 pub use shape::MemoryNeed;
@@ -128,6 +129,8 @@ pub struct Job {
     pub seed: u64,
     /// Tokens that end the generation: the model registry's.
     pub end_tokens: Vec<u32>,
+    /// What the answer must look like, at its beginning; made for the same end tokens.
+    pub grammar: Option<Matcher>,
 }
 
 /// What a job's receiver gets: tokens, then exactly one `Finished` or `Failed`. A cancelled job's channel just closes.
@@ -165,6 +168,9 @@ pub struct ScoreJob {
     pub params: SamplingParams,
     /// Seed of that draw.
     pub seed: u64,
+    /// The grammar of that draw, at its beginning. A token that it does not allow is no candidate, its margin is
+    /// infinite, and what follows it is scored without the grammar.
+    pub grammar: Option<Matcher>,
 }
 
 /// How one token of an answer looks to the scorer.
@@ -346,6 +352,9 @@ impl Engine {
             return impossible(format!(
                 "prompt ({length} tokens) and {field} ({more}) exceed the context of {limit}"
             ));
+        }
+        if let Some(token) = params.logit_bias.keys().next_back() {
+            self.in_vocabulary("logit_bias", &[*token])?;
         }
         self.in_vocabulary("prompt", prompt)
     }

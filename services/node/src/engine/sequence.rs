@@ -3,14 +3,16 @@
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
+use infera_grammar::Matcher;
 use infera_prompt::{StopMatcher, Tokenizer};
 use infera_protocol::fingerprint::Fingerprint;
 use infera_protocol::request::Finish;
-use infera_protocol::sampling::{Counts, SampleError, SamplingParams, candidates, choose, gumbel};
+use infera_protocol::sampling::{Candidate, Counts, SamplingParams, candidates, choose, gumbel};
 use tokio::sync::{mpsc, oneshot};
 use uuid::Uuid;
 
 use super::cpu::{Logits, Span};
+use super::error::DrawError;
 use super::kv::Table;
 use super::{Event, Job, Score, ScoreJob};
 
@@ -33,6 +35,8 @@ pub(super) struct Sequence {
     params: SamplingParams,
     seed: u64,
     counts: Counts,
+    /// Where the answer stands in its grammar.
+    grammar: Option<Matcher>,
     purpose: Purpose,
     /// What the step computes: tokens that follow those in the cache.
     step: Vec<u32>,
@@ -59,6 +63,7 @@ pub(super) struct Start {
     prompt: usize,
     params: SamplingParams,
     seed: u64,
+    grammar: Option<Matcher>,
     /// Tokens whose keys and values will be in the cache at the end.
     pub capacity: usize,
     purpose: Purpose,
@@ -77,6 +82,7 @@ impl Start {
             tokens: job.prompt,
             params: job.params,
             seed: job.seed,
+            grammar: job.grammar,
             purpose: Purpose::Generate { events, max_tokens, stop, end_tokens },
         }
     }
@@ -96,6 +102,7 @@ impl Start {
             tokens,
             params: job.params,
             seed: job.seed,
+            grammar: job.grammar,
             purpose: Purpose::Score { scores: Vec::new(), reply: Some(reply) },
         }
     }
@@ -148,6 +155,7 @@ impl Sequence {
             params: start.params,
             seed: start.seed,
             counts: Counts::new(),
+            grammar: start.grammar,
             purpose: start.purpose,
             step: Vec::new(),
             logits: 0,
@@ -243,7 +251,7 @@ impl Sequence {
         logits: &Logits<'_>,
         first: usize,
         tokenizer: &Tokenizer,
-    ) -> Result<Option<End>, SampleError> {
+    ) -> Result<Option<End>, DrawError> {
         if matches!(self.purpose, Purpose::Score { .. }) {
             let start = self.table.length;
             self.table.length += self.step.len();
@@ -276,9 +284,9 @@ impl Sequence {
     }
 
     /// Draws the next token and sends it; gives the reason if it was the last one.
-    fn draw(&mut self, logits: &[f32], tokenizer: &Tokenizer) -> Result<(u32, Option<Finish>), SampleError> {
+    fn draw(&mut self, logits: &[f32], tokenizer: &Tokenizer) -> Result<(u32, Option<Finish>), DrawError> {
         let generated = self.tokens.len() - self.prompt;
-        let found = candidates(logits, &self.params, &self.counts, None)?;
+        let found = self.candidates(logits)?;
         let choice = choose(&found, self.params.temperature, self.seed, generated as u32)?;
         let token = choice.token;
         self.tokens.push(token);
@@ -288,10 +296,17 @@ impl Sequence {
         };
         // The channel has room for every token; a closed one shows at the next step.
         let _ = events.try_send(Event::Token { token, fingerprint: Fingerprint::of(&choice) });
-        let finish = if end_tokens.contains(&token) {
+        let ended = end_tokens.contains(&token);
+        let only_the_end = match &mut self.grammar {
+            Some(grammar) if !ended => grammar.push(token)?,
+            _ => false,
+        };
+        let finish = if ended {
             Some(Finish::Eos)
         } else if stop.push(tokenizer.token_bytes(token)).is_some() {
             Some(Finish::Stop)
+        } else if only_the_end {
+            Some(Finish::Grammar)
         } else if generated + 1 >= *max_tokens as usize {
             Some(Finish::Length)
         } else {
@@ -300,11 +315,17 @@ impl Sequence {
         Ok((token, finish))
     }
 
+    fn candidates(&mut self, logits: &[f32]) -> Result<Vec<Candidate>, DrawError> {
+        let mask = self.grammar.as_mut().map(Matcher::mask).transpose()?;
+        Ok(candidates(logits, &self.params, &self.counts, mask.as_ref())?)
+    }
+
     /// Scores the token at `position` of the sequence from the logits before it.
-    fn score(&mut self, logits: &[f32], position: usize) -> Result<(), SampleError> {
+    fn score(&mut self, logits: &[f32], position: usize) -> Result<(), DrawError> {
         let token = self.tokens[position];
         let at = (position - self.prompt) as u32;
-        let found = candidates(logits, &self.params, &self.counts, None)?;
+        let found = self.candidates(logits)?;
+        let forbidden = self.forbids(token)?;
         let choice = choose(&found, self.params.temperature, self.seed, at)?;
         let rank = choice.scores.iter().position(|s| s.token == token);
         let (score, raw_logprob) = match rank {
@@ -317,7 +338,7 @@ impl Sequence {
             scores.push(Score {
                 token,
                 rank: rank.map(|r| r as u32),
-                margin: best - score,
+                margin: if forbidden { f64::INFINITY } else { best - score },
                 raw_logprob,
                 fingerprint: Fingerprint::of(&choice),
             });
@@ -325,19 +346,22 @@ impl Sequence {
         Ok(())
     }
 
+    /// Takes a token of an answer into the grammar. True if it was not allowed: from there on there is none to keep to.
+    fn forbids(&mut self, token: u32) -> Result<bool, DrawError> {
+        let Some(grammar) = &mut self.grammar else { return Ok(false) };
+        let allowed = grammar.allows(token)?;
+        if !allowed || grammar.ends_with(token) {
+            self.grammar = None;
+        } else {
+            grammar.push(token)?;
+        }
+        Ok(!allowed)
+    }
+
     /// Score and raw log-probability of a token that is no candidate, as if it were one.
-    fn outside(
-        &self,
-        logits: &[f32],
-        found: &[infera_protocol::sampling::Candidate],
-        token: u32,
-        at: u32,
-    ) -> (f64, f32) {
+    fn outside(&self, logits: &[f32], found: &[Candidate], token: u32, at: u32) -> (f64, f32) {
         let z = logits[token as usize];
-        let penalised = match self.counts.get(&token) {
-            Some(n) => z - *n as f32 * self.params.frequency_penalty - self.params.presence_penalty,
-            None => z,
-        };
+        let penalised = self.params.adjust(token, z, self.counts.get(&token).copied().unwrap_or(0));
         let noise = match self.params.temperature {
             t if t > 0.0 => f64::from(t) * gumbel(self.seed, at, token),
             _ => 0.0,

@@ -13,7 +13,7 @@ use uuid::Uuid;
 
 use crate::{ONE_AT_A_TIME, model_path};
 
-fn config(class: Class, threads: usize) -> EngineConfig {
+pub fn config(class: Class, threads: usize) -> EngineConfig {
     EngineConfig {
         model_path: model_path(),
         class,
@@ -26,13 +26,13 @@ fn config(class: Class, threads: usize) -> EngineConfig {
 }
 
 #[derive(Debug, Clone, PartialEq)]
-struct Answer {
-    tokens: Vec<u32>,
-    fingerprints: Vec<Fingerprint>,
-    finish: Finish,
+pub struct Answer {
+    pub tokens: Vec<u32>,
+    pub fingerprints: Vec<Fingerprint>,
+    pub finish: Finish,
 }
 
-fn collect(mut receiver: Receiver<Event>) -> Answer {
+pub fn collect(mut receiver: Receiver<Event>) -> Answer {
     let (mut tokens, mut fingerprints) = (Vec::new(), Vec::new());
     while let Some(event) = receiver.blocking_recv() {
         match event {
@@ -48,7 +48,7 @@ fn collect(mut receiver: Receiver<Event>) -> Answer {
     panic!("the channel closed without an end after {} tokens", tokens.len());
 }
 
-fn job(prompt: &Prompt, text: &str, temperature: f32, max_tokens: u32) -> Job {
+pub fn job(prompt: &Prompt, text: &str, temperature: f32, max_tokens: u32) -> Job {
     Job {
         id: Uuid::now_v7(),
         prompt: prompt.render(&[Message::new("user", text)]).unwrap(),
@@ -57,6 +57,7 @@ fn job(prompt: &Prompt, text: &str, temperature: f32, max_tokens: u32) -> Job {
         stop: Vec::new(),
         seed: 42,
         end_tokens: prompt.end_tokens().to_vec(),
+        grammar: None,
     }
 }
 
@@ -86,7 +87,7 @@ fn jobs(prompt: &Prompt) -> Vec<Job> {
 }
 
 /// The first difference, in one line.
-fn assert_same(got: &[Answer], expected: &[Answer], what: &str) {
+pub fn assert_same(got: &[Answer], expected: &[Answer], what: &str) {
     assert_eq!(got.len(), expected.len());
     for (i, (g, e)) in got.iter().zip(expected).enumerate() {
         let parting = g.tokens.iter().zip(&e.tokens).position(|(a, b)| a != b);
@@ -96,11 +97,11 @@ fn assert_same(got: &[Answer], expected: &[Answer], what: &str) {
     }
 }
 
-fn alone(engine: &Engine, jobs: &[Job]) -> Vec<Answer> {
+pub fn alone(engine: &Engine, jobs: &[Job]) -> Vec<Answer> {
     jobs.iter().map(|j| collect(engine.generate(j.clone()).unwrap())).collect()
 }
 
-fn together(engine: &Engine, jobs: &[Job]) -> Vec<Answer> {
+pub fn together(engine: &Engine, jobs: &[Job]) -> Vec<Answer> {
     let running: Vec<_> = jobs.iter().map(|j| engine.generate(j.clone()).unwrap()).collect();
     running.into_iter().map(collect).collect()
 }
@@ -291,8 +292,9 @@ fn scores_of_an_answer_are_its_own_fingerprints() {
             id: Uuid::now_v7(),
             prompt: job.prompt.clone(),
             tokens: tokens.to_vec(),
-            params: job.params,
+            params: job.params.clone(),
             seed: job.seed,
+            grammar: None,
         };
         let noise = engine.generate(job(&prompt, QUESTIONS[1], 1.0, 100)).unwrap();
         let running: Vec<_> = asked
@@ -443,6 +445,13 @@ fn impossible_jobs_are_refused_in_words() {
         (Job { max_tokens: 0, ..base.clone() }, "must not be empty"),
         (Job { prompt: vec![], ..base.clone() }, "must not be empty"),
         (Job { prompt: vec![49_152], ..base.clone() }, "prompt has token 49152"),
+        (
+            Job {
+                params: SamplingParams { logit_bias: [(49_152, 1.0)].into(), ..base.params.clone() },
+                ..base.clone()
+            },
+            "logit_bias has token 49152",
+        ),
         (Job { params: SamplingParams { top_k: 0, ..base.params.clone() }, ..base.clone() }, "top_k must be"),
     ] {
         let got = engine.generate(bad).unwrap_err().to_string();

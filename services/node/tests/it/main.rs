@@ -3,6 +3,7 @@
 mod dispatcher;
 mod engine;
 mod families;
+mod grammar;
 mod session;
 
 use std::path::PathBuf;
