@@ -1,14 +1,17 @@
 //! `verifier.collected` and `verifier.close`: one transaction each, from which one verdict follows.
 
-use std::collections::HashMap;
+use std::collections::{BTreeSet, HashMap};
 use std::sync::Arc;
 
 use infera_bus::{Envelope, Reject, outbox};
 use infera_embed::{Embedder, similarity_millionths};
+use infera_grammar::{GrammarError, Vocabulary};
 use infera_prompt::Prompt;
 use infera_protocol::agreement::{FULL_SIMILARITY_MILLIONTHS, Relation};
-use infera_protocol::bytes::Hash32;
+use infera_protocol::bytes::{Hash32, NodeId};
+use infera_protocol::grammar::Grammar;
 use infera_protocol::ids::message_id;
+use infera_protocol::request::Output;
 use infera_runtime::clock;
 use infera_wire::topology::keys;
 use infera_wire::{MAX_BUS_BODY_BYTES, Message, v1};
@@ -23,11 +26,14 @@ use crate::store::{self, verdicts};
 
 /// Tokenizers by the model's weights.
 pub(crate) type Prompts = HashMap<Hash32, Arc<Prompt>>;
+/// Vocabularies for grammars, by the model's weights.
+pub(crate) type Vocabularies = HashMap<Hash32, Arc<Vocabulary>>;
 
 /// What both consumers share.
 pub(crate) struct Arbiter {
     pub rules: Rules,
     pub prompts: Prompts,
+    pub vocabularies: Vocabularies,
     pub embedder: Embedder,
     pub metrics: Metrics,
     /// Wakes the indexer.
@@ -39,7 +45,7 @@ impl Arbiter {
     pub async fn collected(&self, tx: &DatabaseTransaction, envelope: &Envelope) -> Result<(), Reject> {
         let timer = self.metrics.decide_seconds.start_timer();
         let wire: v1::ResultsCollected = self.decode("results.collected", envelope)?;
-        let case = domain::admit(&self.rules, &wire, clock::now_ms()).map_err(|e| self.reject(e))?;
+        let mut case = domain::admit(&self.rules, &wire, clock::now_ms()).map_err(|e| self.reject(e))?;
         drop(wire);
         let (id, round) = (case.request_id(), case.round_key());
         if let Some(stored) = store::closing(tx, id).await? {
@@ -56,9 +62,29 @@ impl Arbiter {
             infera.round = case.round,
             infera.outcome = tracing::field::Empty,
         );
+        case.unfit = self.unfit(&case).await?;
         self.decide(tx, &case).instrument(span).await?;
         timer.observe_duration();
         Ok(())
+    }
+
+    /// The nodes whose results do not keep to the request's grammar. Some milliseconds a result, on another thread.
+    async fn unfit(&self, case: &Case) -> Result<BTreeSet<NodeId>, Reject> {
+        let Some(grammar) = case.evidence.request.grammar.clone() else { return Ok(BTreeSet::new()) };
+        let model = &case.evidence.request.model_root;
+        let vocabulary = self
+            .vocabularies
+            .get(model)
+            .cloned()
+            .ok_or_else(|| Reject::Retry(format!("the vocabulary of model {model} is not loaded")))?;
+        let results = case.outputs().into_iter().map(|(node, output)| (node, output.clone())).collect();
+        let id = case.request_id();
+        let found = tokio::task::spawn_blocking(move || unfit(&vocabulary, &grammar, results));
+        let found = found.await.map_err(|error| Reject::Retry(error.to_string()))?;
+        for (node, reason) in &found {
+            tracing::warn!(request_id = %id, %node, reason, "a result does not keep to its grammar");
+        }
+        Ok(found.into_iter().map(|(node, _)| node).collect())
     }
 
     async fn decide(&self, tx: &DatabaseTransaction, case: &Case) -> Result<(), Reject> {
@@ -225,4 +251,23 @@ async fn say(
 ) -> Result<(), Reject> {
     let id = message_id("verdict", request_id, round.unsigned_abs());
     Ok(outbox::enqueue_bytes(tx, &keys::verdict(reply_to), id, body).await?)
+}
+
+/// Results that do not keep to the grammar, and why; none keeps to one that no node could use.
+fn unfit(
+    vocabulary: &Vocabulary,
+    grammar: &Grammar,
+    results: Vec<(NodeId, Output)>,
+) -> Vec<(NodeId, String)> {
+    let compiled = vocabulary.compile(grammar);
+    let check = |(node, output): (NodeId, Output)| {
+        let checked = compiled.clone().and_then(|matcher| matcher.check(&output.tokens, output.finish));
+        match checked {
+            Err(error @ (GrammarError::Violated { .. } | GrammarError::Refused(_))) => {
+                Some((node, error.to_string()))
+            }
+            Ok(()) | Err(GrammarError::Stuck(_) | GrammarError::Vocabulary(_)) => None,
+        }
+    };
+    results.into_iter().filter_map(check).collect()
 }

@@ -6,14 +6,20 @@
 //!
 //! - Admission refuses what no honest dispatcher sends: a key that the manifest does not name, a draw
 //!   that does not follow, a commitment that nobody signed. It is garbage and closes nothing.
-//! - A verdict follows from the evidence alone, so that whoever holds it comes to the same.
+//! - A verdict follows from the evidence and the registry's tokenizer alone, so that whoever holds them
+//!   comes to the same. A result that does not keep to its grammar stays in the count and agrees with
+//!   nothing; a verified set is a strict majority of the count, so that a receipt follows from the
+//!   evidence without looking at grammars.
+
+use std::collections::BTreeSet;
 
 use infera_protocol::agreement::{
     Decision, Disagreement, FULL_SIMILARITY_MILLIONTHS, Relation, compare, decide, quorum,
 };
 use infera_protocol::assignment::{beta, order_nodes};
-use infera_protocol::bytes::NodeId;
+use infera_protocol::bytes::{Hash32, NodeId};
 use infera_protocol::evidence::{Evidence, EvidenceError};
+use infera_protocol::hash::keccak;
 use infera_protocol::registry::{History, Manifest};
 use infera_protocol::request::{MAX_REPLICAS, Output};
 use infera_wire::convert::{self, CloseReason, Submitted};
@@ -69,6 +75,8 @@ pub struct Case {
     pub exhausted: bool,
     /// The model's similarity threshold.
     pub threshold_millionths: u32,
+    /// Nodes whose results do not keep to the request's grammar.
+    pub unfit: BTreeSet<NodeId>,
 }
 
 impl Case {
@@ -79,6 +87,15 @@ impl Case {
     /// What the verdict's primary key holds besides the request.
     pub fn round_key(&self) -> i64 {
         round_key(self.evidence.attempt, self.round)
+    }
+
+    /// The revealed results as [`decide`] takes them: an unfit one equals nothing but itself.
+    fn results(&self) -> Vec<(NodeId, Hash32)> {
+        let own = |node: &NodeId| keccak(&[b"infera.unfit.v1", &node.0]);
+        let results = self.evidence.results().into_iter();
+        results
+            .map(|(node, hash)| (node, if self.unfit.contains(&node) { own(&node) } else { hash }))
+            .collect()
     }
 
     /// The revealed outputs, in the order of the draw.
@@ -136,7 +153,14 @@ pub fn admit(rules: &Rules, wire: &v1::ResultsCollected, decided_at_ms: i64) -> 
         return Err(Rejection::TooMany(revealed));
     }
     let threshold_millionths = model.similarity_threshold_millionths;
-    Ok(Case { evidence, reply_to, round: wire.round, exhausted: wire.exhausted, threshold_millionths })
+    Ok(Case {
+        evidence,
+        reply_to,
+        round: wire.round,
+        exhausted: wire.exhausted,
+        threshold_millionths,
+        unfit: BTreeSet::new(),
+    })
 }
 
 /// How two results of a case stand to each other.
@@ -161,14 +185,18 @@ pub fn findings(rules: &Rules, case: &Case, similarity: impl Fn(usize, usize) ->
             } else {
                 similarity(i, j)
             };
-            let relation = compare(
-                &case.evidence.request,
-                &rules.registries.current().calibration,
-                case.threshold_millionths,
-                output_a,
-                output_b,
-                similarity_millionths,
-            );
+            let relation = if case.unfit.contains(a) || case.unfit.contains(b) {
+                Relation::Disagree(Disagreement::Grammar)
+            } else {
+                compare(
+                    &case.evidence.request,
+                    &rules.registries.current().calibration,
+                    case.threshold_millionths,
+                    output_a,
+                    output_b,
+                    similarity_millionths,
+                )
+            };
             findings.push(Finding { a: *a, b: *b, relation, similarity_millionths });
         }
     }
@@ -185,6 +213,7 @@ pub fn relation_name(relation: Relation) -> &'static str {
         Relation::Disagree(Disagreement::Distribution { .. }) => "distribution",
         Relation::Disagree(Disagreement::NotATie { .. }) => "not_a_tie",
         Relation::Disagree(Disagreement::Similarity) => "similarity",
+        Relation::Disagree(Disagreement::Grammar) => "grammar",
     }
 }
 
@@ -225,7 +254,7 @@ pub fn judge(case: &Case, largest_bytes: usize) -> Result<Judgement, Rejection> 
     let failed = |code: &str, reason: String| {
         v1::verdict::Outcome::Failed(v1::Failed { code: code.to_owned(), reason })
     };
-    let results = case.evidence.results();
+    let results = case.results();
     let outcome = match decide(case.evidence.k, &results, case.exhausted) {
         Decision::Verified { members } => {
             let full = verdict(v1::verdict::Outcome::Verified(verified(case, &members, canonical.clone())));
@@ -242,7 +271,11 @@ pub fn judge(case: &Case, largest_bytes: usize) -> Result<Judgement, Rejection> 
             failed("no_nodes", format!("{} nodes answered, {needed} must agree", results.len()))
         }
         Decision::NoQuorum => {
-            failed("no_quorum", format!("no majority of {} results is equal", results.len()))
+            let unfit = match case.unfit.len() {
+                0 => String::new(),
+                unfit => format!(" and keeps to the grammar: {unfit} do not"),
+            };
+            failed("no_quorum", format!("no majority of {} results is equal{unfit}", results.len()))
         }
     };
     Ok(Judgement { verdict: verdict(outcome), evidence: Some(canonical) })

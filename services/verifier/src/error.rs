@@ -13,6 +13,8 @@ pub enum Error {
     Prompt { model: String, source: infera_prompt::PromptError },
     #[error("the tokenizer in the file of model `{model}` is not the one that the registry lists")]
     WrongTokenizer { model: String },
+    #[error("the tokens of model `{model}`: {source}")]
+    Vocabulary { model: String, source: infera_grammar::GrammarError },
     #[error(transparent)]
     Embed(#[from] infera_embed::EmbedError),
     #[error("the index of answers cannot be opened: {0}")]

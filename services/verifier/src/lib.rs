@@ -11,7 +11,7 @@
 //! Promises:
 //! - One verdict per (request, round) and one closing verdict per request, by primary key. What is
 //!   asked again gets the stored bytes again, whoever asks and however often.
-//! - A verdict follows from the evidence alone; the evidence is kept, in the verdict or beside it.
+//! - A verdict follows from the evidence and the registry's tokenizers alone; the evidence is kept, in the verdict or beside it.
 //! - What no honest dispatcher sends goes to the dead letters and closes nothing.
 //! - The vector of every delivered answer reaches the index in the end, with public facts only.
 //!
@@ -34,6 +34,7 @@ use infera_bus::outbox::Relay;
 use infera_bus::watch::Watch;
 use infera_bus::{Bus, ConsumerSpec, Topology, consume};
 use infera_embed::{Embedder, Index};
+use infera_grammar::Vocabulary;
 use infera_prompt::Prompt;
 use infera_protocol::registry::Registry;
 use infera_runtime::health::Health;
@@ -43,7 +44,7 @@ use infera_wire::topology::queues;
 use sea_orm::DatabaseConnection;
 use tokio::sync::{Notify, oneshot};
 
-use consumer::{Arbiter, Prompts};
+use consumer::{Arbiter, Prompts, Vocabularies};
 use domain::Rules;
 use indexer::Indexer;
 use metrics::Metrics;
@@ -77,6 +78,7 @@ pub async fn run(config: Config, deps: Deps, shutdown: CancellationToken) -> Res
     config.validate()?;
     let rules = rules(&config)?;
     let prompts = prompts(&config, rules.registries.current()).await?;
+    let vocabularies = vocabularies(&prompts, rules.registries.current()).await?;
     let embedder = match deps.embedder {
         Some(embedder) => embedder,
         None => {
@@ -106,7 +108,7 @@ pub async fn run(config: Config, deps: Deps, shutdown: CancellationToken) -> Res
         wake: indexable.clone(),
         health: health.check("index"),
     };
-    let arbiter = Arc::new(Arbiter { rules, prompts, embedder, metrics, indexable });
+    let arbiter = Arc::new(Arbiter { rules, prompts, vocabularies, embedder, metrics, indexable });
     let parts = Parts { config, bus: deps.bus, db, health, arbiter };
     // Ends everything when one part ends, so that no half of a service stays behind.
     let stop = shutdown.child_token();
@@ -189,6 +191,19 @@ async fn prompts(config: &Config, registry: &Registry) -> Result<Prompts, Error>
         prompts.insert(model.weights_root, Arc::new(prompt));
     }
     Ok(prompts)
+}
+
+/// The same tokenizers, prepared for grammars.
+async fn vocabularies(prompts: &Prompts, registry: &Registry) -> Result<Vocabularies, Error> {
+    let mut vocabularies = Vocabularies::new();
+    for model in &registry.models {
+        let Some(prompt) = prompts.get(&model.weights_root).cloned() else { continue };
+        let end_tokens = model.end_tokens.clone();
+        let made = on_a_thread(move || Vocabulary::new(prompt.tokenizer(), &end_tokens)).await?;
+        let made = made.map_err(|source| Error::Vocabulary { model: model.id.clone(), source })?;
+        vocabularies.insert(model.weights_root, Arc::new(made));
+    }
+    Ok(vocabularies)
 }
 
 async fn on_a_thread<T: Send + 'static>(work: impl FnOnce() -> T + Send + 'static) -> Result<T, Error> {

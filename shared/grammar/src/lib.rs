@@ -7,7 +7,7 @@
 //!
 //! - The gateway asks [`Vocabulary::admit`] before it takes a request.
 //! - A node takes [`Matcher::mask`] before each draw and gives the token to [`Matcher::push`].
-//! - The verifier asks [`Vocabulary::check`] of what was revealed.
+//! - The verifier asks [`Matcher::check`] of what was revealed.
 //!
 //! A token is allowed if its bytes continue the text towards something that the grammar accepts, however the tokenizer
 //! would have cut that text. So the set follows from the grammar, the tokens so far and the vocabulary alone. All of
@@ -139,42 +139,12 @@ impl Vocabulary {
         Ok(())
     }
 
-    /// Whether an answer keeps to its grammar: every token was allowed, `Eos` came where the end was, `Grammar` where
-    /// only the end was, and nothing came after that.
+    /// [`Matcher::check`] for one answer.
     ///
     /// # Errors
-    /// [`GrammarError::Violated`] with the position of the first token that was not allowed; the errors of
-    /// [`Vocabulary::compile`].
+    /// As there; the errors of [`Vocabulary::compile`].
     pub fn check(&self, grammar: &Grammar, tokens: &[u32], finish: Finish) -> Result<(), GrammarError> {
-        let mut matcher = self.compile(grammar)?;
-        let violated = |position, reason| Err(GrammarError::Violated { position, reason });
-        let last = tokens.len().saturating_sub(1);
-        for (position, token) in tokens.iter().enumerate() {
-            if matcher.complete() {
-                return violated(position, "it goes on where the grammar allows only the end");
-            }
-            if !matcher.allows(*token)? {
-                return violated(position, "the token is not allowed");
-            }
-            if self.ends.contains(token) {
-                return match (position == last, finish) {
-                    (true, Finish::Eos) => Ok(()),
-                    (true, _) => violated(position, "it ends with an end token and does not say `eos`"),
-                    (false, _) => violated(position, "it goes on after an end token"),
-                };
-            }
-            matcher.push(*token)?;
-        }
-        match finish {
-            Finish::Eos => violated(last, "it says `eos` without an end token"),
-            Finish::Grammar if !matcher.complete() => {
-                violated(last, "it says `grammar` where more than the end was allowed")
-            }
-            Finish::Length if matcher.complete() => {
-                violated(last, "it says `length` where only the end was allowed")
-            }
-            Finish::Grammar | Finish::Length | Finish::Stop => Ok(()),
-        }
+        self.compile(grammar)?.check(tokens, finish)
     }
 }
 
@@ -251,5 +221,42 @@ impl Matcher {
     #[must_use]
     pub fn complete(&self) -> bool {
         self.inner.is_stopped() && !self.inner.is_error()
+    }
+
+    /// Whether an answer keeps to its grammar from here on: every token was allowed, `Eos` came where the end was,
+    /// `Grammar` where only the end was, and nothing came after that.
+    ///
+    /// # Errors
+    /// [`GrammarError::Violated`] with the position of the first token that is wrong; [`GrammarError::Stuck`] where a
+    /// step is beyond its limits, which says nothing about the answer.
+    pub fn check(mut self, tokens: &[u32], finish: Finish) -> Result<(), GrammarError> {
+        let violated = |position, reason| Err(GrammarError::Violated { position, reason });
+        let last = tokens.len().saturating_sub(1);
+        for (position, token) in tokens.iter().enumerate() {
+            if self.complete() {
+                return violated(position, "it goes on where the grammar allows only the end");
+            }
+            if !self.allows(*token)? {
+                return violated(position, "the token is not allowed");
+            }
+            if self.ends.contains(token) {
+                return match (position == last, finish) {
+                    (true, Finish::Eos) => Ok(()),
+                    (true, _) => violated(position, "it ends with an end token and does not say `eos`"),
+                    (false, _) => violated(position, "it goes on after an end token"),
+                };
+            }
+            self.push(*token)?;
+        }
+        match finish {
+            Finish::Eos => violated(last, "it says `eos` without an end token"),
+            Finish::Grammar if !self.complete() => {
+                violated(last, "it says `grammar` where more than the end was allowed")
+            }
+            Finish::Length if self.complete() => {
+                violated(last, "it says `length` where only the end was allowed")
+            }
+            Finish::Grammar | Finish::Length | Finish::Stop => Ok(()),
+        }
     }
 }

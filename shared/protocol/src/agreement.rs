@@ -56,6 +56,9 @@ pub enum Disagreement {
     NotATie { parting: usize },
     /// The embeddings are further apart than the model's threshold.
     Similarity,
+    /// One of them does not keep to the request's grammar: it agrees with nothing. Found with the
+    /// model's vocabulary, not by [`compare`].
+    Grammar,
 }
 
 /// Compares two results of one request. `similarity_millionths` is the cosine of their embeddings.

@@ -1,6 +1,7 @@
 //! Verdicts over the bus, on both columns of the ports table.
 
 use infera_protocol::evidence::Evidence;
+use infera_protocol::grammar::{Grammar, GrammarKind};
 use infera_protocol::receipt::Receipt;
 use infera_protocol::request::{Finish, Output};
 use infera_testkit::eventually;
@@ -35,6 +36,7 @@ on_both! {
     close_and_collected_race_to_one_closing_verdict
     garbage_is_dead_lettered_and_stops_nothing
     a_restart_goes_on
+    a_result_that_breaks_its_grammar_agrees_with_nothing
 }
 
 fn answer(text: &str) -> Answer {
@@ -386,4 +388,69 @@ fn an_output_of_a_case_is_well_formed() {
         tokens.len(),
         infera_protocol::fingerprint::Fingerprint::decode_all(&fingerprints).unwrap().len()
     );
+}
+
+async fn a_result_that_breaks_its_grammar_agrees_with_nothing(mut world: World) {
+    let verifier = world.start().await;
+    // Without the end token: the grammar is at its end.
+    let said = |text: &str, finish| {
+        let mut ids = tokens(text);
+        ids.pop();
+        Answer::Output(output(&ids, finish))
+    };
+    let network = world.network.clone();
+    let asked = |answers: Vec<Answer>| {
+        let mut case = Case::new(&network).answers(answers);
+        case.request.grammar = Some(Grammar { kind: GrammarKind::Regex, text: "(yes|no)".into() });
+        case
+    };
+    let (yes, other) = (said("yes", Finish::Grammar), said("yes indeed", Finish::Grammar));
+
+    let case = asked(vec![yes.clone(), other.clone(), yes.clone()]);
+    world.collect(&case).await;
+    let (_, verdict) = world.verdict().await;
+    let outcome = verified(&verdict);
+    assert_eq!(outcome.nodes.len(), 2);
+    assert_eq!(outcome.finish(), v1::Finish::Grammar);
+    // The receipt follows from the evidence without a look at the grammar.
+    let evidence: Evidence = serde_json::from_slice(&outcome.evidence).unwrap();
+    let receipt = Receipt::build(&evidence).unwrap();
+    let nodes: Vec<Vec<u8>> = receipt.verified.iter().map(|v| v.node.to_vec()).collect();
+    assert_eq!(nodes, outcome.nodes);
+    let (_, body) = verifier.get(&format!("/v1/verdicts/{}", case.request.id)).await;
+    let relations = body["verdicts"][0]["relations"].as_array().unwrap();
+    let of = |relation: &str| relations.iter().filter(|pair| pair["relation"] == relation).count();
+    assert_eq!((of("equal"), of("grammar")), (1, 2), "{relations:?}");
+
+    // A majority that breaks it is none.
+    world.collect(&asked(vec![other.clone(), other.clone(), yes.clone()])).await;
+    let (_, verdict) = world.verdict().await;
+    assert!(matches!(verdict.outcome, Some(Outcome::MoreNodes(_))), "{}", name(&verdict.outcome));
+    for wrong in [
+        other,
+        said("yes", Finish::Length),
+        said("ye", Finish::Grammar),
+        said("maybe", Finish::Length),
+        Answer::Output(output(&tokens("yes"), Finish::Eos)),
+    ] {
+        let mut case = asked(vec![wrong.clone(); 3]);
+        case.request.max_tokens = match &wrong {
+            Answer::Output(output) if output.finish == Finish::Length => output.tokens.len() as u32,
+            _ => 16,
+        };
+        case.exhausted = true;
+        world.collect(&case).await;
+        let (_, verdict) = world.verdict().await;
+        assert_eq!(failed(&verdict), "no_quorum");
+        let Some(Outcome::Failed(failed)) = &verdict.outcome else { panic!("failed") };
+        assert!(failed.reason.contains("3 do not"), "{}", failed.reason);
+    }
+
+    // One that nobody can use is kept to by nobody.
+    let mut case = asked(vec![yes; 3]);
+    case.request.grammar = Some(Grammar { kind: GrammarKind::Regex, text: "(".into() });
+    case.exhausted = true;
+    world.collect(&case).await;
+    assert_eq!(failed(&world.verdict().await.1), "no_quorum");
+    verifier.stop().await;
 }
