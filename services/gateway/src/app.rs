@@ -5,11 +5,12 @@ use std::time::Duration;
 
 use actix::Addr;
 use infera_bus::outbox::{self, Relay};
+use infera_grammar::GrammarError;
 use infera_prompt::PromptError;
 use infera_protocol::bytes::Hash32;
 use infera_protocol::hash::keccak;
-use infera_protocol::ids::message_id;
-use infera_protocol::request::{MAX_TOKENS, Request, derived_seed};
+use infera_protocol::ids::{choice_id, message_id};
+use infera_protocol::request::{MAX_TOKENS, Request, choice_seed, derived_seed};
 use infera_runtime::http::ApiError;
 use infera_runtime::jwt::Verifier;
 use infera_runtime::kv::Kv;
@@ -25,7 +26,7 @@ use uuid::Uuid;
 use crate::actor::{Replies, Wait};
 use crate::catalog::{Catalog, Served};
 use crate::config::Config;
-use crate::domain::answer::Head;
+use crate::domain::answer::{Head, Place};
 use crate::domain::chat::ChatRequest;
 use crate::domain::merge::Mode;
 use crate::error::database;
@@ -51,16 +52,24 @@ pub(crate) struct App {
     pub drained: CancellationToken,
 }
 
-/// A request that is submitted, now or earlier under the same `Idempotency-Key`.
+/// What a client asked for, submitted now or earlier under the same `Idempotency-Key`.
 pub(crate) struct Submission {
-    pub id: Uuid,
     pub served: Arc<Served>,
     pub head: Head,
-    pub waiter: Waiter,
+    /// In the order of their indices, at least one.
+    pub choices: Vec<Waiting>,
     pub stops: Vec<String>,
+    /// See [`ChatRequest::logprobs`].
+    pub logprobs: Option<u32>,
 }
 
-/// A request as every node will see it.
+/// One of the answers: a request of the network that is waited for.
+pub(crate) struct Waiting {
+    pub place: Place,
+    pub waiter: Waiter,
+}
+
+/// A request as every node will see it, and its row.
 struct Fixed {
     submitted: Submitted,
     new: NewRequest,
@@ -86,24 +95,26 @@ impl App {
             return self.repeat(row, chat, served, &body_hash).await;
         }
         let fixed = self.fix(account, chat, key, &served, body_hash).await?;
-        let waiter = self.wait(&fixed.submitted, chat, false).await?;
-        if fixed.new.idempotency_key.is_none() {
-            guard.arm(fixed.new.id);
+        let mut choices = Vec::with_capacity(fixed.len());
+        for (index, one) in (0..).zip(&fixed) {
+            let waiter = self.wait(&one.submitted, chat, false).await?;
+            choices.push(Waiting { place: Place { index, id: one.new.id }, waiter });
+        }
+        let Some(first) = fixed.first().map(|one| &one.new) else {
+            return Err(ApiError::internal("a request for no answer"));
+        };
+        if first.idempotency_key.is_none() {
+            fixed.iter().for_each(|one| guard.arm(one.new.id));
         }
         if !self.store(&fixed).await.map_err(database)? {
             // Another request with the same key was faster.
-            let key = fixed.new.idempotency_key.as_deref().unwrap_or_default();
+            let key = first.idempotency_key.as_deref().unwrap_or_default();
             let row = store::by_key(&self.db, account, key).await.map_err(database)?;
             let row = row.ok_or_else(|| ApiError::internal("a request vanished while it was repeated"))?;
             return self.repeat(row, chat, served, &body_hash).await;
         }
-        Ok(Submission {
-            id: fixed.new.id,
-            head: self.head(&served, fixed.new.id, fixed.new.submitted_ms),
-            served,
-            waiter,
-            stops: fixed.new.stop,
-        })
+        let head = self.head(&served, first.id, first.submitted_ms);
+        Ok(Submission { head, served, choices, stops: chat.stop.clone(), logprobs: chat.logprobs })
     }
 
     /// The model that a client names.
@@ -120,6 +131,7 @@ impl App {
         })
     }
 
+    /// What is asked for, one request of the network for each answer. Only the first one has the key.
     async fn fix(
         &self,
         account: &str,
@@ -127,15 +139,15 @@ impl App {
         key: Option<String>,
         served: &Arc<Served>,
         body_hash: Hash32,
-    ) -> Result<Fixed, ApiError> {
+    ) -> Result<Vec<Fixed>, ApiError> {
         // Hopelessly long texts are not tokenised, which would take seconds.
         let bytes: usize = chat.messages.iter().map(|message| message.content.len()).sum();
         fit(None, 1, bytes / served.longest_token, served)?;
+        known_tokens(chat, served)?;
+        self.admit_form(served, chat).await?;
         let prompt = self.render(served.clone(), chat).await?;
         let max_tokens = fit(chat.max_tokens, self.config.default_max_tokens, prompt.len(), served)?;
         let id = Uuid::now_v7();
-        let submitted_ms = clock::now_ms();
-        let deadline_ms = submitted_ms.saturating_add(self.config.deadline_ms());
         let request = Request {
             id,
             model_root: served.model.weights_root,
@@ -143,21 +155,45 @@ impl App {
             max_tokens,
             stop: chat.stop.clone(),
             seed: chat.seed.unwrap_or_else(|| derived_seed(id)),
-            grammar: None,
             prompt,
+            grammar: chat.form.as_ref().map(|form| form.grammar.clone()),
         };
         request.validate().map_err(|error| ApiError::bad_request(None, error.to_string()))?;
+        let submitted_ms = clock::now_ms();
+        let one = |index| {
+            let request = Request {
+                id: choice_id(id, index),
+                seed: choice_seed(request.seed, index),
+                ..request.clone()
+            };
+            let key = key.clone().filter(|_| index == 0);
+            self.fixed(account, chat, key, request, body_hash, submitted_ms)
+        };
+        Ok((0..chat.n).map(one).collect())
+    }
+
+    fn fixed(
+        &self,
+        account: &str,
+        chat: &ChatRequest,
+        idempotency_key: Option<String>,
+        request: Request,
+        body_hash: Hash32,
+        submitted_ms: i64,
+    ) -> Fixed {
+        let deadline_ms = submitted_ms.saturating_add(self.config.deadline_ms());
         let new = NewRequest {
-            id,
+            id: request.id,
             account: account.to_owned(),
-            idempotency_key: key,
+            idempotency_key,
             body_hash: body_hash.to_vec(),
             model: chat.model.clone(),
             prompt_tokens: request.prompt.len(),
-            max_tokens,
+            max_tokens: request.max_tokens,
             stop: chat.stop.clone(),
             submitted_ms,
             deadline_ms,
+            logprobs: chat.logprobs.is_some(),
         };
         let submitted = Submitted {
             request,
@@ -171,7 +207,26 @@ impl App {
             salt: Hash32(rand::random()),
             bid_micro: chat.bid_micro,
         };
-        Ok(Fixed { submitted, new })
+        Fixed { submitted, new }
+    }
+
+    /// Whether the model's tokens can keep to what is asked for. Compiling takes up to some 100 ms: not on this thread.
+    async fn admit_form(&self, served: &Arc<Served>, chat: &ChatRequest) -> Result<(), ApiError> {
+        let Some(form) = chat.form.clone() else { return Ok(()) };
+        let turn = self.renders.clone().acquire_owned().await.map_err(ApiError::internal)?;
+        let served = served.clone();
+        let admit = move || {
+            let _turn = turn;
+            served.vocabulary.admit(&form.grammar).map_err(|error| (form.param, error))
+        };
+        let admitted = tokio::task::spawn_blocking(admit).await.map_err(ApiError::internal)?;
+        admitted.map_err(|(param, error)| match error {
+            GrammarError::Refused(reason) => {
+                let message = format!("`{param}` cannot be used: {reason}; change it or leave it out");
+                ApiError::bad_request(param.as_str(), message).with_code("invalid_value")
+            }
+            other => ApiError::internal(other),
+        })
     }
 
     /// Token ids of the chat. A megabyte of text takes a second or two: not on this thread, and not on all cores.
@@ -192,15 +247,17 @@ impl App {
         })
     }
 
-    /// One transaction: the row and the message. `false`: the key is taken, nothing was written.
-    async fn store(&self, fixed: &Fixed) -> Result<bool, DbErr> {
+    /// One transaction: the rows and the messages. `false`: the key is taken, nothing was written.
+    async fn store(&self, fixed: &[Fixed]) -> Result<bool, DbErr> {
         let tx = self.db.begin().await?;
-        if !store::insert(&tx, &fixed.new).await? {
-            tx.rollback().await?;
-            return Ok(false);
+        for one in fixed {
+            if !store::insert(&tx, &one.new).await? {
+                tx.rollback().await?;
+                return Ok(false);
+            }
+            let id = message_id("request.submitted", one.new.id, 0);
+            outbox::enqueue(&tx, keys::REQUEST_SUBMITTED, id, &submitted_to_wire(&one.submitted)).await?;
         }
-        let id = message_id("request.submitted", fixed.new.id, 0);
-        outbox::enqueue(&tx, keys::REQUEST_SUBMITTED, id, &submitted_to_wire(&fixed.submitted)).await?;
         planned::pause("gateway.request.before_commit").await;
         tx.commit().await?;
         planned::pause("gateway.request.after_commit").await;
@@ -225,19 +282,25 @@ impl App {
             .with_param("Idempotency-Key"));
         }
         self.metrics.repeat(&chat.model);
-        // A row that is closed is found by the first look; an open one may close at any time.
-        let wait = Wait {
-            id: row.id,
-            stream: mode(chat, self.config.replicas),
-            max_tokens: u32::try_from(row.max_tokens).unwrap_or(MAX_TOKENS),
-        };
-        let waiter = self.waiter(wait, row.deadline_ms, true).await?;
+        // A row that is closed is found by the first look; an open one may close at any time. The other answers' rows
+        // were written with it, under ids that follow from its own.
+        let mut choices = Vec::new();
+        for index in 0..chat.n {
+            let id = choice_id(row.id, index);
+            let wait = Wait {
+                id,
+                stream: mode(chat, self.config.replicas),
+                max_tokens: u32::try_from(row.max_tokens).unwrap_or(MAX_TOKENS),
+            };
+            let waiter = self.waiter(wait, row.deadline_ms, true).await?;
+            choices.push(Waiting { place: Place { index, id }, waiter });
+        }
         Ok(Submission {
-            id: row.id,
             head: self.head(&served, row.id, row.submitted_ms),
             served,
-            waiter,
+            choices,
             stops: row.stops().map_err(ApiError::internal)?,
+            logprobs: chat.logprobs,
         })
     }
 
@@ -293,6 +356,21 @@ impl App {
 
 fn mode(chat: &ChatRequest, k: u32) -> Option<Mode> {
     chat.stream.then_some(if chat.fast { Mode::Fast } else { Mode::Majority { k } })
+}
+
+/// A bias on a token that the model does not have is a mistake.
+fn known_tokens(chat: &ChatRequest, served: &Served) -> Result<(), ApiError> {
+    let size = served.model.vocab_size;
+    match chat.sampling.logit_bias.keys().next_back() {
+        Some(token) if *token >= size => {
+            let message = format!(
+                "`logit_bias` names token {token}; this model's tokens are 0 to {}",
+                size.saturating_sub(1)
+            );
+            Err(ApiError::bad_request("logit_bias", message).with_code("invalid_value"))
+        }
+        _ => Ok(()),
+    }
 }
 
 /// What repeats are compared by: the checked request, so that spacing and defaults do not matter.

@@ -4,6 +4,7 @@ use std::collections::BTreeMap;
 use std::path::Path;
 use std::sync::Arc;
 
+use infera_grammar::Vocabulary;
 use infera_prompt::Prompt;
 use infera_protocol::bytes::Hash32;
 use infera_protocol::registry::{Model, Registry};
@@ -17,6 +18,8 @@ use crate::error::Error;
 pub struct Served {
     pub model: Model,
     pub prompt: Prompt,
+    /// Its tokens, prepared for grammars.
+    pub vocabulary: Vocabulary,
     /// Bytes of the longest token: a text has at least its length divided by this tokens.
     pub longest_token: usize,
 }
@@ -89,6 +92,8 @@ fn served(registry: &Registry, id: &str, path: &Path) -> Result<Served, Error> {
     let tokenizer = prompt.tokenizer();
     let longest_token =
         (0..model.vocab_size).map(|token| tokenizer.token_bytes(token).len()).max().unwrap_or(1).max(1);
+    let vocabulary = Vocabulary::new(tokenizer, &model.end_tokens)
+        .map_err(|error| Error::Models(format!("`models.{id}` = {}: {error}", path.display())))?;
     tracing::info!(model = id, context_length = model.context_length, "model is served");
-    Ok(Served { model: model.clone(), prompt, longest_token })
+    Ok(Served { model: model.clone(), prompt, vocabulary, longest_token })
 }

@@ -1,13 +1,17 @@
 //! What the gateway decides, without I/O, clock or randomness.
 //!
 //! - [`chat`]: a client's JSON -> a checked [`chat::ChatRequest`], or a [`Refusal`] that names the field.
+//! - [`form`]: the part of it that says what the answer must look like, and what is told of its tokens.
 //! - [`merge`]: the replicas' deltas -> the tokens that may be emitted (protocol section 9).
 //! - [`outcome`]: a closing message -> what the client gets.
 //! - [`text`]: tokens -> the text that a client may see, cut at stop strings.
+//! - [`logprobs`]: fingerprints -> OpenAI's log-probabilities.
 //! - [`answer`]: OpenAI's bodies.
 
 pub mod answer;
 pub mod chat;
+pub mod form;
+pub mod logprobs;
 pub mod merge;
 pub mod outcome;
 pub mod text;

@@ -55,6 +55,10 @@ pub mod request {
         /// Verified results unlike the delivered one, as JSON.
         pub others: Option<String>,
         pub closed_ms: Option<i64>,
+        /// Log-probabilities were asked for.
+        pub logprobs: bool,
+        /// The delivered answer's, if so.
+        pub fingerprints: Option<Vec<u8>>,
     }
 
     /// Without the answer: rows are in error messages and logs.
@@ -104,6 +108,7 @@ pub struct NewRequest {
     pub stop: Vec<String>,
     pub submitted_ms: i64,
     pub deadline_ms: i64,
+    pub logprobs: bool,
 }
 
 /// Stores an open request. `false`: the account used the idempotency key before, nothing was written.
@@ -131,6 +136,8 @@ pub async fn insert<C: ConnectionTrait>(tx: &C, new: &NewRequest) -> Result<bool
         similarity_millionths: Set(None),
         others: Set(None),
         closed_ms: Set(None),
+        logprobs: Set(new.logprobs),
+        fingerprints: Set(None),
     };
     let unused = OnConflict::columns([request::Column::Account, request::Column::IdempotencyKey])
         .do_nothing()
@@ -197,7 +204,7 @@ pub async fn close<C: ConnectionTrait>(
             .col_expr(Finish, Expr::value(finish_name(answer.result.finish)))
             .col_expr(Nodes, Expr::value(answer.nodes.iter().flat_map(|node| node.0).collect::<Vec<u8>>()))
             .col_expr(SimilarityMillionths, Expr::value(i64::from(answer.similarity_millionths)))
-            .col_expr(Others, Expr::value(json(&answer.others)?)),
+            .col_expr(Others, Expr::value(json(&without_fingerprints(&answer.others))?)),
         Outcome::Failed { code, reason } => update
             .col_expr(State, Expr::value(FAILED))
             .col_expr(Code, Expr::value(code.as_str()))
@@ -207,7 +214,30 @@ pub async fn close<C: ConnectionTrait>(
             .col_expr(Code, Expr::value(code.as_str()))
             .col_expr(Message, Expr::value(message.as_str())),
     };
-    Ok(update.exec(tx).await?.rows_affected == 1)
+    let closed = update.exec(tx).await?.rows_affected == 1;
+    if let Outcome::Verified(answer) = outcome
+        && closed
+    {
+        keep_fingerprints(tx, id, answer).await?;
+    }
+    Ok(closed)
+}
+
+/// 49 bytes a token: only where log-probabilities were asked for.
+async fn keep_fingerprints<C: ConnectionTrait>(tx: &C, id: Uuid, answer: &Answer) -> Result<(), DbErr> {
+    use request::Column::{Fingerprints, Id, Logprobs, Others};
+    request::Entity::update_many()
+        .filter(Condition::all().add(Id.eq(id)).add(Logprobs.eq(true)))
+        .col_expr(Fingerprints, Expr::value(answer.result.fingerprints.clone()))
+        .col_expr(Others, Expr::value(json(&answer.others)?))
+        .exec(tx)
+        .await?;
+    Ok(())
+}
+
+fn without_fingerprints(others: &[Generation]) -> Vec<Generation> {
+    let bare = |g: &Generation| Generation { fingerprints: Vec::new(), tokens: g.tokens.clone(), ..*g };
+    others.iter().map(bare).collect()
 }
 
 /// Forgets requests whose deadline was before `before_ms`; returns how many.
@@ -265,7 +295,12 @@ impl request::Model {
         let others: Vec<Generation> = serde_json::from_str(self.others.as_deref().unwrap_or("[]"))
             .map_err(|error| self.damaged("others", &error.to_string()))?;
         Ok(Answer {
-            result: Generation { node: first, tokens, finish },
+            result: Generation {
+                node: first,
+                tokens,
+                finish,
+                fingerprints: self.fingerprints.clone().unwrap_or_default(),
+            },
             nodes,
             similarity_millionths: u32::try_from(self.similarity_millionths.unwrap_or(0)).unwrap_or(0),
             prompt_tokens: u32::try_from(self.prompt_tokens).unwrap_or(0),

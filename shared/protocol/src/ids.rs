@@ -14,9 +14,34 @@ pub fn message_id(kind: &str, request_id: Uuid, n: u64) -> Uuid {
     Builder::from_custom_bytes(bytes).into_uuid()
 }
 
+/// The id of the answer with this index, where several are asked for at once: the first one's is `first`. A UUIDv7 of
+/// the same moment.
+pub fn choice_id(first: Uuid, index: u32) -> Uuid {
+    if index == 0 {
+        return first;
+    }
+    let mut bytes = message_id("choice", first, index.into()).into_bytes();
+    bytes[..6].copy_from_slice(&first.as_bytes()[..6]);
+    bytes[6] = 0x70 | bytes[6] & 0x0F;
+    bytes[8] = 0x80 | bytes[8] & 0x3F;
+    Uuid::from_bytes(bytes)
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn choices_have_ids_of_their_own_and_one_moment() {
+        let first = Uuid::parse_str("019aabcd-1234-7abc-8def-0123456789ab").unwrap();
+        let ids: std::collections::BTreeSet<Uuid> = (0..8).map(|i| choice_id(first, i)).collect();
+        assert_eq!((ids.len(), choice_id(first, 0)), (8, first));
+        for id in ids {
+            assert_eq!((id.get_version_num(), id.get_variant()), (7, uuid::Variant::RFC4122));
+            assert_eq!(id.as_bytes()[..6], first.as_bytes()[..6]);
+        }
+        assert_eq!(choice_id(first, 3), choice_id(first, 3));
+    }
 
     #[test]
     fn same_inputs_same_id_other_inputs_other_id() {

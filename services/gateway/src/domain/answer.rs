@@ -10,6 +10,7 @@ use super::outcome::{Answer, Generation};
 /// What every body of one answer shares.
 #[derive(Debug, Clone)]
 pub struct Head {
+    /// The first choice's request.
     pub id: Uuid,
     pub model: String,
     /// BLAKE3 of the weights: the fingerprint of the system that answers.
@@ -18,6 +19,25 @@ pub struct Head {
     pub created: i64,
     /// `receipts_url` of the configuration.
     pub receipts_url: String,
+}
+
+/// One of the answers: a request of the network, with a receipt of its own.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Place {
+    pub index: u32,
+    pub id: Uuid,
+}
+
+/// A choice that is complete.
+#[derive(Debug)]
+pub struct Choice<'a> {
+    pub place: Place,
+    pub answer: &'a Answer,
+    pub delivered: &'a Generation,
+    /// What the client sees of it.
+    pub text: String,
+    /// `null` unless asked for.
+    pub logprobs: Value,
 }
 
 impl Head {
@@ -32,10 +52,10 @@ impl Head {
         })
     }
 
-    fn infera(&self, answer: &Answer, delivered_by: NodeId, fast: bool) -> Value {
+    fn infera(&self, id: Uuid, answer: &Answer, delivered_by: NodeId, fast: bool) -> Value {
         let mut value = json!({
-            "receipt": self.id,
-            "receipt_url": format!("{}/v1/receipts/{}", self.receipts_url.trim_end_matches('/'), self.id),
+            "receipt": id,
+            "receipt_url": format!("{}/v1/receipts/{id}", self.receipts_url.trim_end_matches('/')),
             "verdict": "verified",
             "similarity": f64::from(answer.similarity_millionths) / 1e6,
             "nodes": answer.nodes,
@@ -47,17 +67,33 @@ impl Head {
         value
     }
 
-    /// A `chat.completion`.
-    pub fn completion(&self, answer: &Answer, text: &str) -> Value {
+    /// A `chat.completion`. `infera` tells of the first choice, and under `choices` of each where there are several.
+    pub fn completion(&self, choices: &[Choice<'_>]) -> Value {
         let mut body = self.base("chat.completion");
-        body["choices"] = json!([{
-            "index": 0,
-            "message": { "role": "assistant", "content": text, "refusal": null, "annotations": [] },
-            "logprobs": null,
-            "finish_reason": finish_reason(answer.result.finish),
-        }]);
-        body["usage"] = usage(answer, &answer.result);
-        body["infera"] = self.infera(answer, answer.result.node, false);
+        body["choices"] = choices
+            .iter()
+            .map(|choice| {
+                json!({
+                    "index": choice.place.index,
+                    "message": { "role": "assistant", "content": choice.text, "refusal": null, "annotations": [] },
+                    "logprobs": choice.logprobs,
+                    "finish_reason": finish_reason(choice.delivered.finish),
+                })
+            })
+            .collect();
+        body["usage"] = usage(choices.iter().map(|choice| (choice.answer, choice.delivered)));
+        let mut told = choices.iter().map(|choice| {
+            (choice.place.index, self.infera(choice.place.id, choice.answer, choice.delivered.node, false))
+        });
+        body["infera"] = told.next().map_or(Value::Null, |(_, first)| first);
+        if choices.len() > 1 {
+            let mut all = vec![body["infera"].clone()];
+            all.extend(told.map(|(_, value)| value));
+            for (value, choice) in all.iter_mut().zip(choices) {
+                value["index"] = choice.place.index.into();
+            }
+            body["infera"]["choices"] = all.into();
+        }
         body
     }
 
@@ -71,39 +107,40 @@ impl Head {
         body
     }
 
-    /// The first chunk: who speaks, and in the fast mode that nothing is verified yet.
-    pub fn first_chunk(&self, usage: bool, fast: bool) -> Value {
+    /// The first chunk of a choice: who speaks, and in the fast mode that nothing is verified yet.
+    pub fn first_chunk(&self, place: Place, usage: bool, fast: bool) -> Value {
         let delta = json!({ "role": "assistant", "content": "", "refusal": null });
-        let mut body = self.chunk(choice(delta, Value::Null), usage);
+        let mut body = self.chunk(choice(place, delta, Value::Null, Value::Null), usage);
         if fast {
-            body["infera"] = json!({ "receipt": self.id, "stream": "fast", "verdict": "pending" });
+            body["infera"] = json!({ "receipt": place.id, "stream": "fast", "verdict": "pending" });
         }
         body
     }
 
     /// A piece of text.
-    pub fn text_chunk(&self, text: &str, usage: bool) -> Value {
-        self.chunk(choice(json!({ "content": text }), Value::Null), usage)
+    pub fn text_chunk(&self, place: Place, text: &str, usage: bool) -> Value {
+        self.chunk(choice(place, json!({ "content": text }), Value::Null, Value::Null), usage)
     }
 
-    /// The last chunk with a choice: why it ended, and the receipt.
-    pub fn last_chunk(&self, answer: &Answer, delivered: &Generation, usage: bool, fast: bool) -> Value {
-        let mut body = self.chunk(choice(json!({}), finish_reason(delivered.finish).into()), usage);
-        body["infera"] = self.infera(answer, delivered.node, fast);
+    /// The last chunk of a choice: why it ended, its log-probabilities, which only its verdict brings, and the receipt.
+    pub fn last_chunk(&self, last: &Choice<'_>, usage: bool, fast: bool) -> Value {
+        let reason = finish_reason(last.delivered.finish).into();
+        let mut body = self.chunk(choice(last.place, json!({}), last.logprobs.clone(), reason), usage);
+        body["infera"] = self.infera(last.place.id, last.answer, last.delivered.node, fast);
         body
     }
 
     /// The chunk that `stream_options.include_usage` asks for.
-    pub fn usage_chunk(&self, answer: &Answer, delivered: &Generation) -> Value {
+    pub fn usage_chunk<'a>(&self, choices: impl Iterator<Item = (&'a Answer, &'a Generation)>) -> Value {
         let mut body = self.base("chat.completion.chunk");
         body["choices"] = json!([]);
-        body["usage"] = usage(answer, delivered);
+        body["usage"] = usage(choices);
         body
     }
 }
 
-fn choice(delta: Value, finish_reason: Value) -> Value {
-    json!([{ "index": 0, "delta": delta, "logprobs": null, "finish_reason": finish_reason }])
+fn choice(place: Place, delta: Value, logprobs: Value, finish_reason: Value) -> Value {
+    json!([{ "index": place.index, "delta": delta, "logprobs": logprobs, "finish_reason": finish_reason }])
 }
 
 fn finish_reason(finish: Finish) -> &'static str {
@@ -113,13 +150,12 @@ fn finish_reason(finish: Finish) -> &'static str {
     }
 }
 
-fn usage(answer: &Answer, delivered: &Generation) -> Value {
-    let completion = delivered.tokens.len();
-    json!({
-        "prompt_tokens": answer.prompt_tokens,
-        "completion_tokens": completion,
-        "total_tokens": answer.prompt_tokens as usize + completion,
-    })
+/// What is charged: every choice is computed, and paid, from its prompt on.
+fn usage<'a>(choices: impl Iterator<Item = (&'a Answer, &'a Generation)>) -> Value {
+    let (prompt, completion) = choices.fold((0, 0), |(prompt, completion), (answer, delivered)| {
+        (prompt + answer.prompt_tokens as usize, completion + delivered.tokens.len())
+    });
+    json!({ "prompt_tokens": prompt, "completion_tokens": completion, "total_tokens": prompt + completion })
 }
 
 #[cfg(test)]
@@ -139,7 +175,7 @@ mod tests {
     fn answer(finish: Finish) -> Answer {
         let node = NodeId([1; 32]);
         Answer {
-            result: Generation { node, tokens: vec![1, 2], finish },
+            result: Generation { node, tokens: vec![1, 2], finish, fingerprints: vec![] },
             nodes: vec![node, NodeId([2; 32])],
             similarity_millionths: 1_000_000,
             prompt_tokens: 5,
@@ -147,9 +183,36 @@ mod tests {
         }
     }
 
+    const FIRST: Place = Place { index: 0, id: Uuid::from_u128(1) };
+
+    fn choice_of(answer: &Answer, place: Place) -> Choice<'_> {
+        let logprobs = Value::Null;
+        Choice { place, answer, delivered: &answer.result, text: "Paris".into(), logprobs }
+    }
+
+    #[test]
+    fn several_choices_have_receipts_of_their_own() {
+        let answer = answer(Finish::Eos);
+        let second = Place { index: 1, id: Uuid::from_u128(9) };
+        let body = head().completion(&[choice_of(&answer, FIRST), choice_of(&answer, second)]);
+        assert_eq!(body["choices"][1]["index"], 1);
+        assert_eq!(body["usage"], json!({ "prompt_tokens": 10, "completion_tokens": 4, "total_tokens": 14 }));
+        assert_eq!(body["infera"]["receipt"], json!(FIRST.id));
+        let told = body["infera"]["choices"].as_array().unwrap();
+        let receipts: Vec<_> = told.iter().map(|t| (t["index"].clone(), t["receipt"].clone())).collect();
+        assert_eq!(receipts, [(json!(0), json!(FIRST.id)), (json!(1), json!(second.id))]);
+        assert_eq!(head().text_chunk(second, "x", false)["choices"][0]["index"], 1);
+        assert_eq!(
+            head().last_chunk(&choice_of(&answer, second), false, false)["infera"]["receipt"],
+            json!(second.id)
+        );
+    }
+
     #[test]
     fn a_completion_has_openais_fields_and_ours() {
-        let body = head().completion(&answer(Finish::Eos), "Paris");
+        let whole = answer(Finish::Eos);
+        let body = head().completion(&[choice_of(&whole, FIRST)]);
+        assert_eq!(body["infera"].get("choices"), None);
         assert_eq!(body["id"], format!("chatcmpl-{}", Uuid::from_u128(1)));
         assert_eq!(body["choices"][0]["message"]["content"], "Paris");
         assert_eq!(body["choices"][0]["finish_reason"], "stop");
@@ -158,7 +221,8 @@ mod tests {
         assert_eq!(body["infera"]["receipt_url"], format!("http://r/v1/receipts/{}", Uuid::from_u128(1)));
         assert_eq!(body["infera"]["similarity"], 1.0);
         assert_eq!(body["infera"]["nodes"][0], format!("0x{}", "01".repeat(32)));
-        assert_eq!(head().completion(&answer(Finish::Length), "")["choices"][0]["finish_reason"], "length");
+        let cut = answer(Finish::Length);
+        assert_eq!(head().completion(&[choice_of(&cut, FIRST)])["choices"][0]["finish_reason"], "length");
     }
 
     #[test]
@@ -166,27 +230,27 @@ mod tests {
         let answer = answer(Finish::Stop);
         for asked in [false, true] {
             for chunk in [
-                head().first_chunk(asked, false),
-                head().text_chunk("x", asked),
-                head().last_chunk(&answer, &answer.result, asked, false),
+                head().first_chunk(FIRST, asked, false),
+                head().text_chunk(FIRST, "x", asked),
+                head().last_chunk(&choice_of(&answer, FIRST), asked, false),
             ] {
                 assert_eq!(chunk.get("usage"), asked.then_some(&Value::Null));
                 assert_eq!(chunk["choices"].as_array().unwrap().len(), 1);
             }
         }
-        let chunk = head().usage_chunk(&answer, &answer.result);
+        let chunk = head().usage_chunk([(&answer, &answer.result)].into_iter());
         assert_eq!((chunk["choices"].clone(), chunk["usage"]["total_tokens"].clone()), (json!([]), json!(7)));
     }
 
     #[test]
     fn a_fast_stream_says_so_at_both_ends() {
         let answer = answer(Finish::Eos);
-        assert_eq!(head().first_chunk(false, true)["infera"]["verdict"], "pending");
-        let last = head().last_chunk(&answer, &answer.result, false, true);
+        assert_eq!(head().first_chunk(FIRST, false, true)["infera"]["verdict"], "pending");
+        let last = head().last_chunk(&choice_of(&answer, FIRST), false, true);
         assert_eq!(
             (&last["infera"]["stream"], &last["infera"]["verdict"]),
             (&json!("fast"), &json!("verified"))
         );
-        assert_eq!(head().last_chunk(&answer, &answer.result, false, false)["infera"].get("stream"), None);
+        assert_eq!(head().last_chunk(&choice_of(&answer, FIRST), false, false)["infera"].get("stream"), None);
     }
 }

@@ -9,6 +9,7 @@ use serde::Serialize;
 use serde_json::{Map, Value};
 
 use super::Refusal;
+use super::form::{self, Form};
 
 /// Deepest nesting of a body; a chat needs six levels.
 pub const MAX_DEPTH: usize = 32;
@@ -32,6 +33,20 @@ pub struct ChatRequest {
     pub fast: bool,
     /// Tip per token in 10^-6 INFER.
     pub bid_micro: u64,
+    /// Answers, 1 to [`form::MAX_CHOICES`].
+    #[serde(skip_serializing_if = "is_one")]
+    pub n: u32,
+    /// Log-probabilities are asked for, with so many alternatives a token.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub logprobs: Option<u32>,
+    /// What the answer must look like.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub form: Option<Form>,
+}
+
+#[allow(clippy::trivially_copy_pass_by_ref)] // serde's signature
+fn is_one(n: &u32) -> bool {
+    *n == 1
 }
 
 impl ChatRequest {
@@ -61,12 +76,20 @@ impl ChatRequest {
             include_usage: include_usage(&fields, stream)?,
             fast,
             bid_micro,
+            n: form::choices(&fields)?,
+            logprobs: form::logprobs(&fields)?,
+            form: form::form(&fields)?,
         })
     }
 }
 
-fn missing(param: &'static str) -> Refusal {
+pub(super) fn missing(param: &str) -> Refusal {
     Refusal::new("missing_required_parameter", param, format!("`{param}` is required"))
+}
+
+pub(super) fn unknown(param: &str) -> Refusal {
+    let message = format!("`{param}` is not a parameter of this API; leave it out");
+    Refusal::new("unknown_parameter", param, message)
 }
 
 /// Counts brackets outside strings, before any parser recurses.
@@ -96,7 +119,7 @@ fn check_depth(body: &[u8]) -> Result<(), Refusal> {
 }
 
 /// Parameters that are read here.
-const SERVED: [&str; 16] = [
+const SERVED: [&str; 24] = [
     "model",
     "messages",
     "temperature",
@@ -113,6 +136,14 @@ const SERVED: [&str; 16] = [
     "stream_options",
     "infera",
     "n",
+    "logit_bias",
+    "logprobs",
+    "top_logprobs",
+    "response_format",
+    "structured_outputs",
+    "guided_json",
+    "guided_regex",
+    "guided_choice",
 ];
 
 /// Whether a value has the type of its parameter.
@@ -130,7 +161,7 @@ const HARMLESS: [(&str, Fits, &str); 7] = [
 ];
 
 /// Known from OpenAI's API or from other servers, and not served: only values that ask for nothing pass.
-const UNSERVED: [&str; 36] = [
+const UNSERVED: [&str; 29] = [
     "audio",
     "best_of",
     "chat_template",
@@ -141,14 +172,9 @@ const UNSERVED: [&str; 36] = [
     "function_call",
     "functions",
     "grammar",
-    "guided_choice",
     "guided_grammar",
-    "guided_json",
-    "guided_regex",
     "ignore_eos",
     "length_penalty",
-    "logit_bias",
-    "logprobs",
     "min_tokens",
     "mirostat",
     "modalities",
@@ -157,13 +183,11 @@ const UNSERVED: [&str; 36] = [
     "prompt_cache_retention",
     "reasoning_effort",
     "repetition_penalty",
-    "response_format",
     "stop_token_ids",
     "suffix",
     "tool_choice",
     "tools",
     "top_a",
-    "top_logprobs",
     "typical_p",
     "verbosity",
     "web_search_options",
@@ -175,16 +199,13 @@ fn asks_for_nothing(name: &str, value: &Value) -> bool {
         |v: &Value| v.as_array().is_some_and(Vec::is_empty) || v.as_object().is_some_and(Map::is_empty);
     match name {
         _ if value.is_null() => true,
-        "tools" | "functions" | "logit_bias" | "stop_token_ids" => empty(value),
+        "tools" | "functions" | "stop_token_ids" => empty(value),
         "tool_choice" | "function_call" => matches!(value.as_str(), Some("none" | "auto")),
-        "logprobs" | "echo" | "ignore_eos" => value == &Value::Bool(false),
-        "top_logprobs" | "min_tokens" => value.as_u64() == Some(0),
+        "echo" | "ignore_eos" => value == &Value::Bool(false),
+        "min_tokens" => value.as_u64() == Some(0),
         "best_of" => value.as_u64() == Some(1),
         "repetition_penalty" | "length_penalty" | "typical_p" => value.as_f64() == Some(1.0),
         "modalities" => value.as_array().is_some_and(|list| list.len() == 1 && list[0] == "text"),
-        "response_format" => {
-            value.as_object().is_some_and(|o| o.len() == 1 && o.get("type").is_some_and(|t| t == "text"))
-        }
         _ => false,
     }
 }
@@ -201,26 +222,21 @@ fn check_names(fields: &Map<String, Value>) -> Result<(), Refusal> {
             return Err(Refusal::kind(name, expected));
         }
         if !UNSERVED.contains(&name.as_str()) {
-            let message = format!("`{name}` is not a parameter of this API; leave it out");
-            return Err(Refusal::new("unknown_parameter", name, message));
+            return Err(unknown(name));
         }
         if !asks_for_nothing(name, value) {
             return Err(unsupported(name));
         }
     }
-    match fields.get("n") {
-        None | Some(Value::Null) => Ok(()),
-        Some(n) if n.as_u64() == Some(1) => Ok(()),
-        Some(n) if n.is_u64() => Err(unsupported("n")),
-        Some(_) => Err(Refusal::kind("n", "1")),
-    }
+    Ok(())
 }
 
-fn unsupported(param: &str) -> Refusal {
+pub(super) fn unsupported(param: &str) -> Refusal {
     let message = match param {
-        "n" => "`n` above 1 is not supported: send one request per answer".to_owned(),
-        "response_format" => {
-            "`response_format` supports only {\"type\": \"text\"} so far; leave it out".to_owned()
+        "repetition_penalty" => {
+            "`repetition_penalty` is not supported, because nodes could not be compared under it; use \
+                                 `frequency_penalty` or `presence_penalty`"
+                .to_owned()
         }
         _ => format!(
             "`{param}` is not supported: it would change the answer, so it is not ignored; leave it out"
@@ -230,16 +246,16 @@ fn unsupported(param: &str) -> Refusal {
 }
 
 /// Reads typed fields; `null` is as good as absent.
-struct Fields<'a> {
+pub(super) struct Fields<'a> {
     map: &'a Map<String, Value>,
 }
 
 impl<'a> Fields<'a> {
-    fn get(&self, name: &str) -> Option<&'a Value> {
+    pub(super) fn get(&self, name: &str) -> Option<&'a Value> {
         self.map.get(name).filter(|value| !value.is_null())
     }
 
-    fn flag(&self, name: &str) -> Result<Option<bool>, Refusal> {
+    pub(super) fn flag(&self, name: &str) -> Result<Option<bool>, Refusal> {
         self.get(name).map(|v| v.as_bool().ok_or_else(|| Refusal::kind(name, "a boolean"))).transpose()
     }
 
@@ -254,7 +270,7 @@ impl<'a> Fields<'a> {
     }
 
     /// An integer from 1 to `max`.
-    fn count(&self, name: &str, max: u32) -> Result<Option<u32>, Refusal> {
+    pub(super) fn count(&self, name: &str, max: u32) -> Result<Option<u32>, Refusal> {
         let Some(value) = self.get(name) else { return Ok(None) };
         if !(value.is_i64() || value.is_u64()) {
             return Err(Refusal::kind(name, "an integer"));
@@ -269,7 +285,7 @@ impl<'a> Fields<'a> {
 fn sampling(fields: &Fields<'_>) -> Result<SamplingParams, Refusal> {
     let default = SamplingParams::default();
     let top_k = fields.count("top_k", infera_protocol::sampling::MAX_TOP_K)?.unwrap_or(default.top_k);
-    SamplingParams::new(
+    let params = SamplingParams::new(
         fields.number("temperature", default.temperature)?,
         fields.number("top_p", default.top_p)?,
         top_k,
@@ -277,7 +293,8 @@ fn sampling(fields: &Fields<'_>) -> Result<SamplingParams, Refusal> {
         fields.number("frequency_penalty", default.frequency_penalty)?,
         fields.number("presence_penalty", default.presence_penalty)?,
     )
-    .map_err(|error| Refusal::value(error.field, format!("`{}` must be {}", error.field, error.range)))
+    .map_err(|error| Refusal::value(error.field, format!("`{}` must be {}", error.field, error.range)))?;
+    Ok(SamplingParams { logit_bias: form::logit_bias(fields)?, ..params })
 }
 
 fn max_tokens(fields: &Fields<'_>) -> Result<Option<u32>, Refusal> {
@@ -336,8 +353,7 @@ fn include_usage(fields: &Fields<'_>, stream: bool) -> Result<bool, Refusal> {
             ("include_obfuscation", Value::Bool(true)) => return Err(unsupported(&param)),
             ("include_usage" | "include_obfuscation", _) => return Err(Refusal::kind(param, "a boolean")),
             _ => {
-                let message = format!("`{param}` is not a parameter of this API; leave it out");
-                return Err(Refusal::new("unknown_parameter", param, message));
+                return Err(unknown(&param));
             }
         }
     }
@@ -396,7 +412,7 @@ fn message(at: &str, value: &Value) -> Result<Message, Refusal> {
     let param = format!("{at}.role");
     let role = match map.get("role") {
         None => {
-            return Err(Refusal::new("missing_required_parameter", &param, format!("`{param}` is required")));
+            return Err(missing(&param));
         }
         Some(role) => role.as_str().ok_or_else(|| Refusal::kind(&param, "a string"))?,
     };
@@ -428,8 +444,7 @@ fn message(at: &str, value: &Value) -> Result<Message, Refusal> {
                 }
             }
             _ => {
-                let message = format!("`{param}` is not a parameter of this API; leave it out");
-                return Err(Refusal::new("unknown_parameter", param, message));
+                return Err(unknown(&param));
             }
         }
     }
@@ -443,9 +458,7 @@ fn content(at: &str, value: Option<&Value>) -> Result<String, Refusal> {
         Some(Value::Array(parts)) if !parts.is_empty() => {
             parts.iter().enumerate().map(|(index, value)| part(&format!("{at}[{index}]"), value)).collect()
         }
-        None | Some(Value::Null) => {
-            Err(Refusal::new("missing_required_parameter", at, format!("`{at}` is required")))
-        }
+        None | Some(Value::Null) => Err(missing(at)),
         Some(_) => Err(Refusal::kind(at, "a string or a non-empty list of parts of type text")),
     }
 }
@@ -460,9 +473,7 @@ fn part(at: &str, value: &Value) -> Result<String, Refusal> {
         return Err(Refusal::new("unsupported_value", param, message));
     }
     if let Some(name) = map.keys().find(|name| !matches!(name.as_str(), "type" | "text")) {
-        let param = format!("{at}.{name}");
-        let message = format!("`{param}` is not a parameter of this API; leave it out");
-        return Err(Refusal::new("unknown_parameter", param, message));
+        return Err(unknown(&format!("{at}.{name}")));
     }
     let text = map.get("text").and_then(Value::as_str);
     text.map(str::to_owned).ok_or_else(|| Refusal::kind(format!("{at}.text"), "a string"))

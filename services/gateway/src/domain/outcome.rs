@@ -1,6 +1,8 @@
 //! How a request ends: the closing messages of other services, checked.
 
-use infera_protocol::bytes::NodeId;
+use std::collections::HashMap;
+
+use infera_protocol::bytes::{NodeId, hex_bytes};
 use infera_protocol::request::{Finish, MAX_TOKENS};
 use infera_wire::convert::{self, MAX_SLOTS};
 use infera_wire::{WireError, v1};
@@ -45,6 +47,9 @@ pub struct Generation {
     pub node: NodeId,
     pub tokens: Vec<u32>,
     pub finish: Finish,
+    /// As the node revealed them; empty where nobody asked for log-probabilities, or the evidence cannot be read.
+    #[serde(default, with = "hex_bytes", skip_serializing_if = "Vec::is_empty")]
+    pub fingerprints: Vec<u8>,
 }
 
 impl Answer {
@@ -95,13 +100,15 @@ fn answer(verified: &v1::Verified) -> Result<Answer, WireError> {
         .iter()
         .map(|node| convert::fixed("verified.nodes", node.as_slice()))
         .collect::<Result<_, _>>()?;
-    let result = Generation {
+    let mut result = Generation {
         node: nodes[0],
         tokens: verified.tokens.clone(),
         finish: convert::finish("verified.finish", verified.finish)?,
+        fingerprints: Vec::new(),
     };
+    let others = from_evidence(&verified.evidence, &nodes, &mut result);
     Ok(Answer {
-        others: others(&verified.evidence, &nodes, &result),
+        others,
         similarity_millionths: verified.lowest_similarity_millionths.min(1_000_000),
         prompt_tokens: verified.prompt_tokens,
         result,
@@ -130,21 +137,28 @@ struct RevealView {
 struct OutputView {
     tokens: Vec<u32>,
     finish: Finish,
+    #[serde(default, with = "hex_bytes")]
+    fingerprints: Vec<u8>,
 }
 
-/// Verified results unlike the delivered one. Evidence that cannot be read gives none: they are only
-/// needed where a stream emitted another beginning than the delivered result's.
-fn others(evidence: &[u8], nodes: &[NodeId], delivered: &Generation) -> Vec<Generation> {
+/// Fills in the delivered result's fingerprints; returns the verified results unlike it. Evidence that cannot be read
+/// gives neither: they are only needed for log-probabilities, and where a stream emitted another beginning than the
+/// delivered result's.
+fn from_evidence(evidence: &[u8], nodes: &[NodeId], delivered: &mut Generation) -> Vec<Generation> {
     let Ok(view) = serde_json::from_slice::<EvidenceView>(evidence) else { return Vec::new() };
+    let mut outputs: HashMap<NodeId, OutputView> = view
+        .slots
+        .into_iter()
+        .filter_map(|slot| slot.reveal.map(|reveal| (slot.node, reveal.output)))
+        .collect();
     let mut found: Vec<Generation> = Vec::new();
     for node in nodes {
-        let slot = view.slots.iter().find(|slot| slot.node == *node);
-        let Some(output) = slot.and_then(|slot| slot.reveal.as_ref()).map(|reveal| &reveal.output) else {
-            continue;
-        };
-        let known = std::iter::once(delivered).chain(&found).any(|g| g.tokens == output.tokens);
-        if !known {
-            found.push(Generation { node: *node, tokens: output.tokens.clone(), finish: output.finish });
+        let Some(output) = outputs.remove(node) else { continue };
+        if *node == delivered.node && output.tokens == delivered.tokens {
+            delivered.fingerprints = output.fingerprints;
+        } else if output.tokens != delivered.tokens && found.iter().all(|g| g.tokens != output.tokens) {
+            let OutputView { tokens, finish, fingerprints } = output;
+            found.push(Generation { node: *node, tokens, finish, fingerprints });
         }
     }
     found
@@ -177,7 +191,7 @@ mod tests {
 
     fn verified() -> v1::Verified {
         let slot = |n: u8, tokens: &[u32]| {
-            json!({ "node": node(n), "reveal": { "output": { "tokens": tokens, "finish": "eos", "fingerprints": "0x" },
+            json!({ "node": node(n), "reveal": { "output": { "tokens": tokens, "finish": "eos", "fingerprints": format!("0x0{n}") },
                 "salt": "0x" }, "outcome": "revealed" })
         };
         let evidence = json!({ "k": 3, "slots": [
@@ -200,6 +214,10 @@ mod tests {
         assert_eq!(id, Uuid::from_u128(7));
         let Outcome::Verified(answer) = outcome else { panic!("verified") };
         assert_eq!(answer.others.len(), 1);
+        assert_eq!(
+            (&answer.result.fingerprints[..], &answer.others[0].fingerprints[..]),
+            (&[2][..], &[3][..])
+        );
         for (emitted, delivered) in [
             (&[][..], Some(node(2))),
             (&[1], Some(node(2))),
@@ -217,7 +235,7 @@ mod tests {
         let wire = v1::Verified { evidence: b"{".to_vec(), ..verified() };
         let (_, outcome) = of_verdict(&verdict(v1::verdict::Outcome::Verified(wire))).unwrap().unwrap();
         let Outcome::Verified(answer) = outcome else { panic!("verified") };
-        assert!(answer.others.is_empty());
+        assert!(answer.others.is_empty() && answer.result.fingerprints.is_empty());
     }
 
     #[test]

@@ -47,7 +47,7 @@ pub(crate) async fn scoped_caller(app: &App, request: &HttpRequest) -> Result<Cl
 /// [`scoped_caller`], with the quota that asking for answers needs.
 pub(crate) async fn chat_caller(app: &App, request: &HttpRequest) -> Result<Claims, ApiError> {
     let claims = scoped_caller(app, request).await?;
-    quota(app, &claims).await?;
+    quota(app, &claims, 1).await?;
     Ok(claims)
 }
 
@@ -57,15 +57,15 @@ fn bearer(header: &str) -> Option<&str> {
     (scheme.eq_ignore_ascii_case("bearer") && !token.is_empty()).then_some(token)
 }
 
-/// Counts the request in the key's current minute.
-async fn quota(app: &App, claims: &Claims) -> Result<(), ApiError> {
+/// Counts requests in the key's current minute: one for each answer that is asked for.
+pub(crate) async fn quota(app: &App, claims: &Claims, requests: u64) -> Result<(), ApiError> {
     let limit = app.config.requests_per_minute;
-    if limit == 0 {
+    if limit == 0 || requests == 0 {
         return Ok(());
     }
     let now = clock::now_secs();
     let counter = format!("gateway.rpm.{}.{}", claims.jti, now / 60);
-    match app.kv.incr(&counter, 1, Duration::from_secs(90)).await {
+    match app.kv.incr(&counter, requests, Duration::from_secs(90)).await {
         Ok(count) if count > limit => {
             let message = format!("this api key may send {limit} requests a minute; wait for the next one");
             let wait = u64::try_from(60 - now.rem_euclid(60)).unwrap_or(60);

@@ -5,15 +5,18 @@ use std::sync::Arc;
 use actix_web::http::StatusCode;
 use actix_web::web::{Data, Payload};
 use actix_web::{HttpRequest, HttpResponse};
+use futures::future::try_join_all;
 use infera_runtime::http::ApiError;
 use tracing::{Instrument, Span, field::Empty};
+use uuid::Uuid;
 
 use super::leave::LeaveGuard;
 use super::{auth, body, sse};
-use crate::app::{App, Submission};
+use crate::app::{App, Submission, Waiting};
+use crate::domain::answer::{Choice, Place};
 use crate::domain::chat::ChatRequest;
 use crate::domain::outcome::{Answer, Generation, Outcome};
-use crate::domain::text;
+use crate::domain::{logprobs, text};
 use crate::error::of_outcome;
 use crate::metrics::{Ending, Pending};
 use crate::wait::Waited;
@@ -31,6 +34,7 @@ pub(crate) async fn create(
     let body = body::read(&request, payload).await?;
     let chat = ChatRequest::parse(&body)?;
     drop(body);
+    auth::quota(&app, &claims, u64::from(chat.n) - 1).await?;
     let span = span(&chat);
     answer(app, claims.sub, chat, key).instrument(span).await
 }
@@ -47,6 +51,7 @@ fn span(chat: &ChatRequest) -> Span {
         gen_ai.request.stream = chat.stream,
         gen_ai.request.temperature = chat.sampling.temperature,
         gen_ai.request.max_tokens = chat.max_tokens,
+        gen_ai.request.choice.count = chat.n,
         gen_ai.response.id = Empty,
         gen_ai.response.finish_reasons = Empty,
         gen_ai.usage.input_tokens = Empty,
@@ -79,11 +84,42 @@ async fn answer(
             return Err(error);
         }
     };
-    Span::current().record("gen_ai.response.id", format!("chatcmpl-{}", submission.id));
+    Span::current().record("gen_ai.response.id", format!("chatcmpl-{}", submission.head.id));
     if chat.stream {
         sse::respond(&app, submission, &chat, pending, guard).await
     } else {
         plain(submission, pending, guard).await
+    }
+}
+
+/// Why there is no answer.
+pub(super) enum Broken {
+    /// One of the choices, this request, closed without one.
+    Closed(Uuid, Arc<Outcome>),
+    Late,
+    Draining,
+}
+
+impl Broken {
+    /// Counts it, and cancels what nobody waits for any more.
+    pub(super) async fn error(self, pending: &mut Pending, guard: &mut LeaveGuard) -> ApiError {
+        match self {
+            Self::Closed(id, outcome) => {
+                let error = verified(&outcome, pending).err();
+                // The other choices are worth nothing without this one.
+                guard.closed(id);
+                guard.send_away().await;
+                error.unwrap_or_else(|| ApiError::internal("an outcome without an error"))
+            }
+            Self::Late => {
+                guard.stay();
+                late(pending)
+            }
+            Self::Draining => {
+                guard.send_away().await;
+                draining(pending)
+            }
+        }
     }
 }
 
@@ -92,27 +128,46 @@ async fn plain(
     mut pending: Pending,
     mut guard: LeaveGuard,
 ) -> Result<HttpResponse, ApiError> {
-    let outcome = loop {
-        match submission.waiter.next().await {
-            Waited::Tokens(_) => {}
-            Waited::Closed(outcome) => break Ok(outcome),
-            Waited::Late => break Err(late(&mut pending)),
-            Waited::Draining => {
-                guard.send_away().await;
-                break Err(draining(&mut pending));
-            }
-        }
+    let waits = submission.choices.iter_mut().map(outcome);
+    let outcomes = match try_join_all(waits).await {
+        Ok(outcomes) => outcomes,
+        Err(broken) => return Err(broken.error(&mut pending, &mut guard).await),
     };
     guard.stay();
-    let outcome = outcome?;
-    match verified(&outcome, &mut pending) {
-        Ok(answer) => {
-            let tokenizer = submission.served.prompt.tokenizer();
-            let text = text::visible(tokenizer, &answer.result.tokens, &submission.stops);
-            delivered(answer, &answer.result, &mut pending);
-            Ok(HttpResponse::Ok().json(submission.head.completion(answer, &text)))
+    let mut choices = Vec::with_capacity(outcomes.len());
+    for (choice, outcome) in submission.choices.iter().zip(&outcomes) {
+        let answer = verified(outcome, &mut pending)?;
+        choices.push(submission.choice(choice.place, answer, &answer.result));
+    }
+    delivered(choices.iter().map(|choice| (choice.answer, choice.delivered)), &mut pending);
+    Ok(HttpResponse::Ok().json(submission.head.completion(&choices)))
+}
+
+/// The outcome of one choice, if it is an answer.
+async fn outcome(choice: &mut Waiting) -> Result<Arc<Outcome>, Broken> {
+    loop {
+        match choice.waiter.next().await {
+            Waited::Tokens(_) => {}
+            Waited::Closed(outcome) if matches!(*outcome, Outcome::Verified(_)) => return Ok(outcome),
+            Waited::Closed(outcome) => return Err(Broken::Closed(choice.place.id, outcome)),
+            Waited::Late => return Err(Broken::Late),
+            Waited::Draining => return Err(Broken::Draining),
         }
-        Err(error) => Err(error),
+    }
+}
+
+impl Submission {
+    /// A choice as the client sees it.
+    pub(super) fn choice<'a>(
+        &self,
+        place: Place,
+        answer: &'a Answer,
+        delivered: &'a Generation,
+    ) -> Choice<'a> {
+        let tokenizer = self.served.prompt.tokenizer();
+        let logprobs = self.logprobs.map(|top| logprobs::of(tokenizer, delivered, &self.stops, top));
+        let text = text::visible(tokenizer, &delivered.tokens, &self.stops);
+        Choice { place, answer, delivered, text, logprobs: logprobs.unwrap_or_default() }
     }
 }
 
@@ -135,24 +190,33 @@ pub(super) fn verified<'a>(outcome: &'a Arc<Outcome>, pending: &mut Pending) -> 
     }
 }
 
-/// Counts an answer that goes out.
-pub(super) fn delivered(answer: &Answer, result: &Generation, pending: &mut Pending) {
+/// Counts the answers that go out.
+pub(super) fn delivered<'a>(
+    choices: impl Iterator<Item = (&'a Answer, &'a Generation)>,
+    pending: &mut Pending,
+) {
+    let (mut input, mut output, mut reasons) = (0, 0, Vec::new());
+    for (answer, result) in choices {
+        input += answer.prompt_tokens;
+        output += result.tokens.len();
+        reasons.push(format!("{:?}", result.finish).to_lowercase());
+    }
     let span = Span::current();
-    span.record("gen_ai.usage.input_tokens", answer.prompt_tokens);
-    span.record("gen_ai.usage.output_tokens", result.tokens.len());
-    span.record("gen_ai.response.finish_reasons", format!("{:?}", result.finish).to_lowercase());
-    pending.tokens(answer.prompt_tokens, result.tokens.len());
+    span.record("gen_ai.usage.input_tokens", input);
+    span.record("gen_ai.usage.output_tokens", output);
+    span.record("gen_ai.response.finish_reasons", reasons.join(","));
+    pending.tokens(input, output);
     pending.end(Ending::Verified);
 }
 
-pub(super) fn late(pending: &mut Pending) -> ApiError {
+fn late(pending: &mut Pending) -> ApiError {
     pending.end(Ending::Late);
     let message =
         "there was no verdict before the deadline; with the same Idempotency-Key a repeat asks again";
     ApiError::new(StatusCode::GATEWAY_TIMEOUT, "api_error", message).with_code("deadline")
 }
 
-pub(super) fn draining(pending: &mut Pending) -> ApiError {
+fn draining(pending: &mut Pending) -> ApiError {
     pending.end(Ending::Draining);
     let message =
         "the gateway is being restarted; repeat the request, with the same Idempotency-Key if it had one";

@@ -10,19 +10,20 @@ use std::time::Duration;
 use actix_web::HttpResponse;
 use actix_web::web::Bytes;
 use futures::StreamExt;
+use futures::future::select_all;
 use infera_runtime::http::ApiError;
 use serde_json::Value;
 use tokio::sync::mpsc;
 use tokio::time::{Instant, sleep_until, timeout};
 use tokio_stream::wrappers::ReceiverStream;
 use tracing::Instrument;
+use uuid::Uuid;
 
-use super::chat::{delivered, draining, late, verified};
+use super::chat::{Broken, delivered, verified};
 use super::leave::LeaveGuard;
-use crate::app::{App, Submission};
-use crate::domain::answer::Head;
+use crate::app::{App, Submission, Waiting};
 use crate::domain::chat::ChatRequest;
-use crate::domain::outcome::Outcome;
+use crate::domain::outcome::{Answer, Generation, Outcome};
 use crate::domain::text::TextStream;
 use crate::metrics::{Ending, Pending};
 use crate::wait::Waited;
@@ -42,27 +43,20 @@ pub(crate) async fn respond(
     mut pending: Pending,
     mut guard: LeaveGuard,
 ) -> Result<HttpResponse, ApiError> {
-    let first = timeout(HEAD_WAIT, submission.waiter.next()).await.ok();
-    let refused = match &first {
-        Some(Waited::Closed(outcome)) => verified(outcome, &mut pending).err(),
-        Some(Waited::Late) => Some(late(&mut pending)),
-        Some(Waited::Draining) => Some(draining(&mut pending)),
-        Some(Waited::Tokens(_)) | None => None,
+    let choices = std::mem::take(&mut submission.choices);
+    let mut streams: Vec<Stream> =
+        choices.into_iter().map(|choice| Stream::new(choice, &submission.stops)).collect();
+    let first = timeout(HEAD_WAIT, next(&mut streams)).await.ok();
+    let first = match first.map(|(at, waited)| (at, broken(streams[at].choice.place.id, waited))) {
+        Some((_, Err(broken))) => return Err(broken.error(&mut pending, &mut guard).await),
+        Some((at, Ok(step))) => Some((at, step)),
+        None => None,
     };
-    if let Some(error) = refused {
-        if matches!(first, Some(Waited::Draining)) {
-            guard.send_away().await;
-        }
-        guard.stay();
-        return Err(error);
-    }
     let (sender, receiver) = mpsc::channel(CHANNEL);
     let producer = Producer {
         writer: Writer { sender, last: Instant::now() },
-        text: TextStream::new(submission.stops.clone()),
-        head: submission.head.clone(),
         submission,
-        emitted: Vec::new(),
+        streams,
         usage: chat.include_usage,
         fast: chat.fast,
         heartbeat: app.config.heartbeat(),
@@ -75,6 +69,49 @@ pub(crate) async fn respond(
         .insert_header(("cache-control", "no-cache"))
         .insert_header(("x-accel-buffering", "no"))
         .streaming(ReceiverStream::new(receiver).map(Ok::<Bytes, Infallible>)))
+}
+
+/// One of the answers while it runs.
+struct Stream {
+    choice: Waiting,
+    text: TextStream,
+    emitted: Vec<u32>,
+    /// Its outcome, and which of the verified results was delivered.
+    closed: Option<(Arc<Outcome>, Generation)>,
+}
+
+impl Stream {
+    fn new(choice: Waiting, stops: &[String]) -> Self {
+        Self { choice, text: TextStream::new(stops.to_vec()), emitted: Vec::new(), closed: None }
+    }
+}
+
+/// What happens next, and to which of the streams that still run. Cancelling it loses nothing.
+async fn next(streams: &mut [Stream]) -> (usize, Waited) {
+    let running = streams.iter_mut().enumerate().filter(|(_, stream)| stream.closed.is_none());
+    let waits: Vec<_> = running
+        .map(|(at, stream)| Box::pin(async move { (at, stream.choice.waiter.next().await) }))
+        .collect();
+    if waits.is_empty() {
+        return std::future::pending().await;
+    }
+    select_all(waits).await.0
+}
+
+/// What a stream goes on with.
+enum Step {
+    Tokens(Vec<u32>),
+    Closed(Arc<Outcome>),
+}
+
+fn broken(id: Uuid, waited: Waited) -> Result<Step, Broken> {
+    match waited {
+        Waited::Tokens(tokens) => Ok(Step::Tokens(tokens)),
+        Waited::Closed(outcome) if matches!(*outcome, Outcome::Verified(_)) => Ok(Step::Closed(outcome)),
+        Waited::Closed(outcome) => Err(Broken::Closed(id, outcome)),
+        Waited::Late => Err(Broken::Late),
+        Waited::Draining => Err(Broken::Draining),
+    }
 }
 
 /// The client went away.
@@ -98,10 +135,8 @@ impl Writer {
 
 struct Producer {
     submission: Submission,
-    head: Head,
+    streams: Vec<Stream>,
     writer: Writer,
-    text: TextStream,
-    emitted: Vec<u32>,
     usage: bool,
     fast: bool,
     heartbeat: Duration,
@@ -110,7 +145,7 @@ struct Producer {
 }
 
 impl Producer {
-    async fn run(mut self, first: Option<Waited>) {
+    async fn run(mut self, first: Option<(usize, Step)>) {
         if self.produce(first).await.is_ok() {
             self.guard.stay();
         } else {
@@ -118,34 +153,41 @@ impl Producer {
         }
     }
 
-    async fn produce(&mut self, mut next: Option<Waited>) -> Result<(), Left> {
-        self.writer.event(&self.head.first_chunk(self.usage, self.fast)).await?;
-        loop {
-            let waited = match next.take() {
-                Some(waited) => waited,
+    async fn produce(&mut self, mut next: Option<(usize, Step)>) -> Result<(), Left> {
+        for at in 0..self.streams.len() {
+            let place = self.streams[at].choice.place;
+            self.writer.event(&self.submission.head.first_chunk(place, self.usage, self.fast)).await?;
+        }
+        while self.streams.iter().any(|stream| stream.closed.is_none()) {
+            let step = match next.take() {
+                Some(step) => Ok(step),
                 None => self.wait().await?,
             };
-            match waited {
-                Waited::Tokens(tokens) => self.emit(&tokens).await?,
-                Waited::Closed(outcome) => return self.close(&outcome).await,
-                Waited::Late => {
-                    let error = late(&mut self.pending);
-                    return self.writer.event(&error.body()).await;
+            match step {
+                Ok((at, Step::Tokens(tokens))) => self.emit(at, &tokens).await?,
+                Ok((at, Step::Closed(outcome))) => {
+                    if let Some(contradicted) = self.close(at, outcome).await? {
+                        self.guard.send_away().await;
+                        return self.writer.event(&contradicted.body()).await;
+                    }
                 }
-                Waited::Draining => {
-                    self.guard.send_away().await;
-                    let error = draining(&mut self.pending);
+                Err(broken) => {
+                    let error = broken.error(&mut self.pending, &mut self.guard).await;
                     return self.writer.event(&error.body()).await;
                 }
             }
         }
+        self.end().await
     }
 
     /// Waits for what comes next, with comments while nothing does.
-    async fn wait(&mut self) -> Result<Waited, Left> {
+    async fn wait(&mut self) -> Result<Result<(usize, Step), Broken>, Left> {
         loop {
             tokio::select! {
-                waited = self.submission.waiter.next() => return Ok(waited),
+                (at, waited) = next(&mut self.streams) => {
+                    let id = self.streams[at].choice.place.id;
+                    return Ok(broken(id, waited).map(|step| (at, step)));
+                }
                 () = self.writer.sender.closed() => return Err(Left),
                 () = sleep_until(self.writer.last + self.heartbeat) => {
                     self.writer.bytes(Bytes::from_static(HEARTBEAT)).await?;
@@ -154,44 +196,61 @@ impl Producer {
         }
     }
 
-    async fn emit(&mut self, tokens: &[u32]) -> Result<(), Left> {
-        self.emitted.extend_from_slice(tokens);
-        let text = self.text.push(self.submission.served.prompt.tokenizer(), tokens);
-        self.show(text).await
+    async fn emit(&mut self, at: usize, tokens: &[u32]) -> Result<(), Left> {
+        let stream = &mut self.streams[at];
+        stream.emitted.extend_from_slice(tokens);
+        let text = stream.text.push(self.submission.served.prompt.tokenizer(), tokens);
+        self.show(at, text).await
     }
 
-    async fn show(&mut self, text: String) -> Result<(), Left> {
+    async fn show(&mut self, at: usize, text: String) -> Result<(), Left> {
         if text.is_empty() {
             return Ok(());
         }
         self.pending.first_text();
-        self.writer.event(&self.head.text_chunk(&text, self.usage)).await
+        let place = self.streams[at].choice.place;
+        self.writer.event(&self.submission.head.text_chunk(place, &text, self.usage)).await
     }
 
-    async fn close(&mut self, outcome: &Arc<Outcome>) -> Result<(), Left> {
-        let answer = match verified(outcome, &mut self.pending) {
+    /// The rest of one answer. An error: the verdict is another than what was streamed.
+    async fn close(&mut self, at: usize, outcome: Arc<Outcome>) -> Result<Option<ApiError>, Left> {
+        let answer = match verified(&outcome, &mut self.pending) {
             Ok(answer) => answer,
-            Err(error) => return self.writer.event(&error.body()).await,
+            Err(error) => return Ok(Some(error)),
         };
-        let Some(result) = answer.extending(&self.emitted) else {
+        let place = self.streams[at].choice.place;
+        self.guard.closed(place.id);
+        let Some(result) = answer.extending(&self.streams[at].emitted).cloned() else {
             self.pending.end(Ending::Contradicted);
             let message = format!(
                 "the verified answer is another than what was streamed so far; it is in the receipt {}",
-                self.head.id
+                place.id
             );
             let status = actix_web::http::StatusCode::BAD_GATEWAY;
-            let error = ApiError::new(status, "api_error", message).with_code("stream_contradicted");
-            return self.writer.event(&error.body()).await;
+            return Ok(Some(ApiError::new(status, "api_error", message).with_code("stream_contradicted")));
         };
-        let rest = result.tokens.get(self.emitted.len()..).unwrap_or_default();
-        self.emit(rest).await?;
-        let tail = self.text.finish();
-        self.show(tail).await?;
-        self.writer.event(&self.head.last_chunk(answer, result, self.usage, self.fast)).await?;
+        let rest = result.tokens.get(self.streams[at].emitted.len()..).unwrap_or_default().to_vec();
+        self.emit(at, &rest).await?;
+        let tail = self.streams[at].text.finish();
+        self.show(at, tail).await?;
+        let last = self.submission.choice(place, answer, &result);
+        self.writer.event(&self.submission.head.last_chunk(&last, self.usage, self.fast)).await?;
+        self.streams[at].closed = Some((outcome, result));
+        Ok(None)
+    }
+
+    async fn end(&mut self) -> Result<(), Left> {
+        let closed = self.streams.iter().filter_map(|stream| stream.closed.as_ref());
+        let choices: Vec<(&Answer, &Generation)> = closed
+            .filter_map(|(outcome, result)| match outcome.as_ref() {
+                Outcome::Verified(answer) => Some((answer, result)),
+                _ => None,
+            })
+            .collect();
         if self.usage {
-            self.writer.event(&self.head.usage_chunk(answer, result)).await?;
+            self.writer.event(&self.submission.head.usage_chunk(choices.iter().copied())).await?;
         }
-        delivered(answer, result, &mut self.pending);
+        delivered(choices.into_iter(), &mut self.pending);
         self.writer.bytes(Bytes::from_static(DONE)).await
     }
 }

@@ -8,7 +8,12 @@ pub struct Migrator;
 #[async_trait::async_trait]
 impl MigratorTrait for Migrator {
     fn migrations() -> Vec<Box<dyn MigrationTrait>> {
-        vec![infera_bus::inbox::migration(), infera_bus::outbox::migration(), Box::new(Create)]
+        vec![
+            infera_bus::inbox::migration(),
+            infera_bus::outbox::migration(),
+            Box::new(Create),
+            Box::new(Fingerprints),
+        ]
     }
 }
 
@@ -102,5 +107,35 @@ impl MigrationTrait for Create {
             .col(ColumnDef::new(RevokedKeys::RevokedMs).big_integer().not_null())
             .to_owned();
         manager.create_table(revoked).await
+    }
+}
+
+/// What log-probabilities are told from, for the requests that ask for them.
+struct Fingerprints;
+
+impl MigrationName for Fingerprints {
+    fn name(&self) -> &str {
+        "gateway_0002_fingerprints"
+    }
+}
+
+#[derive(DeriveIden)]
+enum Added {
+    Logprobs,
+    Fingerprints,
+}
+
+#[async_trait::async_trait]
+impl MigrationTrait for Fingerprints {
+    async fn up(&self, manager: &SchemaManager) -> Result<(), DbErr> {
+        // SQLite adds one column a statement.
+        for column in [
+            ColumnDef::new(Added::Logprobs).boolean().not_null().default(false).to_owned(),
+            ColumnDef::new(Added::Fingerprints).binary().null().to_owned(),
+        ] {
+            let add = Table::alter().table(Requests::Table).add_column(column).to_owned();
+            manager.alter_table(add).await?;
+        }
+        Ok(())
     }
 }

@@ -23,6 +23,7 @@ macro_rules! both {
 mod answers;
 mod bad_input;
 mod crash;
+mod forms;
 mod idempotency;
 mod keys;
 mod openai_client;

@@ -42,8 +42,32 @@ assert chunks[-2].infera["verdict"] == "verified" and chunks[-2].choices[0].fini
 with client.chat.completions.stream(model=model, messages=question, extra_body={"infera": {"stream": "fast"}}) as events:
     assert events.until_done().get_final_completion().choices[0].message.content == answer
 
+two = ask(n=2, seed=7)
+assert [c.index for c in two.choices] == [0, 1] and {c.message.content for c in two.choices} == {answer}
+assert len({c["receipt"] for c in two.infera["choices"]}) == 2
+texts = {0: "", 1: ""}
+for chunk in ask(n=2, stream=True):
+    for choice in chunk.choices:
+        texts[choice.index] += choice.delta.content or ""
+assert texts == {0: answer, 1: answer}
+
+told = ask(logprobs=True, top_logprobs=2, logit_bias={"5": -100}).choices[0].logprobs.content
+assert "".join(t.token for t in told) == answer and bytes(b for t in told for b in t.bytes).decode() == answer
+assert all(t.logprob == -1.5 and [a.logprob for a in t.top_logprobs] == [-0.5, -1.5] for t in told)
+with client.chat.completions.stream(model=model, messages=question, logprobs=True) as events:
+    kept = events.until_done().get_final_completion().choices[0].logprobs.content
+assert [t.token for t in kept] == [t.token for t in told]
+
+schema = {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"], "additionalProperties": False}
+form = {"type": "json_schema", "json_schema": {"name": "place", "schema": schema, "strict": True}}
+assert ask(response_format=form).choices[0].message.content == answer
+assert ask(response_format={"type": "json_object"}).choices[0].message.content == answer
+assert ask(extra_body={"guided_regex": "a|b"}).choices[0].message.content == answer
+bad = {**form, "json_schema": {"name": "place", "schema": {"type": "king"}}}
+assert "king" in refused(openai.BadRequestError, lambda: ask(response_format=bad)).message
+
 tool = {"type": "function", "function": {"name": "x"}}
-for options, param in [({"tools": [tool]}, "tools"), ({"n": 2}, "n"), ({"temperature": 5}, "temperature")]:
+for options, param in [({"tools": [tool]}, "tools"), ({"n": 9}, "n"), ({"temperature": 5}, "temperature")]:
     assert refused(openai.BadRequestError, lambda: ask(**options)).param == param
 assert refused(openai.NotFoundError, lambda: ask(model="gpt-9")).code == "model_not_found"
 assert refused(openai.APIStatusError, lambda: ask(user="x" * 20_000_000)).status_code == 413

@@ -12,9 +12,11 @@ use infera_gateway::{Config, DEFAULTS, Deps, Error};
 use infera_prompt::Prompt;
 use infera_protocol::agreement::Calibration;
 use infera_protocol::bytes::{Address, Hash32, NodeId};
+use infera_protocol::fingerprint::{Entry, Fingerprint};
 use infera_protocol::identity::Domain;
 use infera_protocol::ids::message_id;
 use infera_protocol::registry::{Manifest, Model, Registry};
+use infera_protocol::request::{Finish, Output};
 use infera_runtime::CancellationToken;
 use infera_runtime::config::load;
 use infera_runtime::jwt::{Claims, Signer};
@@ -372,14 +374,31 @@ pub fn id(of: &v1::RequestSubmitted) -> Uuid {
 }
 
 pub fn verified(of: &v1::RequestSubmitted, tokens: &[u32], finish: v1::Finish) -> v1::verdict::Outcome {
+    let output = Output { tokens: tokens.to_vec(), fingerprints: fingerprints(tokens), finish: Finish::Eos };
+    let slots =
+        json!([{ "node": node(2), "reveal": { "output": output } }, { "node": node(1), "reveal": null }]);
     v1::verdict::Outcome::Verified(v1::Verified {
-        evidence: b"{}".to_vec(),
+        evidence: json!({ "slots": slots }).to_string().into_bytes(),
         tokens: tokens.to_vec(),
         finish: finish.into(),
         nodes: [2, 1, 3].iter().map(|n| node(*n).to_vec()).collect(),
         lowest_similarity_millionths: 1_000_000,
         prompt_tokens: of.request.as_ref().unwrap().prompt.len() as u32,
     })
+}
+
+/// What a node saw: the token drawn was the second likeliest, -1.5; the next id was likelier, -0.5, an end token was not.
+pub fn fingerprints(tokens: &[u32]) -> Vec<u8> {
+    let entry = |token, logprob: u16| Entry { token, logprob };
+    let end = prompt().end_tokens()[0];
+    let print = |token: &u32| {
+        let mut entries = vec![entry(*token, 0xbe00), entry(token + 1, 0xb800)];
+        if ![*token, token + 1].contains(&end) {
+            entries.push(entry(end, 0xc800));
+        }
+        Fingerprint::new(entries).unwrap().encode()
+    };
+    tokens.iter().flat_map(print).collect()
 }
 
 async fn receive<M: Message + Default + Send + 'static>(
