@@ -146,6 +146,7 @@ fn real_models_continue_a_sentence_as_transformers_does() {
                 stop: vec![],
                 seed: 0,
                 end_tokens: vec![],
+                grammar: None,
             };
             let mut events = engine.generate(job).unwrap();
             let mut tokens = Vec::new();
