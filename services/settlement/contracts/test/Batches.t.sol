@@ -2,25 +2,14 @@
 pragma solidity 0.8.37;
 
 import {IAccessControl} from "@openzeppelin/contracts/access/IAccessControl.sol";
-import {Hashes} from "@openzeppelin/contracts/utils/cryptography/Hashes.sol";
+import {Pausable} from "@openzeppelin/contracts/utils/Pausable.sol";
+import {Network} from "./Base.sol";
 import {InferaSettlement} from "../src/InferaSettlement.sol";
 
-/// The cheat codes used here (forge-std is not needed for these).
-interface Vm {
-    function prank(address sender) external;
-    function expectRevert(bytes calldata data) external;
-    function expectEmit(bool topic1, bool topic2, bool topic3, bool data) external;
-    function assume(bool condition) external;
-}
-
-contract InferaSettlementTest {
-    Vm private constant VM = Vm(0x7109709ECfa91a80626fF3989D68f67F5b1DD12D);
-    address private constant ADMIN = address(0xA);
-    address private constant SETTLER = address(0x5);
-    InferaSettlement private settlement;
-
+/// The chain of batches and the proofs of receipts.
+contract BatchesTest is Network {
     function setUp() public {
-        settlement = new InferaSettlement(ADMIN, SETTLER);
+        deploy();
     }
 
     function post(uint64 sequence, bytes32 previous, bytes32 root, uint64 count) private {
@@ -61,7 +50,7 @@ contract InferaSettlementTest {
 
     function testARevokedSettlerCannotPost() public {
         bytes32 role = settlement.SETTLER_ROLE();
-        VM.prank(ADMIN);
+        VM.prank(address(timelock));
         settlement.revokeRole(role, SETTLER);
         VM.prank(SETTLER);
         VM.expectRevert(abi.encodeWithSelector(IAccessControl.AccessControlUnauthorizedAccount.selector, SETTLER, role));
@@ -114,44 +103,70 @@ contract InferaSettlementTest {
 
     function testVerifiesEveryReceiptOfABatch(bytes32 seed, uint8 size) public {
         uint256 count = uint256(size) % 33 + 1;
-        bytes32[] memory tree = build(seed, count);
+        bytes32[] memory receipts = leaves(seed, count);
+        bytes32[] memory tree = treeOf(receipts);
         post(1, bytes32(0), tree[0], uint64(count));
         for (uint256 i = 0; i < count; i++) {
-            uint256 at = tree.length - 1 - i;
-            assert(settlement.verifyReceipt(1, tree[at], proofOf(tree, at)));
-            assert(!settlement.verifyReceipt(2, tree[at], proofOf(tree, at)));
+            assert(settlement.verifyReceipt(1, receipts[i], proofOf(tree, i)));
+            assert(!settlement.verifyReceipt(2, receipts[i], proofOf(tree, i)));
         }
     }
 
     function testRefusesAForgedReceipt(bytes32 seed, uint8 size, uint8 which, uint256 bit, bytes32 stranger) public {
         uint256 count = uint256(size) % 32 + 2;
-        bytes32[] memory tree = build(seed, count);
+        bytes32[] memory receipts = leaves(seed, count);
+        bytes32[] memory tree = treeOf(receipts);
         post(1, bytes32(0), tree[0], uint64(count));
-        uint256 at = tree.length - 1 - (uint256(which) % count);
-        bytes32[] memory proof = proofOf(tree, at);
-        VM.assume(stranger != tree[at]);
+        uint256 leaf = uint256(which) % count;
+        bytes32[] memory proof = proofOf(tree, leaf);
+        VM.assume(stranger != receipts[leaf]);
         assert(!settlement.verifyReceipt(1, stranger, proof));
         proof[bit % proof.length] ^= bytes32(uint256(1) << (bit % 256));
-        assert(!settlement.verifyReceipt(1, tree[at], proof));
+        assert(!settlement.verifyReceipt(1, receipts[leaf], proof));
     }
 
-    /// OpenZeppelin's standard tree: leaves in reverse at the end of a complete binary tree (sorted in the library; the
-    /// order does not matter for proofs).
-    function build(bytes32 seed, uint256 count) private pure returns (bytes32[] memory tree) {
-        tree = new bytes32[](2 * count - 1);
+    function testAPausePostsNothing() public {
+        VM.prank(GUARDIAN);
+        settlement.pause();
+        VM.prank(SETTLER);
+        VM.expectRevert(Pausable.EnforcedPause.selector);
+        settlement.postBatch(1, bytes32(0), keccak256("root"), 1, bytes32(0), 0);
+        VM.prank(GUARDIAN);
+        settlement.unpause();
+        post(1, bytes32(0), keccak256("root"), 1);
+    }
+
+    /// One transaction posts, charges and queues: all of it or nothing.
+    function testOneTransactionDoesAllOrNothing() public {
+        depositFor(alice, 100);
+        bytes32[] memory proof = new bytes32[](0);
+        bytes32 rewardRoot = rewardLeaf(bob, 60);
+        InferaSettlement.Batch memory batch =
+            InferaSettlement.Batch(1, bytes32(0), keccak256("root"), 1, rewardRoot, 60);
+        bytes[] memory calls = new bytes[](3);
+        calls[0] = abi.encodeCall(settlement.postBatch, (1, bytes32(0), batch.receiptsRoot, 1, rewardRoot, 60));
+        calls[1] = abi.encodeCall(settlement.charge, (1, one(alice, 60, 60, voucher(ALICE_KEY, 60))));
+        calls[2] = abi.encodeCall(settlement.queueRewards, (batch, 61));
+        VM.prank(SETTLER);
+        VM.expectRevert(abi.encodeWithSelector(InferaSettlement.Insolvent.selector, 60, 61));
+        settlement.multicall(calls);
+        assert(headHash() == bytes32(0) && settlement.totalFunded() == 0);
+
+        calls[2] = abi.encodeCall(settlement.queueRewards, (batch, 60));
+        VM.prank(STRANGER);
+        VM.expectRevert();
+        settlement.multicall(calls);
+        VM.prank(SETTLER);
+        settlement.multicall(calls);
+        VM.warp(START + CHALLENGE);
+        settlement.claim(1, bob, 60, proof);
+        eq(token.balanceOf(bob), 60, "paid");
+    }
+
+    function leaves(bytes32 seed, uint256 count) private pure returns (bytes32[] memory hashes) {
+        hashes = new bytes32[](count);
         for (uint256 i = 0; i < count; i++) {
-            tree[tree.length - 1 - i] = keccak256(abi.encode(keccak256(abi.encode(seed, i))));
+            hashes[i] = keccak256(abi.encode(keccak256(abi.encode(seed, i))));
         }
-        for (uint256 i = tree.length - count; i > 0; i--) {
-            tree[i - 1] = Hashes.commutativeKeccak256(tree[2 * i - 1], tree[2 * i]);
-        }
-    }
-
-    function proofOf(bytes32[] memory tree, uint256 at) private pure returns (bytes32[] memory proof) {
-        uint256 depth = 0;
-        for (uint256 i = at; i > 0; i = (i - 1) / 2) depth++;
-        proof = new bytes32[](depth);
-        uint256 step = 0;
-        for (uint256 i = at; i > 0; i = (i - 1) / 2) proof[step++] = tree[i % 2 == 1 ? i + 1 : i - 1];
     }
 }
