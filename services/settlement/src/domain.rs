@@ -307,6 +307,16 @@ mod tests {
 
     const LIMITS: Limits = Limits { size: 10, age_ms: 2_000 };
 
+    /// The contracts' tests hold this value too (`Rewards.t.sol`).
+    #[test]
+    fn the_contract_computes_the_same_leaf() {
+        let operator = infera_protocol::bytes::Address([0x11; 20]);
+        assert_eq!(
+            reward_root(&[(operator, 1_234_567)]).to_string(),
+            "0xec641c307c1c3ad464b1a6c2cab6e110654a6a6f5961f3473a54a0fb4380238c"
+        );
+    }
+
     fn batch(sequence: u64, state: BatchState) -> BatchView {
         BatchView { sequence, hash: hash(sequence), state }
     }

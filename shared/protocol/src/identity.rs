@@ -2,12 +2,11 @@
 
 use crate::{
     bytes::{Address, EvmSignature, Hash32, NodeId, Signature},
-    hash::{Encoder, keccak},
+    hash::Encoder,
+    typed,
 };
 use ed25519_dalek::{Signer, SigningKey, VerifyingKey};
-use k256::ecdsa::{
-    RecoveryId, Signature as EcdsaSignature, SigningKey as EvmKey, VerifyingKey as EvmVerifyingKey,
-};
+use k256::ecdsa::SigningKey as EvmKey;
 use serde::{Deserialize, Serialize};
 
 /// The network that a signature is for: signatures of one network are worthless on another.
@@ -70,32 +69,14 @@ pub struct NodeBinding {
 impl NodeBinding {
     /// The EIP-712 digest in the domain {name "Infera", version "1", chainId, verifyingContract}.
     pub fn digest(&self, domain: &Domain) -> Hash32 {
-        let separator = keccak(&[
-            &keccak(&[b"EIP712Domain(string name,string version,uint256 chainId,address verifyingContract)"])
-                .0,
-            &keccak(&[b"Infera"]).0,
-            &keccak(&[b"1"]).0,
-            &word_u64(domain.chain_id),
-            &word_address(&domain.contract),
-        ]);
-        let message = keccak(&[
-            &keccak(&[b"NodeBinding(bytes32 node,address signer,uint256 expiryMs)"]).0,
-            &self.node.0,
-            &word_address(&self.signer),
-            &word_u64(u64::try_from(self.expiry_ms).unwrap_or(0)),
-        ]);
-        keccak(&[b"\x19\x01", &separator.0, &message.0])
+        let expiry_ms = u64::try_from(self.expiry_ms).unwrap_or(0);
+        let words = [self.node.0, typed::word_address(&self.signer), typed::word_u64(expiry_ms)];
+        typed::digest(domain, "NodeBinding(bytes32 node,address signer,uint256 expiryMs)", &words)
     }
 
     /// Signs as the operator.
     pub fn sign(&self, domain: &Domain, operator: &EvmKey) -> Result<EvmSignature, IdentityError> {
-        let (signature, recovery) = operator
-            .sign_prehash_recoverable(&self.digest(domain).0)
-            .map_err(|_| IdentityError::BadEvmSignature)?;
-        let mut bytes = [0; 65];
-        bytes[..64].copy_from_slice(&signature.to_bytes());
-        bytes[64] = 27 + recovery.to_byte();
-        Ok(EvmSignature(bytes))
+        typed::sign(&self.digest(domain), operator)
     }
 
     /// Checks that `operator` signed this binding and that it holds at `now_ms`.
@@ -109,19 +90,7 @@ impl NodeBinding {
         if self.expiry_ms <= now_ms {
             return Err(IdentityError::Expired { expiry_ms: self.expiry_ms });
         }
-        let parsed =
-            EcdsaSignature::from_slice(&signature.0[..64]).map_err(|_| IdentityError::BadEvmSignature)?;
-        // A high s is the same signature in a second form: refuse it (EIP-2).
-        if parsed.normalize_s().is_some() {
-            return Err(IdentityError::BadEvmSignature);
-        }
-        let recovery = signature.0[64]
-            .checked_sub(27)
-            .and_then(RecoveryId::from_byte)
-            .ok_or(IdentityError::BadEvmSignature)?;
-        let key = EvmVerifyingKey::recover_from_prehash(&self.digest(domain).0, &parsed, recovery)
-            .map_err(|_| IdentityError::BadEvmSignature)?;
-        let actual = evm_address_of(&key);
+        let actual = typed::recover(&self.digest(domain), signature)?;
         if actual == *operator {
             Ok(())
         } else {
@@ -132,27 +101,7 @@ impl NodeBinding {
 
 /// The EVM address of a secp256k1 key.
 pub fn evm_address(key: &EvmKey) -> Address {
-    evm_address_of(key.verifying_key())
-}
-
-fn evm_address_of(key: &EvmVerifyingKey) -> Address {
-    let point = key.to_encoded_point(false);
-    let hash = keccak(&[&point.as_bytes()[1..]]);
-    let mut address = [0; 20];
-    address.copy_from_slice(&hash.0[12..]);
-    Address(address)
-}
-
-fn word_u64(value: u64) -> [u8; 32] {
-    let mut word = [0; 32];
-    word[24..].copy_from_slice(&value.to_be_bytes());
-    word
-}
-
-fn word_address(address: &Address) -> [u8; 32] {
-    let mut word = [0; 32];
-    word[12..].copy_from_slice(&address.0);
-    word
+    typed::address_of(key.verifying_key())
 }
 
 /// What a node says of itself when its session starts; its signature covers the challenge.

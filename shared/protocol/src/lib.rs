@@ -9,6 +9,7 @@
 //! | 5 generation | [`sampling`], [`mask`], [`fingerprint`] |
 //! | 6 commit and reveal | [`commitment`] |
 //! | 7 agreement | [`agreement`] |
+//! | 1, 6, 10 what contracts check | [`typed`] |
 //! | 10 settlement | [`evidence`], [`receipt`], [`document`], [`merkle`], [`money`] |
 
 pub mod agreement;
@@ -30,3 +31,4 @@ pub mod receipt;
 pub mod registry;
 pub mod request;
 pub mod sampling;
+pub mod typed;

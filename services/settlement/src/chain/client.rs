@@ -6,19 +6,22 @@ use alloy::{
     consensus::{SignableTransaction, TxEip1559, TxEnvelope},
     eips::{BlockNumberOrTag, eip2718::Encodable2718},
     network::{TransactionBuilder, TxSignerSync},
-    primitives::{Address, B256, Bytes, TxKind},
+    primitives::{Address, B256, Bytes, TxKind, U256},
     providers::{Provider, RootProvider},
     rpc::types::TransactionRequest,
     signers::local::PrivateKeySigner,
     sol_types::{SolCall, SolConstructor},
 };
 
-use super::{Batch, ChainError, ChainReader, Head, InferaSettlement, call, reader};
+use super::{Batch, ChainError, ChainReader, Head, InferToken, InferaSettlement, call, reader};
 
 /// How often a pending transaction is looked at.
 const POLL: Duration = Duration::from_millis(50);
-/// How long [`Chain::deploy`] waits for its transaction.
+/// How long [`Chain::deploy`] waits for each of its transactions.
 const DEPLOY_TIMEOUT: Duration = Duration::from_secs(60);
+
+/// How long rewards and withdrawals wait on a devnet: long enough to be seen, short enough for a demonstration.
+const DEVNET_DELAY: Duration = Duration::from_secs(30);
 
 /// The settlement contract on one chain, for a settler.
 #[derive(Debug, Clone)]
@@ -69,34 +72,27 @@ impl Chain {
         Ok(Self { reader, signer })
     }
 
-    /// Deploys the contract. The deployer becomes its admin, `settler` may post batches. Returns its address.
+    /// Deploys a devnet's token and settlement contract and returns the latter's address. The deployer gets the whole
+    /// supply and becomes admin and guardian, `settler` may post batches; contracts/README.md has the order for a real
+    /// network, where a timelock is the admin.
     ///
     /// # Errors
-    /// [`ChainError`]; `Unreachable` also if the transaction is in no block after a minute.
+    /// [`ChainError`]; `Unreachable` also if a transaction is in no block after a minute.
     pub async fn deploy(rpc_url: &str, deployer_key: &str, settler: Address) -> Result<Address, ChainError> {
         let signer = parse_key("chain.deployer_key", deployer_key)?;
         let provider = reader::provider(rpc_url)?;
-        let arguments = InferaSettlement::constructorCall { admin: signer.address(), settler }.abi_encode();
-        let code = [InferaSettlement::BYTECODE.as_ref(), &arguments].concat();
-        let nonce = nonce(&provider, signer.address()).await?;
-        let signed = sign(&provider, &signer, TxKind::Create, code.into(), nonce).await?;
-        send(&provider, &signed.raw).await?;
-        let deadline = tokio::time::Instant::now() + DEPLOY_TIMEOUT;
-        loop {
-            match status(&provider, signed.hash).await? {
-                TxStatus::Included { .. } => return Ok(signer.address().create(nonce)),
-                TxStatus::Failed { .. } => {
-                    return Err(ChainError::Reverted {
-                        what: "deploy",
-                        reason: "the constructor failed".to_string(),
-                    });
-                }
-                TxStatus::Unknown if tokio::time::Instant::now() >= deadline => {
-                    return Err(ChainError::Unreachable("deploy: not in a block after 60 s".to_string()));
-                }
-                TxStatus::Unknown => tokio::time::sleep(POLL).await,
-            }
-        }
+        let deployer = signer.address();
+        let holder = InferToken::constructorCall { holder: deployer }.abi_encode();
+        let token = create(&provider, &signer, &InferToken::BYTECODE, &holder).await?;
+        let arguments = InferaSettlement::constructorCall {
+            token,
+            admin: deployer,
+            settler,
+            guardian: deployer,
+            challengeDelay: U256::from(DEVNET_DELAY.as_secs()),
+            withdrawalDelay: U256::from(DEVNET_DELAY.as_secs()),
+        };
+        create(&provider, &signer, &InferaSettlement::BYTECODE, &arguments.abi_encode()).await
     }
 
     pub fn reader(&self) -> &ChainReader {
@@ -145,6 +141,35 @@ impl Chain {
     /// Where a transaction stands.
     pub async fn status(&self, tx: B256) -> Result<TxStatus, ChainError> {
         status(self.reader.provider(), tx).await
+    }
+}
+
+/// Deploys one contract and waits until it is in a block.
+async fn create(
+    provider: &RootProvider,
+    signer: &PrivateKeySigner,
+    bytecode: &Bytes,
+    arguments: &[u8],
+) -> Result<Address, ChainError> {
+    let code = [bytecode.as_ref(), arguments].concat();
+    let nonce = nonce(provider, signer.address()).await?;
+    let signed = sign(provider, signer, TxKind::Create, code.into(), nonce).await?;
+    send(provider, &signed.raw).await?;
+    let deadline = tokio::time::Instant::now() + DEPLOY_TIMEOUT;
+    loop {
+        match status(provider, signed.hash).await? {
+            TxStatus::Included { .. } => return Ok(signer.address().create(nonce)),
+            TxStatus::Failed { .. } => {
+                return Err(ChainError::Reverted {
+                    what: "deploy",
+                    reason: "the constructor failed".to_string(),
+                });
+            }
+            TxStatus::Unknown if tokio::time::Instant::now() >= deadline => {
+                return Err(ChainError::Unreachable("deploy: not in a block after 60 s".to_string()));
+            }
+            TxStatus::Unknown => tokio::time::sleep(POLL).await,
+        }
     }
 }
 

@@ -28,8 +28,9 @@ mod abi {
         InferaSettlement,
         "contracts/artifacts/InferaSettlement.json"
     );
+    alloy::sol!(InferToken, "contracts/artifacts/InferToken.json");
 }
-pub(crate) use abi::InferaSettlement;
+pub(crate) use abi::{InferToken, InferaSettlement};
 
 /// A batch of receipts as the contract takes it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -171,6 +172,7 @@ impl From<alloy::contract::Error> for Failure {
 
 fn revert_reason(error: &InferaSettlement::InferaSettlementErrors) -> String {
     use InferaSettlement::InferaSettlementErrors as E;
+    use alloy::sol_types::SolInterface;
     match error {
         E::WrongSequence(e) => format!("sequence {} given, {} expected", e.given, e.expected),
         E::WrongPreviousHash(e) => {
@@ -178,7 +180,19 @@ fn revert_reason(error: &InferaSettlement::InferaSettlementErrors) -> String {
         }
         E::EmptyBatch(_) => "the batch is empty".to_string(),
         E::AccessControlUnauthorizedAccount(e) => format!("{} may not do this", e.account),
-        E::AccessControlBadConfirmation(_) => "bad confirmation".to_string(),
+        E::EnforcedPause(_) => "the contract is paused; its guardian ends that".to_string(),
+        E::BadVoucher(e) => format!("the voucher of {} is not signed by it for this contract", e.account),
+        E::BeyondVoucher(e) => {
+            format!("{} allowed {}, not {}", e.account, e.authorized, e.requested)
+        }
+        E::NotTheHead(_) => "the batch is not the newest one".to_string(),
+        E::AlreadyQueued(e) => format!("the rewards of batch {} are queued", e.sequence),
+        E::TotalDecreases(e) => format!("the total {} is below the last one, {}", e.given, e.previous),
+        E::Insolvent(e) => format!("the total {} is more than was charged and funded, {}", e.given, e.funded),
+        E::QueueFull(e) => format!("too many reward roots wait; the oldest pays at {} s", e.until),
+        E::NotBefore(e) => format!("too early: not before {} s", e.time),
+        E::NothingToClaim(e) => format!("{} is paid already", e.claimed),
+        other => format!("the contract's error 0x{}", alloy::hex::encode(other.selector())),
     }
 }
 
