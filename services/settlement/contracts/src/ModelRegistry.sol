@@ -10,8 +10,8 @@ import {EnumerableSet} from "@openzeppelin/contracts/utils/structs/EnumerableSet
 contract ModelRegistry is Ownable {
     using EnumerableSet for EnumerableSet.Bytes32Set;
 
-    /// @notice Most models and most releases that are listed, so that the lists can be read in one call.
-    uint256 public constant MAX_LISTED = 256;
+    /// @notice Most models that were ever listed, and most approved releases, so that the lists can be read in one call.
+    uint256 public constant MAX_LISTED = 1_024;
     /// @notice Longest model id, bytes.
     uint256 public constant MAX_ID_BYTES = 64;
     /// @notice Cosine similarity is counted in millionths.
