@@ -199,13 +199,8 @@ impl Raw {
 
     /// Every number as f32, row after row.
     pub fn dequantise(&self) -> Vec<f32> {
-        self.dequantise_rows(0, self.rows)
-    }
-
-    /// The numbers of `count` rows from row `first` as f32.
-    pub fn dequantise_rows(&self, first: usize, count: usize) -> Vec<f32> {
-        let bytes = &self.bytes[first * self.stride()..(first + count) * self.stride()];
-        let mut out = Vec::with_capacity(count * self.cols);
+        let bytes = &self.bytes;
+        let mut out = Vec::with_capacity(self.rows * self.cols);
         match self.kind {
             GgmlType::F32 => {
                 out.extend(bytes.chunks_exact(4).map(|b| f32::from_le_bytes([b[0], b[1], b[2], b[3]])));
@@ -253,7 +248,6 @@ impl Raw {
     }
 
     /// The matrix as 8-bit integers, where the storage is Q5_0, Q5_1, Q8_0, Q5_K or Q6_K.
-    #[allow(dead_code)]
     pub fn bytes8(&self) -> Option<Bytes8> {
         if is_four_bit(self.kind) { None } else { self.integers() }
     }

@@ -176,7 +176,7 @@ impl Shape {
 
     /// How many tokens back a layer sees, the present one included; `None`: all.
     pub fn reach(&self, layer: usize) -> Option<usize> {
-        let window = self.window.filter(|w| w.every == 0 || !(layer + 1).is_multiple_of(w.every))?;
+        let window = self.window.filter(|w| !(layer + 1).is_multiple_of(w.every))?;
         Some(window.size)
     }
 

@@ -3,9 +3,10 @@
 
 use std::path::{Path, PathBuf};
 
-use infera_node::engine::{Class, Engine, EngineConfig, Event, Job, engine_logits};
+use infera_node::engine::{Class, Engine, EngineConfig, Event, Job, engine_logits, reference_logits};
 use infera_protocol::sampling::SamplingParams;
 use serde::Deserialize;
+use serde_json::json;
 
 use crate::{ONE_AT_A_TIME, gemma_path, model_path};
 
@@ -38,6 +39,10 @@ fn agrees(model: &Path, folder: &str) {
     let expected = expected(folder, tokens.len());
     let spread = expected.iter().flatten().fold(0f32, |a, x| a.max(x.abs()));
     assert!(spread > 2.0, "{folder}: logits within {spread} would hide an error");
+    for (at, (got, expected)) in reference_logits(model, &tokens).unwrap().iter().zip(&expected).enumerate() {
+        let far = farthest(got, expected);
+        assert!(far <= TOLERANCE, "{}, libtorch, token {at}: {far} of {spread}", model.display());
+    }
     let whole = engine_logits(model, Class::Exact, &tokens, 1).unwrap();
     for prefilled in [1, 10, tokens.len()] {
         let got = engine_logits(model, Class::Exact, &tokens, prefilled).unwrap();
@@ -74,6 +79,38 @@ fn gguf_computes_as_transformers() {
 #[test]
 fn quantised_matrices_compute_as_transformers_with_the_dequantised() {
     agrees(&fixture("quantised.gguf"), "quantised");
+}
+
+/// A copy of a model with another config.json must give other logits, or the comparisons above prove little.
+#[test]
+fn every_number_of_the_configuration_matters() {
+    let tokens = tokens();
+    for (model, key, value) in [
+        ("llama", "rms_norm_eps", json!(0.05)),
+        ("llama", "rope_parameters", json!({"rope_theta": 20000.0})),
+        ("llama3", "rope_parameters", json!({"rope_theta": 500.0})),
+        ("llama3", "rope_parameters", json!({"rope_theta": 500.0, "rope_type": "linear", "factor": 8.0})),
+        ("mistral", "sliding_window", json!(7)),
+        ("mistral", "sliding_window", json!(null)),
+        ("gemma3", "sliding_window", json!(5)),
+        ("gemma3", "query_pre_attn_scalar", json!(30)),
+        ("gemma3", "rope_parameters", json!({"full_attention": {"rope_theta": 1e6}})),
+        ("gemma3", "layer_types", json!(vec!["sliding_attention"; 6])),
+        ("gemma3", "layer_types", json!(vec!["full_attention"; 6])),
+    ] {
+        let folder = tempfile::tempdir().unwrap();
+        for entry in std::fs::read_dir(fixture(model)).unwrap() {
+            let entry = entry.unwrap();
+            std::fs::copy(entry.path(), folder.path().join(entry.file_name())).unwrap();
+        }
+        let path = folder.path().join("config.json");
+        let mut config: serde_json::Value = serde_json::from_slice(&std::fs::read(&path).unwrap()).unwrap();
+        config[key] = value.clone();
+        std::fs::write(&path, config.to_string()).unwrap();
+        let got = engine_logits(folder.path(), Class::Exact, &tokens, tokens.len()).unwrap();
+        let far = farthest(&got[0], &expected(model, tokens.len())[tokens.len() - 1]);
+        assert!(far > 10.0 * TOLERANCE, "{model} with {key} {value} differs by {far}");
+    }
 }
 
 /// The logits of a recorded model that tell whether two implementations agree.

@@ -5,6 +5,7 @@ mod engine;
 mod families;
 mod grammar;
 mod session;
+mod shapes;
 
 use std::path::PathBuf;
 

@@ -158,7 +158,10 @@ impl Source {
     /// # Errors
     /// It is not in the file in this shape, or reading fails.
     pub fn matrix(&self, name: Name, rows: usize, cols: usize) -> Result<Raw, EngineError> {
-        let raw = self.rows(name, (rows, cols), 0, rows)?;
+        let (tensor, kind) = self.find(name, rows, cols)?;
+        let mut bytes = vec![0u8; tensor.bytes as usize];
+        self.files[tensor.file].read_exact_at(&mut bytes, tensor.start)?;
+        let raw = Raw { rows, cols, kind, bytes };
         let heads = match name {
             Name::Layer(_, Part::Q | Part::QBias) => self.shape.heads,
             Name::Layer(_, Part::K | Part::KBias) => self.shape.kv_heads,
@@ -176,24 +179,6 @@ impl Source {
         }
         let column = Raw { rows: cols, cols: 1, ..raw }.unpermute(heads);
         Ok(Raw { rows, cols, ..column })
-    }
-
-    /// `count` rows from row `first` of a matrix of the sides `(rows, cols)`, as they lie in the file.
-    ///
-    /// # Errors
-    /// See [`Source::matrix`].
-    pub fn rows(
-        &self,
-        name: Name,
-        (rows, cols): (usize, usize),
-        first: usize,
-        count: usize,
-    ) -> Result<Raw, EngineError> {
-        let (tensor, kind) = self.find(name, rows, cols)?;
-        let stride = tensor.bytes / rows.max(1) as u64;
-        let mut bytes = vec![0u8; stride as usize * count];
-        self.files[tensor.file].read_exact_at(&mut bytes, tensor.start + stride * first as u64)?;
-        Ok(Raw { rows: count, cols, kind, bytes })
     }
 
     /// The speeds of the rotary embedding.
