@@ -3,7 +3,7 @@ PROFILE ?= embedded
 DETACH  ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help up down test check audit bench-up bench-load docs clean-data
+.PHONY: help up down test check audit bench-up bench-load bench-node docs clean-data
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | awk -F'\t' '{ printf "%-16s %s\n", $$1, $$2 }'
@@ -28,6 +28,9 @@ bench-up: ## measure start and first answer -> target/reports/bench-up.json (COL
 
 bench-load: ## answers and first tokens at 1 and at 8 clients -> target/reports/bench-load.json
 	@exec deploy/bench-load
+
+bench-node: ## the engine beside llama.cpp, which it compiles on first use -> target/reports/bench-node.json, .svg
+	@exec deploy/bench-node
 
 docs: ## build docs/book with mdBook, which it installs on first use
 	@exec deploy/docs
