@@ -79,6 +79,7 @@ QUESTIONS = (
     "Our small shop sells used books, and fewer people come in every year. Suggest what we could change in the window, in the room and on the web, beginning with what costs least.",
     "Describe how a bill becomes a law in the United States, from the first idea to the signature, and say at which of these points most of the proposals fail and for what reasons.",
 )
+MORE = "Please answer in whole sentences, and give an example for each of the points that you make."
 
 
 class Prompts:
@@ -102,7 +103,7 @@ class Prompts:
     def questions(self, count):
         users = self.random.choices(QUESTIONS, k=count)
         first, self.count = self.count + 1, self.count + count
-        return [self.cut(f"{first + i}. You are helpful.", user, PROMPT) for i, user in enumerate(users)]
+        return [self.cut(f"{first + i}. You are helpful.", f"{user} {MORE}", PROMPT) for i, user in enumerate(users)]
 
     def long(self, length):
         self.count += 1

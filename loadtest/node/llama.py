@@ -201,7 +201,7 @@ if __name__ == "__main__":
 
     @lib.llama_log_callback
     def log(level, text, _):
-        if level >= 4:  # errors; 5 goes on with the line before
+        if level == 4:  # an error
             sys.stderr.write(text.decode(errors="replace"))
 
     lib.llama_log_set(log, None)

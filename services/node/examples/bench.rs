@@ -94,6 +94,7 @@ impl Work {
             stop: Vec::new(),
             seed: self.seed,
             end_tokens: Vec::new(),
+            grammar: None,
         }
     }
 }
@@ -205,7 +206,7 @@ async fn run(engine: &Engine, waves: Vec<Wave>) -> Result<Value, String> {
 async fn score(engine: &Engine, prompt: Vec<u32>, answer: Vec<u32>) -> Result<Value, String> {
     let (cpu, began) = (cpu_secs()?, Instant::now());
     let params = SamplingParams::default();
-    let job = ScoreJob { id: Uuid::now_v7(), prompt, tokens: answer, params, seed: 1 };
+    let job = ScoreJob { id: Uuid::now_v7(), prompt, tokens: answer, params, seed: 1, grammar: None };
     let scores = engine.score(job).map_err(|e| e.to_string())?;
     let scores = scores.await.map_err(|e| e.to_string())??;
     let wall = began.elapsed().as_secs_f64();
