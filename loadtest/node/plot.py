@@ -23,7 +23,7 @@ def draw(rows, settings):
         f'aria-label="Tokens per second of llama.cpp and of the engine\'s classes exact and fast">',
         f"<style>{STYLE}</style>",
         f'<rect class="bg" x="0" y="0" width="{WIDTH}" height="{HEIGHT}" rx="10"/>',
-        f'<text class="l" x="20" y="28">Tokens per second with {settings["THREADS"]} threads, medians of {settings["ROUNDS"]} rounds. '
+        f'<text class="l" x="20" y="28">Tokens per second with {settings["THREADS"]} threads, rounds: {settings["ROUNDS"]} (medians). '
         "Each side has its own scale.</text>",
     ]
     for i, (_, title, kind) in enumerate(SIDES):
