@@ -100,7 +100,7 @@ async fn run(service: &'static str, shared: Shared) -> Result<(), String> {
         "dispatcher" => {
             let config = infera_dispatcher::Config::load(file).map_err(said)?;
             let deps = infera_dispatcher::Deps { bus, kv, bound: None };
-            infera_dispatcher::run(config, deps, shutdown).await.map_err(said)
+            Box::pin(infera_dispatcher::run(config, deps, shutdown)).await.map_err(said)
         }
         "verifier" => {
             let config = infera_verifier::Config::load(file).map_err(said)?;
