@@ -72,11 +72,13 @@ impl Request {
         }
     }
 
-    /// The request hash: every commitment is to this hash, on this network.
+    /// The request hash: every commitment is to this hash, on this network. Bias and grammar came with version 2 of the
+    /// encoding; a request without them has the hash that it had before, so that its receipts still verify.
     pub fn hash(&self, domain: &Domain) -> Hash32 {
         let s = &self.sampling;
+        let plain = s.logit_bias.is_empty() && self.grammar.is_none();
         let mut encoder = domain
-            .encode(Encoder::new("infera.request.v2"))
+            .encode(Encoder::new(if plain { "infera.request.v1" } else { "infera.request.v2" }))
             .fixed(self.id.as_bytes())
             .fixed(&self.model_root.0)
             .tokens(&self.prompt)
@@ -91,6 +93,9 @@ impl Request {
             .u32(u32::try_from(self.stop.len()).unwrap_or(u32::MAX));
         for stop in &self.stop {
             encoder = encoder.bytes(stop.as_bytes());
+        }
+        if plain {
+            return encoder.keccak();
         }
         encoder = encoder.u32(u32::try_from(s.logit_bias.len()).unwrap_or(u32::MAX));
         for (token, bias) in &s.logit_bias {
@@ -284,6 +289,15 @@ pub(crate) mod tests {
         }
         let formed = Request { grammar: grammar(GrammarKind::Regex, "a"), ..sample() };
         assert_eq!(check_output(&formed, &output(3, 3, Finish::Grammar)), Ok(()));
+    }
+
+    #[test]
+    fn a_request_without_the_optional_parts_has_its_first_hash() {
+        let domain = Domain { chain_id: 31_337, contract: Address([1; 20]) };
+        assert_eq!(
+            sample().hash(&domain).to_string(),
+            "0xd962f9f2a867de3e7d0a010bec994ef18da42d6f4b080a5b8bf90777ec037c7f"
+        );
     }
 
     #[test]
