@@ -125,10 +125,10 @@ pub async fn run(config: Config, deps: Deps, shutdown: CancellationToken) -> Res
     let verdicts = consumer::verdicts(deps.bus.clone(), replica.clone(), assignments.clone(), stop.clone());
     let peers = consumer::peers(deps.bus, replica, assignments, stop.clone());
     let (a, b, c, d, ()) = tokio::join!(
-        ends_all(&stop, async { serve.await.map_err(Error::from) }),
-        ends_all(&stop, offers),
-        ends_all(&stop, verdicts),
-        ends_all(&stop, peers),
+        ends_all(&stop, Box::pin(async { serve.await.map_err(Error::from) })),
+        ends_all(&stop, Box::pin(offers)),
+        ends_all(&stop, Box::pin(verdicts)),
+        ends_all(&stop, Box::pin(peers)),
         watch.run(stop.clone()),
     );
     a.and(b).and(c).and(d)
