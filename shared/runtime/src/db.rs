@@ -16,6 +16,8 @@ const POSTGRES_ACQUIRE: Duration = Duration::from_secs(10);
 /// SQLite has one connection, so writers queue for it: longer than any transaction of ours.
 const SQLITE_ACQUIRE: Duration = Duration::from_secs(30);
 const SQLITE_BUSY: Duration = Duration::from_millis(5000);
+/// Between two attempts to open a database that another process is opening.
+const SQLITE_PAUSE: Duration = Duration::from_millis(20);
 /// How long a replica waits for another one's migrations.
 const MIGRATION_TURN: Duration = Duration::from_secs(120);
 /// PostgreSQL cuts identifiers after this many bytes.
@@ -135,7 +137,18 @@ async fn sqlite(url: &str) -> Result<DatabaseConnection, DbError> {
                 .busy_timeout(SQLITE_BUSY)
                 .foreign_keys(true)
         });
-    open(options, url).await
+    // The change to WAL does not wait for SQLite's busy timeout while another process makes it.
+    let until = tokio::time::Instant::now() + SQLITE_BUSY;
+    loop {
+        match open(options.clone(), url).await {
+            Err(DbError::Unreachable { reason, .. })
+                if reason.contains("database is locked") && tokio::time::Instant::now() < until =>
+            {
+                tokio::time::sleep(SQLITE_PAUSE).await;
+            }
+            opened => return opened,
+        }
+    }
 }
 
 async fn postgres(url: &str, schema: Option<&str>) -> Result<DatabaseConnection, DbError> {

@@ -74,7 +74,23 @@ refused(openai.AuthenticationError, client=client.with_options(api_key=key[:-6] 
 refused(openai.NotFoundError, model="no-such-model")
 refused(openai.BadRequestError, "messages", messages=[])
 refused(openai.BadRequestError, "temperature", temperature=9)
-refused(openai.BadRequestError, "n", n=3)
+refused(openai.BadRequestError, "n", n=9)
 refused(openai.BadRequestError, extra_body={"make_it_nice": True})
+
+two = client.chat.completions.create(
+    model=model, messages=[{"role": "user", "content": "Name a colour."}], n=2, max_tokens=6, logprobs=True, top_logprobs=2
+)
+assert [choice.index for choice in two.choices] == [0, 1], two
+assert all(len(token.top_logprobs) == 2 for token in two.choices[0].logprobs.content), two
+
+schema = {"type": "object", "properties": {"capital": {"type": "string", "maxLength": 20}}, "required": ["capital"], "additionalProperties": False}
+shaped = client.chat.completions.create(
+    model=model,
+    messages=[{"role": "user", "content": "What is the capital of France? Answer in JSON."}],
+    response_format={"type": "json_schema", "json_schema": {"name": "answer", "strict": True, "schema": schema}},
+    max_tokens=60,
+    temperature=0,
+)
+assert list(json.loads(shaped.choices[0].message.content)) == ["capital"], shaped
 
 print(json.dumps({"plain": plain.infera, "stream": last.infera, "text": text}))
