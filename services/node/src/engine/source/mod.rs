@@ -138,7 +138,8 @@ impl Source {
             return broken(format!("tensor {text} is missing"));
         };
         let expected = if rows == 1 { vec![cols as u64] } else { vec![rows as u64, cols as u64] };
-        if tensor.dims != expected {
+        // A matrix with one row is written with both sides by some.
+        if tensor.dims != expected && (rows != 1 || tensor.dims != [1, cols as u64]) {
             return broken(format!(
                 "tensor {text} has the shape {:?}, rows first; its place in the model asks for {expected:?}",
                 tensor.dims
