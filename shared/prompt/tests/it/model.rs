@@ -7,10 +7,15 @@ use infera_prompt::{Message, Prompt, PromptError};
 use proptest::prelude::*;
 
 pub fn model_path() -> PathBuf {
-    std::env::var_os("INFERA_MODEL").map_or_else(
+    installed("INFERA_MODEL", "models/smollm2-135m-instruct-q4_1.gguf")
+}
+
+/// The file that a variable names, or what deploy/setup installs.
+pub fn installed(variable: &str, file: &str) -> PathBuf {
+    std::env::var_os(variable).map_or_else(
         || {
             let home = std::env::var_os("HOME").expect("HOME is set");
-            PathBuf::from(home).join(".cache/infera/models/smollm2-135m-instruct-q4_1.gguf")
+            PathBuf::from(home).join(".cache/infera").join(file)
         },
         PathBuf::from,
     )
