@@ -42,6 +42,7 @@ pub fn inspect(file: &Path) -> Result<Model, String> {
     Ok(Model {
         id,
         weights_root: infera_node::weights_root(file).map_err(|e| e.to_string())?,
+        weights_bytes: fs::metadata(file).map_err(|e| e.to_string())?.len(),
         tokenizer_hash: Hash32(prompt.tokenizer_hash()),
         template_hash: Hash32(prompt.template_hash()),
         end_tokens: prompt.end_tokens().to_vec(),

@@ -193,8 +193,8 @@ fn act(slots: &Arc<Slots>, frame: v1::from_dispatcher::Message, draining: bool) 
         Frame::Cancel(cancel) => slots.cancel(key("cancel.request_id", &cancel.request_id, cancel.attempt)?),
         Frame::Released(done) => slots.release(key("released.request_id", &done.request_id, done.attempt)?),
         Frame::Refused(v1::Refused { code, reason }) => return Err(Ended::Refused { code, reason }),
-        Frame::Challenge(_) | Frame::Welcome(_) => {
-            return Err(WireError::invalid("message", "a handshake frame after the handshake").into());
+        Frame::Challenge(_) | Frame::Welcome(_) | Frame::RefereeLease(_) | Frame::RangeChallenge(_) => {
+            return Err(WireError::invalid("message", "not expected here").into());
         }
     }
     Ok(())

@@ -177,6 +177,8 @@ pub struct Finding {
 /// texts of the i-th and j-th revealed output; it is asked only where their tokens differ.
 pub fn findings(rules: &Rules, case: &Case, similarity: impl Fn(usize, usize) -> u32) -> Vec<Finding> {
     let outputs = case.outputs();
+    let class = &case.evidence.class;
+    let bounds = rules.registries.current().calibration.bounds(class, class);
     let mut findings = Vec::new();
     for (j, (b, output_b)) in outputs.iter().enumerate() {
         for (i, (a, output_a)) in outputs.iter().enumerate().take(j) {
@@ -190,7 +192,7 @@ pub fn findings(rules: &Rules, case: &Case, similarity: impl Fn(usize, usize) ->
             } else {
                 compare(
                     &case.evidence.request,
-                    &rules.registries.current().calibration,
+                    bounds,
                     case.threshold_millionths,
                     output_a,
                     output_b,
@@ -209,6 +211,7 @@ pub fn relation_name(relation: Relation) -> &'static str {
         Relation::Equal => "equal",
         Relation::Unconfirmed { .. } => "unconfirmed",
         Relation::Disagree(Disagreement::Finish) => "finish",
+        Relation::Disagree(Disagreement::Uncalibrated) => "uncalibrated",
         Relation::Disagree(Disagreement::Fingerprint) => "fingerprint",
         Relation::Disagree(Disagreement::Distribution { .. }) => "distribution",
         Relation::Disagree(Disagreement::NotATie { .. }) => "not_a_tie",
@@ -372,7 +375,7 @@ mod tests {
         let changed_at = |at_ms| {
             let mut current = network.registry.clone();
             current.models[0].price_micro += 1;
-            current.calibration.near_tie_milli += 1;
+            current.calibration.pairs[0].bounds.near_tie_milli += 1;
             current.replaces = Some(Replaced { registry_hash: network.registry.hash().unwrap(), at_ms });
             let former = serde_json::to_vec(&network.registry).unwrap();
             let registries = History::follow(current, |_| Ok(Some(former.clone()))).unwrap();

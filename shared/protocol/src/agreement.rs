@@ -6,28 +6,11 @@
 
 use crate::{
     bytes::{Hash32, NodeId},
+    calibration::Bounds,
     fingerprint::Fingerprint,
-    hash::Encoder,
     request::{MAX_REPLICAS, Output, Request},
     sampling::gumbel,
 };
-use serde::{Deserialize, Serialize};
-
-/// Bounds of section 7 for one numerics class pair, in thousandths of a logit.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
-pub struct Calibration {
-    /// Largest difference of z + T g between the two tokens at the parting.
-    pub near_tie_milli: u32,
-    /// Largest difference between the two fingerprints' log-probabilities of a shared token.
-    pub fingerprint_milli: u32,
-}
-
-impl Calibration {
-    pub fn hash(&self) -> Hash32 {
-        Encoder::new("infera.calibration.v1").u32(self.near_tie_milli).u32(self.fingerprint_milli).keccak()
-    }
-}
 
 /// Similarity of equal texts, millionths.
 pub const FULL_SIMILARITY_MILLIONTHS: u32 = 1_000_000;
@@ -48,6 +31,8 @@ pub enum Relation {
 pub enum Disagreement {
     /// Same tokens, another finish reason.
     Finish,
+    /// The two classes have no calibration.
+    Uncalibrated,
     /// A fingerprint at the parting is missing or not decodable.
     Fingerprint,
     /// Before the parting both saw the same text, but not the same distribution.
@@ -61,10 +46,11 @@ pub enum Disagreement {
     Grammar,
 }
 
-/// Compares two results of one request. `similarity_millionths` is the cosine of their embeddings.
+/// Compares two results of one request. `bounds` are those of their classes, `similarity_millionths` is the cosine of
+/// their embeddings.
 pub fn compare(
     request: &Request,
-    calibration: &Calibration,
+    bounds: Option<&Bounds>,
     threshold_millionths: u32,
     a: &Output,
     b: &Output,
@@ -74,6 +60,7 @@ pub fn compare(
     if parting == a.tokens.len() && parting == b.tokens.len() {
         return if a.finish == b.finish { Relation::Equal } else { Relation::Disagree(Disagreement::Finish) };
     }
+    let Some(bounds) = bounds else { return Relation::Disagree(Disagreement::Uncalibrated) };
     let (Some(&token_a), Some(&token_b)) = (a.tokens.get(parting), b.tokens.get(parting)) else {
         // One is a prefix of the other: it ended where the other went on. The seeded choice of an
         // end token is a token, so this is no near-tie but a cut.
@@ -82,12 +69,12 @@ pub fn compare(
     let (Some(print_a), Some(print_b)) = (fingerprint_at(a, parting), fingerprint_at(b, parting)) else {
         return Relation::Disagree(Disagreement::Fingerprint);
     };
-    if !same_distribution(&print_a, &print_b, calibration) {
+    if !same_distribution(&print_a, &print_b, bounds) {
         return Relation::Disagree(Disagreement::Distribution { parting });
     }
     let place = Parting { request, prefix: &a.tokens[..parting] };
     let score = |print: &Fingerprint, token: u32| place.score_in(print, token);
-    let margin = f64::from(calibration.near_tie_milli) / 1_000.0;
+    let margin = f64::from(bounds.near_tie_milli) / 1_000.0;
     let tied = |print: &Fingerprint, own: u32, other: u32| {
         let own = score(print, own);
         own.is_some_and(|own| own - score(print, other).unwrap_or_else(|| place.cut(print)) < margin)
@@ -105,8 +92,8 @@ fn fingerprint_at(output: &Output, position: usize) -> Option<Fingerprint> {
     Fingerprint::decode_all(&output.fingerprints).ok()?.into_iter().nth(position)
 }
 
-fn same_distribution(a: &Fingerprint, b: &Fingerprint, calibration: &Calibration) -> bool {
-    let tolerance = f64::from(calibration.fingerprint_milli) / 1_000.0;
+fn same_distribution(a: &Fingerprint, b: &Fingerprint, bounds: &Bounds) -> bool {
+    let tolerance = f64::from(bounds.fingerprint_milli) / 1_000.0;
     let mut shared = 0;
     for x in a.entries() {
         if let Some(y) = b.entries().iter().find(|y| y.token == x.token) {
@@ -195,7 +182,15 @@ mod tests {
     };
     use proptest::prelude::*;
 
-    const CALIBRATION: Calibration = Calibration { near_tie_milli: 300, fingerprint_milli: 100 };
+    const BOUNDS: Bounds = Bounds {
+        near_tie_milli: 300,
+        fingerprint_milli: 100,
+        margin_milli: 500,
+        clip_milli: 200,
+        mean_micro: 50_000,
+        drift_micro: 10_000,
+        drift_limit_micro: 100_000,
+    };
 
     fn output(tokens: &[u32], second: f32) -> Output {
         let mut fingerprints = Vec::new();
@@ -214,7 +209,7 @@ mod tests {
     fn relation(a: &Output, b: &Output, similarity: u32) -> Relation {
         let mut request = sample();
         request.sampling.temperature = 0.0;
-        compare(&request, &CALIBRATION, 500_000, a, b, similarity)
+        compare(&request, Some(&BOUNDS), 500_000, a, b, similarity)
     }
 
     #[test]
@@ -240,7 +235,7 @@ mod tests {
             let mut request = sample();
             request.sampling.temperature = 0.0;
             change(&mut request.sampling);
-            compare(&request, &CALIBRATION, 500_000, &a, &b, 900_000)
+            compare(&request, Some(&BOUNDS), 500_000, &a, &b, 900_000)
         };
         assert_eq!(relation(|_| {}), Relation::Unconfirmed { parting: 1 });
         let not_tied = Relation::Disagree(Disagreement::NotATie { parting: 1 });
@@ -256,7 +251,7 @@ mod tests {
                     request.sampling.logit_bias = both.into();
                     request
                 },
-                &CALIBRATION,
+                Some(&BOUNDS),
                 500_000,
                 &a,
                 &b,

@@ -146,18 +146,29 @@ impl Fingerprint {
         Self::new(entries)
     }
 
+    /// Reads the fingerprint at the beginning of `bytes`; also returns what follows it.
+    ///
+    /// # Errors
+    /// See [`FingerprintError`].
+    pub fn decode_first(bytes: &[u8]) -> Result<(Self, &[u8]), FingerprintError> {
+        let &count = bytes.first().ok_or(FingerprintError::Length { expected: 1, got: 0 })?;
+        let length = 1 + usize::from(count) * ENTRY_BYTES;
+        let (one, rest) = bytes
+            .split_at_checked(length)
+            .ok_or(FingerprintError::Length { expected: length, got: bytes.len() })?;
+        Ok((Self::decode(one)?, rest))
+    }
+
     /// Reads fingerprints that were concatenated, one per token.
     ///
     /// # Errors
     /// See [`FingerprintError`].
     pub fn decode_all(mut bytes: &[u8]) -> Result<Vec<Self>, FingerprintError> {
         let mut all = Vec::new();
-        while let Some(&count) = bytes.first() {
-            let length = 1 + usize::from(count) * ENTRY_BYTES;
-            let one =
-                bytes.get(..length).ok_or(FingerprintError::Length { expected: length, got: bytes.len() })?;
-            all.push(Self::decode(one)?);
-            bytes = &bytes[length..];
+        while !bytes.is_empty() {
+            let (one, rest) = Self::decode_first(bytes)?;
+            all.push(one);
+            bytes = rest;
         }
         Ok(all)
     }

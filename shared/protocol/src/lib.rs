@@ -8,13 +8,15 @@
 //! | 4 assignment | [`assignment`] |
 //! | 5 generation | [`sampling`], [`mask`], [`fingerprint`] |
 //! | 6 commit and reveal | [`commitment`] |
-//! | 7 agreement | [`agreement`] |
+//! | 7 agreement | [`agreement`], [`calibration`] |
+//! | 8 referees, trust | [`referee`] |
 //! | 1, 6, 10 what contracts check | [`typed`] |
 //! | 10 settlement | [`evidence`], [`receipt`], [`document`], [`merkle`], [`money`] |
 
 pub mod agreement;
 pub mod assignment;
 pub mod bytes;
+pub mod calibration;
 pub mod commitment;
 pub mod document;
 pub mod evidence;
@@ -28,6 +30,7 @@ pub mod mask;
 pub mod merkle;
 pub mod money;
 pub mod receipt;
+pub mod referee;
 pub mod registry;
 pub mod request;
 pub mod sampling;

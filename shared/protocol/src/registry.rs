@@ -1,8 +1,8 @@
 //! What a verifier trusts before it looks: the network's manifest and the model registry.
 
 use crate::{
-    agreement::Calibration,
     bytes::{Hash32, NodeId},
+    calibration::Calibration,
     hash::keccak,
     identity::Domain,
 };
@@ -31,6 +31,8 @@ pub struct Model {
     pub id: String,
     /// BLAKE3 of the weights file.
     pub weights_root: Hash32,
+    /// Size of that file, from which a node is asked for ranges (section 2).
+    pub weights_bytes: u64,
     /// BLAKE3 of the tokenizer and of the chat template, as `infera_prompt` computes them.
     pub tokenizer_hash: Hash32,
     pub template_hash: Hash32,
@@ -51,6 +53,8 @@ pub struct Model {
 #[serde(deny_unknown_fields)]
 pub struct Registry {
     pub models: Vec<Model>,
+    /// BLAKE3 of the executables that may work as nodes; empty: any.
+    pub releases: Vec<Hash32>,
     pub calibration: Calibration,
     /// Left out of the first version.
     #[serde(default, skip_serializing_if = "Option::is_none")]

@@ -5,11 +5,12 @@
 //! ```
 
 use ed25519_dalek::SigningKey;
-use infera_protocol::agreement::{Calibration, Decision, decide};
+use infera_protocol::agreement::{Decision, decide};
 use infera_protocol::assignment::{
     self, Eligible, assign_message, beta, draw, eligible_root, order_nodes, post_message,
 };
 use infera_protocol::bytes::{Address, Hash32, NodeId};
+use infera_protocol::calibration::{Bounds, Calibration, Pair};
 use infera_protocol::commitment::{Slot, commitment, commitments_root, decline_digest};
 use infera_protocol::evidence::{Evidence, SlotOutcome};
 use infera_protocol::fingerprint::{Entry, Fingerprint};
@@ -42,8 +43,8 @@ impl Network {
 
     /// A network that serves `models`.
     pub fn serving(models: Vec<Model>) -> Self {
-        let calibration = Calibration { near_tie_milli: 500, fingerprint_milli: 100 };
-        let registry = Registry { models, calibration, replaces: None };
+        let calibration = calibration();
+        let registry = Registry { models, releases: Vec::new(), calibration, replaces: None };
         let dispatcher = SigningKey::from_bytes(&[0xd1; 32]);
         let manifest = Manifest {
             network: "infera-synthetic".to_owned(),
@@ -71,11 +72,27 @@ impl Default for Network {
     }
 }
 
+/// Bounds between all pairs of `exact` and `fast`, for synthetic answers.
+pub fn calibration() -> Calibration {
+    let bounds = Bounds {
+        near_tie_milli: 500,
+        fingerprint_milli: 100,
+        margin_milli: 500,
+        clip_milli: 200,
+        mean_micro: 50_000,
+        drift_micro: 10_000,
+        drift_limit_micro: 100_000,
+    };
+    let pair = |a: &str, b: &str| Pair { classes: [a.into(), b.into()], bounds };
+    Calibration { pairs: vec![pair("exact", "exact"), pair("exact", "fast"), pair("fast", "fast")] }
+}
+
 /// A registry entry with usual values.
 pub fn model(id: &str, weights_root: Hash32) -> Model {
     Model {
         id: id.to_owned(),
         weights_root,
+        weights_bytes: 1 << 20,
         tokenizer_hash: Hash32([0x22; 32]),
         template_hash: Hash32([0x33; 32]),
         end_tokens: vec![2],

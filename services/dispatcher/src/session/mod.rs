@@ -373,7 +373,9 @@ fn slot_of(command: &Command) -> Option<SlotFrame> {
 
 fn command(node: NodeId, session: Uuid, message: from_node::Message) -> Result<Command, WireError> {
     Ok(match message {
-        from_node::Message::Hello(_) => return Err(WireError::Missing { field: "session" }),
+        from_node::Message::Hello(_)
+        | from_node::Message::RefereeReport(_)
+        | from_node::Message::RangeProof(_) => return Err(WireError::Missing { field: "session" }),
         from_node::Message::Draining(_) => Command::NodeDraining { node, session },
         from_node::Message::Deltas(deltas) => Command::Deltas {
             node,

@@ -10,7 +10,6 @@ use std::time::Duration;
 use infera_bus::{Bus, Envelope, Topology};
 use infera_gateway::{Config, DEFAULTS, Deps, Error};
 use infera_prompt::Prompt;
-use infera_protocol::agreement::Calibration;
 use infera_protocol::bytes::{Address, Hash32, NodeId};
 use infera_protocol::fingerprint::{Entry, Fingerprint};
 use infera_protocol::identity::Domain;
@@ -69,6 +68,7 @@ impl Files {
             models: vec![Model {
                 id: MODEL.into(),
                 weights_root: WEIGHTS,
+                weights_bytes: 1 << 20,
                 tokenizer_hash: Hash32(prompt().tokenizer_hash()),
                 template_hash: Hash32(prompt().template_hash()),
                 end_tokens: prompt().end_tokens().to_vec(),
@@ -78,7 +78,8 @@ impl Files {
                 price_micro: 2,
                 created_secs: 1_790_000_000,
             }],
-            calibration: Calibration { near_tie_milli: 500, fingerprint_milli: 100 },
+            releases: Vec::new(),
+            calibration: infera_testkit::evidence::calibration(),
             replaces: None,
         };
         let manifest = Manifest {

@@ -91,7 +91,7 @@ mod tests {
     fn wanted(price_micro: u64, near_tie_milli: u32) -> Registry {
         let mut registry = infera_testkit::evidence::Network::new().registry;
         registry.models[0].price_micro = price_micro;
-        registry.calibration.near_tie_milli = near_tie_milli;
+        registry.calibration.pairs[0].bounds.near_tie_milli = near_tie_milli;
         registry
     }
 

@@ -38,7 +38,7 @@ impl Folder {
         let case = evidence::Case::new(&network);
         let mut current = network.registry.clone();
         current.models[0].price_micro += 1;
-        current.calibration.near_tie_milli += 1;
+        current.calibration.pairs[0].bounds.near_tie_milli += 1;
         current.replaces = Some(Replaced {
             registry_hash: network.registry.hash().unwrap(),
             at_ms: case.submitted_at_ms + 60_000,

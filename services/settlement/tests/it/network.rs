@@ -2,7 +2,6 @@
 
 use ed25519_dalek::SigningKey;
 use infera_protocol::{
-    agreement::Calibration,
     assignment::{Eligible, assign_message, draw, eligible_root, freeze, post_message},
     assignment::{beta, order_nodes},
     bytes::{Address, Hash32},
@@ -38,6 +37,7 @@ impl Network {
             models: vec![Model {
                 id: MODEL.into(),
                 weights_root: Hash32([7; 32]),
+                weights_bytes: 1 << 20,
                 tokenizer_hash: Hash32([8; 32]),
                 template_hash: Hash32([9; 32]),
                 end_tokens: vec![0],
@@ -47,7 +47,8 @@ impl Network {
                 price_micro: PRICE,
                 created_secs: 1,
             }],
-            calibration: Calibration { near_tie_milli: 250, fingerprint_milli: 250 },
+            releases: Vec::new(),
+            calibration: infera_testkit::evidence::calibration(),
             replaces: None,
         };
         let dispatcher = SigningKey::from_bytes(&[0xd; 32]);

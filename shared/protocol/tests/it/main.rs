@@ -3,9 +3,9 @@
 
 use ed25519_dalek::SigningKey;
 use infera_protocol::{
-    agreement::Calibration,
     assignment::{Eligible, assign_message, beta, draw, eligible_root, freeze, post_message},
     bytes::{Address, Hash32, NodeId, Signature},
+    calibration::{Bounds, Calibration, Pair},
     commitment::{Slot, commitment},
     document::{Anchor, Document, Outcome, Status, check},
     evidence::{Evidence, Reveal, SignedCommitment, SlotEvidence, SlotOutcome},
@@ -26,6 +26,7 @@ fn registry() -> Registry {
         models: vec![Model {
             id: "tiny".into(),
             weights_root: Hash32([7; 32]),
+            weights_bytes: 1 << 20,
             tokenizer_hash: Hash32([8; 32]),
             template_hash: Hash32([9; 32]),
             end_tokens: vec![2],
@@ -35,7 +36,21 @@ fn registry() -> Registry {
             price_micro: 3,
             created_secs: 0,
         }],
-        calibration: Calibration { near_tie_milli: 300, fingerprint_milli: 100 },
+        releases: Vec::new(),
+        calibration: Calibration {
+            pairs: vec![Pair {
+                classes: ["exact".into(), "exact".into()],
+                bounds: Bounds {
+                    near_tie_milli: 300,
+                    fingerprint_milli: 100,
+                    margin_milli: 500,
+                    clip_milli: 200,
+                    mean_micro: 50_000,
+                    drift_micro: 10_000,
+                    drift_limit_micro: 100_000,
+                },
+            }],
+        },
         replaces: None,
     }
 }
@@ -370,7 +385,7 @@ fn changed(price_at_ms: i64, calibration_at_ms: i64) -> (Registry, Vec<(Hash32, 
     dearer.models[0].price_micro = 4;
     dearer.replaces = replaces(&first, price_at_ms);
     let mut recalibrated = dearer.clone();
-    recalibrated.calibration.near_tie_milli = 250;
+    recalibrated.calibration.pairs[0].bounds.near_tie_milli = 250;
     recalibrated.replaces = replaces(&dearer, calibration_at_ms);
     let former = [first, dearer]
         .iter()
