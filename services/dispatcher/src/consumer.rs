@@ -103,6 +103,17 @@ fn verdict(body: &[u8]) -> Result<Command, WireError> {
             round: verdict.round,
             count: more.count,
         }),
+        Outcome::MoreReferees(more) => Ok(Command::MoreReferees {
+            request,
+            attempt: verdict.attempt,
+            round: verdict.round,
+            count: more.count,
+            answers: more
+                .answers
+                .iter()
+                .map(|answer| convert::fixed("more_referees.answers", answer))
+                .collect::<Result<_, _>>()?,
+        }),
     }
 }
 

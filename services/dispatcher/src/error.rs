@@ -3,7 +3,7 @@
 use std::path::PathBuf;
 
 use infera_bus::BusError;
-use infera_protocol::bytes::NodeId;
+use infera_protocol::bytes::VrfKey;
 use infera_runtime::config::ConfigError;
 use infera_runtime::db::DbError;
 use infera_runtime::http::HttpError;
@@ -30,7 +30,7 @@ pub enum Error {
         "the manifest {} does not name this dispatcher: add {key} to its `dispatchers`, or set key_path to a key that it names",
         path.display()
     )]
-    UnknownDispatcher { path: PathBuf, key: NodeId },
+    UnknownDispatcher { path: PathBuf, key: VrfKey },
     #[error("metrics cannot be registered: {0}")]
     Metrics(#[from] prometheus::Error),
     /// State in memory is lost; offers are delivered again after a restart.

@@ -1,4 +1,4 @@
-//! Routes: the nodes' WebSocket and the public list of nodes.
+//! Routes: the nodes' WebSocket, and what anybody may know of nodes and operators.
 
 use std::sync::Arc;
 
@@ -10,6 +10,7 @@ use tokio::sync::Semaphore;
 
 use crate::actor::ListNodes;
 use crate::domain::nodes::NodeView;
+use crate::operators;
 use crate::session::{NodeSession, Shared};
 
 /// Largest HTTP body that is read; no route takes one.
@@ -23,7 +24,9 @@ pub fn routes(shared: Arc<Shared>, places: Arc<Semaphore>) -> impl FnOnce(&mut S
             .app_data(Data::from(shared))
             .app_data(Data::from(places))
             .route("/v1/node/session", web::get().to(session))
-            .route("/v1/nodes", web::get().to(nodes));
+            .route("/v1/nodes", web::get().to(nodes))
+            .route("/v1/operators", web::get().to(operators::list))
+            .route("/v1/operators/{operator}", web::get().to(operators::one));
     }
 }
 

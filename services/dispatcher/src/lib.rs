@@ -17,6 +17,8 @@
 //! - No operator has two nodes in one attempt. The slots sent to the verifier are the first of the draw, in its order,
 //!   with whatever came of each: anybody can recompute them.
 //! - Reveals are asked for only while nobody who is drawn still computes, and go to the verifier alone.
+//! - Referees are drawn from outside the attempt's replicas once results are committed, and get answers without what
+//!   their nodes saw. What a verdict says about an operator is in its record before the next draw but one ([`standing`]).
 //! - No frame of a node stops anything but its own session; a node that does not read is cut off.
 //!
 //! [`domain`] decides, [`actor`] executes, [`session`] speaks with one node.
@@ -29,9 +31,11 @@ pub mod domain;
 pub mod error;
 mod http;
 mod metrics;
+mod operators;
+pub mod roots;
 pub mod session;
+pub mod standing;
 pub mod store;
-pub mod trust;
 
 use std::net::SocketAddr;
 use std::sync::Arc;
@@ -45,18 +49,18 @@ use infera_runtime::kv::Kv;
 use infera_runtime::shutdown::ends_all;
 use infera_runtime::{CancellationToken, clock, db};
 use sea_orm::DatabaseConnection;
-use tokio::sync::{Semaphore, oneshot};
+use tokio::sync::{Notify, Semaphore, oneshot};
 use uuid::Uuid;
 
 pub use config::Config;
 pub use error::Error;
-pub use trust::load_or_create_key;
+pub use roots::load_or_create_key;
 
 use actor::{Assignments, Tools};
 use domain::{Rules, State};
 use metrics::Metrics;
+use roots::Roots;
 use session::Shared;
-use trust::Trust;
 
 const PRUNE_EVERY: Duration = Duration::from_secs(3600);
 
@@ -75,7 +79,7 @@ pub struct Deps {
 pub async fn run(config: Config, deps: Deps, shutdown: CancellationToken) -> Result<(), Error> {
     config.validate()?;
     let common = &config.common;
-    let trust = Trust::load(&config.key_path, &common.manifest_path, &common.registry_path)?;
+    let roots = Roots::load(&config.key_path, &common.manifest_path, &common.registry_path)?;
     let db = db::connect(common.database_url.expose(), common.database_schema.as_deref()).await?;
     db::migrate::<store::Migrator>(&db).await?;
     deps.bus.declare(&Topology::network()).await?;
@@ -85,29 +89,38 @@ pub async fn run(config: Config, deps: Deps, shutdown: CancellationToken) -> Res
     let health = Health::new("dispatcher");
     let metrics = Metrics::register(&health)?;
     let replica = replica(&config);
-    let domain = trust.manifest.domain;
+    let domain = roots.manifest.domain;
+    let calibration = roots.registry.calibration.clone();
     let tools = Tools {
         bus: deps.bus.clone(),
         db: db.clone(),
         metrics: metrics.clone(),
         replica: replica.clone(),
-        models: trust.registry.models.iter().map(|model| model.weights_root).collect(),
+        models: roots.registry.models.iter().map(|model| model.weights_root).collect(),
         slots_ttl_ms: i64::from(config.slots_ttl_secs) * 1000,
         shutdown: stop.clone(),
+        calibration: calibration.clone(),
     };
-    let assignments = Assignments::new(State::new(rules(&config, &trust)), tools).start();
+    let assignments = Assignments::new(State::new(rules(&config, &roots)), tools).start();
     let shared = Arc::new(Shared {
         assignments: assignments.clone(),
         domain,
-        registry: trust.registry,
+        registry: roots.registry,
+        db: db.clone(),
         kv: deps.kv,
         metrics,
         replica: replica.clone(),
         heartbeat_secs: config.heartbeat_secs,
         hello_secs: config.hello_secs,
+        proof_secs: config.proof_secs,
+        recheck_secs: config.recheck_secs,
         session_queue: config.session_queue,
         shutdown: stop.clone(),
     });
+    let changed = Arc::new(Notify::new());
+    let conduct =
+        standing::follow_verdicts(deps.bus.clone(), db.clone(), calibration, changed.clone(), stop.clone());
+    let ledger = standing::keep_ledger(db.clone(), assignments.clone(), changed, stop.clone());
     let places = Arc::new(Semaphore::new(config.max_sessions));
     let watch = Watch::new(&health, deps.bus.clone(), db.clone(), false)?;
     actix_rt::spawn(prune(db, stop.clone()));
@@ -124,27 +137,31 @@ pub async fn run(config: Config, deps: Deps, shutdown: CancellationToken) -> Res
         consumer::offers(deps.bus.clone(), config.max_requests, domain, assignments.clone(), stop.clone());
     let verdicts = consumer::verdicts(deps.bus.clone(), replica.clone(), assignments.clone(), stop.clone());
     let peers = consumer::peers(deps.bus, replica, assignments, stop.clone());
-    let (a, b, c, d, ()) = tokio::join!(
+    let (a, b, c, d, e, f, ()) = tokio::join!(
         ends_all(&stop, Box::pin(async { serve.await.map_err(Error::from) })),
         ends_all(&stop, Box::pin(offers)),
         ends_all(&stop, Box::pin(verdicts)),
         ends_all(&stop, Box::pin(peers)),
+        ends_all(&stop, Box::pin(conduct)),
+        ends_all(&stop, Box::pin(ledger)),
         watch.run(stop.clone()),
     );
-    a.and(b).and(c).and(d)
+    a.and(b).and(c).and(d).and(e).and(f)
 }
 
 fn replica(config: &Config) -> String {
     if config.replica.is_empty() { format!("d-{}", Uuid::now_v7().simple()) } else { config.replica.clone() }
 }
 
-fn rules(config: &Config, trust: &Trust) -> Rules {
+fn rules(config: &Config, roots: &Roots) -> Rules {
     let ms = |secs: u32| i64::from(secs) * 1000;
     Rules {
-        domain: trust.manifest.domain,
-        key: trust.key.clone(),
+        domain: roots.manifest.domain,
+        key: roots.key.clone(),
+        registry: roots.registry.clone(),
         lease_ms: ms(config.lease_secs),
         reveal_ms: ms(config.reveal_secs),
+        referee_ms: ms(config.referee_secs),
         verdict_ms: ms(config.verdict_secs),
         max_tries: config.max_tries,
         close_grace_ms: ms(config.close_grace_secs),

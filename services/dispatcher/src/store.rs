@@ -1,4 +1,5 @@
-//! What survives a crash: the number of every request's last attempt, and proofs of equivocation.
+//! What survives a crash: the number of every request's last attempt, and proofs of equivocation. What is known of the
+//! operators is in [`crate::standing`].
 
 use infera_protocol::bytes::NodeId;
 use infera_protocol::evidence::SignedCommitment;
@@ -8,6 +9,8 @@ use sea_orm::{
 };
 use sea_orm_migration::prelude::*;
 use uuid::Uuid;
+
+use crate::standing::{alarms, faults, operators};
 
 mod attempts {
     use sea_orm::entity::prelude::*;
@@ -174,7 +177,7 @@ pub struct Migrator;
 #[async_trait::async_trait]
 impl MigratorTrait for Migrator {
     fn migrations() -> Vec<Box<dyn MigrationTrait>> {
-        vec![Box::new(Attempts)]
+        vec![Box::new(Attempts), infera_bus::inbox::migration(), Box::new(Standing)]
     }
 }
 
@@ -220,5 +223,51 @@ impl MigrationTrait for Attempts {
                     .to_owned(),
             )
             .await
+    }
+}
+
+struct Standing;
+
+impl MigrationName for Standing {
+    fn name(&self) -> &str {
+        "dispatcher_0002_standing"
+    }
+}
+
+#[async_trait::async_trait]
+impl MigrationTrait for Standing {
+    async fn up(&self, manager: &SchemaManager) -> Result<(), DbErr> {
+        use alarms::Column as A;
+        use faults::Column as F;
+        use operators::Column as O;
+        let operators = Table::create()
+            .table(operators::Entity)
+            .col(ColumnDef::new(O::Operator).binary().not_null().primary_key())
+            .col(ColumnDef::new(O::Record).text().not_null())
+            .col(ColumnDef::new(O::UpdatedMs).big_integer().not_null())
+            .to_owned();
+        manager.create_table(operators).await?;
+        let faults = Table::create()
+            .table(faults::Entity)
+            .col(ColumnDef::new(F::Id).uuid().not_null().primary_key())
+            .col(ColumnDef::new(F::Operator).binary().not_null())
+            .col(ColumnDef::new(F::Node).binary().not_null())
+            .col(ColumnDef::new(F::Request).uuid().not_null())
+            .col(ColumnDef::new(F::Reason).string().not_null())
+            .col(ColumnDef::new(F::AtMs).big_integer().not_null())
+            .to_owned();
+        manager.create_table(faults).await?;
+        let by_operator =
+            Index::create().name("faults_operator").table(faults::Entity).col(F::Operator).to_owned();
+        manager.create_index(by_operator).await?;
+        let by_change =
+            Index::create().name("operators_updated").table(operators::Entity).col(O::UpdatedMs).to_owned();
+        manager.create_index(by_change).await?;
+        let alarms = Table::create()
+            .table(alarms::Entity)
+            .col(ColumnDef::new(A::Id).big_integer().not_null().primary_key())
+            .col(ColumnDef::new(A::RaisedMs).big_integer().not_null())
+            .to_owned();
+        manager.create_table(alarms).await
     }
 }

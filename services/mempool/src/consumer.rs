@@ -129,7 +129,7 @@ fn closed(envelope: &Envelope) -> Result<Option<Uuid>, WireError> {
     let request = convert::uuid("verdict.request_id", &verdict.request_id)?;
     match verdict.outcome.ok_or(WireError::Missing { field: "verdict.outcome" })? {
         Outcome::Verified(_) | Outcome::Failed(_) => Ok(Some(request)),
-        Outcome::MoreNodes(_) => Ok(None),
+        Outcome::MoreNodes(_) | Outcome::MoreReferees(_) => Ok(None),
     }
 }
 

@@ -130,7 +130,11 @@ impl Consumer {
         let verdict: v1::Verdict = decode("Verdict", &envelope.body)?;
         let id = convert::uuid("verdict.request_id", &verdict.request_id)?;
         let outcome = convert::required("verdict.outcome", &verdict.outcome)?;
-        if matches!(outcome, v1::verdict::Outcome::MoreNodes(_)) {
+        let open = |outcome: &v1::verdict::Outcome| {
+            use v1::verdict::Outcome;
+            matches!(outcome, Outcome::MoreNodes(_) | Outcome::MoreReferees(_))
+        };
+        if open(outcome) {
             return Ok(());
         }
         let Some(row) = requests::find(tx, id).await? else {
@@ -144,7 +148,7 @@ impl Consumer {
         match outcome {
             v1::verdict::Outcome::Verified(verified) => self.settle(tx, &row, verified, now_ms).await,
             v1::verdict::Outcome::Failed(failed) => self.release(tx, &row, failed, now_ms).await,
-            v1::verdict::Outcome::MoreNodes(_) => Ok(()),
+            v1::verdict::Outcome::MoreNodes(_) | v1::verdict::Outcome::MoreReferees(_) => Ok(()),
         }
     }
 
@@ -202,6 +206,7 @@ impl Consumer {
         let dead =
             |reason: String| Reject::DeadLetter(format!("the verdict's evidence is not usable: {reason}"));
         let evidence: Evidence = serde_json::from_slice(evidence).map_err(|e| dead(e.to_string()))?;
+        let calibration = evidence.terms.calibration.hash();
         let fits = [
             ("request.id", evidence.request.id == row.id),
             ("account", evidence.account == row.account),
@@ -213,9 +218,9 @@ impl Consumer {
             ("k", i64::from(evidence.k) == row.k),
             // Decided under the calibration of its funding, or after a change under the new one.
             (
-                "calibration_hash",
-                evidence.calibration_hash.0[..] == row.calibration_hash[..]
-                    || evidence.calibration_hash == self.registry.calibration.hash(),
+                "terms.calibration",
+                calibration.0[..] == row.calibration_hash[..]
+                    || calibration == self.registry.calibration.hash(),
             ),
         ];
         if let Some((field, _)) = fits.iter().find(|(_, fits)| !fits) {
@@ -226,6 +231,7 @@ impl Consumer {
             .and_then(|()| evidence.check_assignment())
             .and_then(|()| evidence.check_slots())
             .and_then(|()| evidence.check_post())
+            .and_then(|()| evidence.check_referees())
             .map_err(|error| dead(error.to_string()))?;
         let receipt = Receipt::build(&evidence).map_err(|error| dead(error.to_string()))?;
         Ok((evidence, receipt))

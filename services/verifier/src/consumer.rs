@@ -1,13 +1,13 @@
 //! `verifier.collected` and `verifier.close`: one transaction each, from which one verdict follows.
 
-use std::collections::{BTreeSet, HashMap};
+use std::collections::HashMap;
 use std::sync::Arc;
 
 use infera_bus::{Envelope, Reject, outbox};
 use infera_embed::{Embedder, similarity_millionths};
 use infera_grammar::{GrammarError, Vocabulary};
 use infera_prompt::Prompt;
-use infera_protocol::agreement::{FULL_SIMILARITY_MILLIONTHS, Relation};
+use infera_protocol::agreement::Relation;
 use infera_protocol::bytes::{Hash32, NodeId};
 use infera_protocol::grammar::Grammar;
 use infera_protocol::ids::message_id;
@@ -62,15 +62,16 @@ impl Arbiter {
             infera.round = case.round,
             infera.outcome = tracing::field::Empty,
         );
-        case.unfit = self.unfit(&case).await?;
+        case.evidence.unfit = self.unfit(&case).await?;
+        self.note_similarities(&mut case).await?;
         self.decide(tx, &case).instrument(span).await?;
         timer.observe_duration();
         Ok(())
     }
 
     /// The nodes whose results do not keep to the request's grammar. Some milliseconds a result, on another thread.
-    async fn unfit(&self, case: &Case) -> Result<BTreeSet<NodeId>, Reject> {
-        let Some(grammar) = case.evidence.request.grammar.clone() else { return Ok(BTreeSet::new()) };
+    async fn unfit(&self, case: &Case) -> Result<Vec<NodeId>, Reject> {
+        let Some(grammar) = case.evidence.request.grammar.clone() else { return Ok(Vec::new()) };
         let model = &case.evidence.request.model_root;
         let vocabulary = self
             .vocabularies
@@ -88,7 +89,7 @@ impl Arbiter {
     }
 
     async fn decide(&self, tx: &DatabaseTransaction, case: &Case) -> Result<(), Reject> {
-        let findings = self.compare(case).await?;
+        let findings = domain::findings(&case.evidence);
         let Judgement { verdict, evidence } =
             domain::judge(case, MAX_BUS_BODY_BYTES).map_err(|e| self.reject(e))?;
         let (id, round) = (case.request_id(), case.round_key());
@@ -187,36 +188,21 @@ impl Arbiter {
         say(tx, stored.request_id, stored.round, &stored.reply_to, stored.body).await
     }
 
-    /// Compares all pairs. Texts are embedded only where tokens differ, each once.
-    async fn compare(&self, case: &Case) -> Result<Vec<Finding>, Reject> {
-        let outputs = case.outputs();
-        let mut distinct: Vec<&[u32]> = Vec::new();
-        let place: Vec<usize> = outputs
-            .iter()
-            .map(|(_, output)| match distinct.iter().position(|tokens| *tokens == output.tokens) {
-                Some(place) => place,
-                None => {
-                    distinct.push(&output.tokens);
-                    distinct.len() - 1
-                }
-            })
-            .collect();
-        let vectors = if distinct.len() > 1 {
-            let model = &case.evidence.request.model_root;
-            let prompt = self
-                .prompts
-                .get(model)
-                .ok_or_else(|| Reject::Retry(format!("the tokenizer of model {model} is not loaded")))?;
-            let texts = distinct.iter().map(|tokens| prompt.decode(tokens)).collect();
-            self.embedder.embed(texts).await.map_err(|e| Reject::Retry(e.to_string()))?
-        } else {
-            Vec::new()
-        };
-        let similarity = |i: usize, j: usize| match (vectors.get(place[i]), vectors.get(place[j])) {
-            (Some(a), Some(b)) => similarity_millionths(a, b),
-            _ => FULL_SIMILARITY_MILLIONTHS,
-        };
-        Ok(domain::findings(&self.rules, case, similarity))
+    /// Texts are embedded only where answers differ, each once.
+    async fn note_similarities(&self, case: &mut Case) -> Result<(), Reject> {
+        let answers = case.evidence.answers();
+        if answers.len() < 2 {
+            return Ok(());
+        }
+        let model = &case.evidence.request.model_root;
+        let prompt = self
+            .prompts
+            .get(model)
+            .ok_or_else(|| Reject::Retry(format!("the tokenizer of model {model} is not loaded")))?;
+        let texts = answers.iter().map(|(_, _, output)| prompt.decode(&output.tokens)).collect();
+        let vectors = self.embedder.embed(texts).await.map_err(|e| Reject::Retry(e.to_string()))?;
+        domain::note_similarities(&mut case.evidence, |i, j| similarity_millionths(&vectors[i], &vectors[j]));
+        Ok(())
     }
 
     fn report(&self, case: &Case, verdict: &v1::Verdict, findings: &[Finding]) {

@@ -1,25 +1,20 @@
 //! What the verifier decides, as pure functions: no clock, no database, no network.
 //!
 //! ```text
-//! ResultsCollected -> admit -> Case -> findings (every pair) -> judge -> Verdict
+//! ResultsCollected -> admit -> Case -> unfit, similarities -> judge -> Verdict
 //! ```
 //!
 //! - Admission refuses what no honest dispatcher sends: a key that the manifest does not name, a draw
 //!   that does not follow, a commitment that nobody signed. It is garbage and closes nothing.
-//! - A verdict follows from the evidence and the registry's tokenizer alone, so that whoever holds them
-//!   comes to the same. A result that does not keep to its grammar stays in the count and agrees with
-//!   nothing; a verified set is a strict majority of the count, so that a receipt follows from the
-//!   evidence without looking at grammars.
+//! - A verdict follows from the evidence alone ([`Evidence::decide`]), so that whoever holds it comes to the same. What
+//!   takes the model's tokenizer or the embedder is noted in it first: which results do not keep to the request's
+//!   grammar, and how alike different answers are.
 
-use std::collections::BTreeSet;
-
-use infera_protocol::agreement::{
-    Decision, Disagreement, FULL_SIMILARITY_MILLIONTHS, Relation, compare, decide, quorum,
-};
-use infera_protocol::assignment::{beta, order_nodes};
-use infera_protocol::bytes::{Hash32, NodeId};
-use infera_protocol::evidence::{Evidence, EvidenceError};
-use infera_protocol::hash::keccak;
+use infera_protocol::agreement::{Decision, Disagreement, FULL_SIMILARITY_MILLIONTHS, Relation, quorum};
+use infera_protocol::assignment::order_nodes;
+use infera_protocol::bytes::{Hash32, NodeId, VrfKey};
+use infera_protocol::evidence::{Evidence, EvidenceError, Similarity, Terms};
+use infera_protocol::receipt::lowest_similarity;
 use infera_protocol::registry::{History, Manifest};
 use infera_protocol::request::{MAX_REPLICAS, Output};
 use infera_wire::convert::{self, CloseReason, Submitted};
@@ -47,7 +42,7 @@ pub enum Rejection {
     #[error(transparent)]
     Wire(#[from] WireError),
     #[error("{0} is not a dispatcher of this network")]
-    Dispatcher(NodeId),
+    Dispatcher(VrfKey),
     #[error(transparent)]
     Evidence(#[from] EvidenceError),
     #[error("no model of the registry is `{0}` with these weights")]
@@ -62,6 +57,12 @@ pub enum Rejection {
     Reason(String),
 }
 
+impl Rejection {
+    fn model(id: &str) -> Self {
+        Self::Model(id.chars().take(128).collect())
+    }
+}
+
 fn known_reasons() -> String {
     CloseReason::ALL.map(CloseReason::as_str).join(", ")
 }
@@ -73,10 +74,6 @@ pub struct Case {
     pub reply_to: String,
     pub round: u32,
     pub exhausted: bool,
-    /// The model's similarity threshold.
-    pub threshold_millionths: u32,
-    /// Nodes whose results do not keep to the request's grammar.
-    pub unfit: BTreeSet<NodeId>,
 }
 
 impl Case {
@@ -87,15 +84,6 @@ impl Case {
     /// What the verdict's primary key holds besides the request.
     pub fn round_key(&self) -> i64 {
         round_key(self.evidence.attempt, self.round)
-    }
-
-    /// The revealed results as [`decide`] takes them: an unfit one equals nothing but itself.
-    fn results(&self) -> Vec<(NodeId, Hash32)> {
-        let own = |node: &NodeId| keccak(&[b"infera.unfit.v1", &node.0]);
-        let results = self.evidence.results().into_iter();
-        results
-            .map(|(node, hash)| (node, if self.unfit.contains(&node) { own(&node) } else { hash }))
-            .collect()
     }
 
     /// The revealed outputs, in the order of the draw.
@@ -120,22 +108,26 @@ pub fn attempt_of(round_key: i64) -> i64 {
 /// [`Rejection`]: no honest dispatcher sent this.
 pub fn admit(rules: &Rules, wire: &v1::ResultsCollected, decided_at_ms: i64) -> Result<Case, Rejection> {
     let domain = rules.manifest.domain;
-    let calibration = rules.registries.current().calibration.hash();
-    let evidence = convert::evidence(wire, domain, calibration, decided_at_ms)?;
+    let registry = rules.registries.current();
     let funded = convert::required("collected.funded", &wire.funded)?;
-    let reply_to = convert::required("funded.submitted", &funded.submitted)?.reply_to.clone();
+    let submitted = convert::required("funded.submitted", &funded.submitted)?;
+    let model = registry.by_id(&submitted.model).ok_or_else(|| Rejection::model(&submitted.model))?;
+    let terms = Terms {
+        calibration: registry.calibration.clone(),
+        similarity_threshold_millionths: model.similarity_threshold_millionths,
+        vocab_size: model.vocab_size,
+    };
+    let reply_to = submitted.reply_to.clone();
+    let evidence = convert::evidence(wire, domain, terms, decided_at_ms)?;
     if wire.attempt == 0 || wire.round == 0 || wire.round > MAX_ROUND {
         return Err(Rejection::Round { attempt: wire.attempt, round: wire.round });
     }
     if !rules.manifest.dispatchers.contains(&evidence.dispatcher) {
         return Err(Rejection::Dispatcher(evidence.dispatcher));
     }
-    let model = rules
-        .registries
-        .current()
-        .by_id(&evidence.model)
-        .filter(|model| model.weights_root == evidence.request.model_root)
-        .ok_or_else(|| Rejection::Model(evidence.model.clone()))?;
+    if model.weights_root != evidence.request.model_root {
+        return Err(Rejection::model(&evidence.model));
+    }
     let priced = rules
         .registries
         .in_force(evidence.submitted_at_ms, decided_at_ms)
@@ -148,19 +140,12 @@ pub fn admit(rules: &Rules, wire: &v1::ResultsCollected, decided_at_ms: i64) -> 
     evidence.check_assignment()?;
     evidence.check_slots()?;
     evidence.check_post()?;
+    evidence.check_referees()?;
     let revealed = evidence.revealed().count();
     if revealed > MAX_REPLICAS as usize {
         return Err(Rejection::TooMany(revealed));
     }
-    let threshold_millionths = model.similarity_threshold_millionths;
-    Ok(Case {
-        evidence,
-        reply_to,
-        round: wire.round,
-        exhausted: wire.exhausted,
-        threshold_millionths,
-        unfit: BTreeSet::new(),
-    })
+    Ok(Case { evidence, reply_to, round: wire.round, exhausted: wire.exhausted })
 }
 
 /// How two results of a case stand to each other.
@@ -173,33 +158,39 @@ pub struct Finding {
     pub similarity_millionths: u32,
 }
 
-/// Compares every pair of results, in the order of the draw. `similarity(i, j)` is the cosine of the
-/// texts of the i-th and j-th revealed output; it is asked only where their tokens differ.
-pub fn findings(rules: &Rules, case: &Case, similarity: impl Fn(usize, usize) -> u32) -> Vec<Finding> {
-    let outputs = case.outputs();
-    let class = &case.evidence.class;
-    let bounds = rules.registries.current().calibration.bounds(class, class);
+/// Notes in the evidence how alike the texts of distinct answers are. `similarity(i, j)` is the cosine of the texts of
+/// the i-th and j-th of [`Evidence::answers`].
+pub fn note_similarities(evidence: &mut Evidence, similarity: impl Fn(usize, usize) -> u32) {
+    let hashes: Vec<Hash32> = evidence.answers().iter().map(|(hash, ..)| *hash).collect();
+    let pairs = (0..hashes.len()).flat_map(|j| (0..j).map(move |i| (i, j)));
+    evidence.similarities = pairs
+        .map(|(i, j)| {
+            let (low, high) = (hashes[i].min(hashes[j]), hashes[i].max(hashes[j]));
+            Similarity { answers: [low, high], millionths: similarity(i, j) }
+        })
+        .collect();
+}
+
+/// Every pair of results, in the order of the draw.
+pub fn findings(evidence: &Evidence) -> Vec<Finding> {
+    let outputs: Vec<(NodeId, Hash32)> =
+        evidence.revealed().map(|(slot, output)| (slot.node, output.hash())).collect();
     let mut findings = Vec::new();
-    for (j, (b, output_b)) in outputs.iter().enumerate() {
-        for (i, (a, output_a)) in outputs.iter().enumerate().take(j) {
-            let similarity_millionths = if output_a.tokens == output_b.tokens {
-                FULL_SIMILARITY_MILLIONTHS
-            } else {
-                similarity(i, j)
+    for (j, (b, answer_b)) in outputs.iter().enumerate() {
+        for (a, answer_a) in outputs.iter().take(j) {
+            let unfit = evidence.unfit.contains(a) || evidence.unfit.contains(b);
+            let relation = match evidence.relation(answer_a, answer_b) {
+                Some(relation) if !unfit => relation,
+                _ => Relation::Disagree(Disagreement::Unfit),
             };
-            let relation = if case.unfit.contains(a) || case.unfit.contains(b) {
-                Relation::Disagree(Disagreement::Grammar)
-            } else {
-                compare(
-                    &case.evidence.request,
-                    bounds,
-                    case.threshold_millionths,
-                    output_a,
-                    output_b,
-                    similarity_millionths,
-                )
-            };
-            findings.push(Finding { a: *a, b: *b, relation, similarity_millionths });
+            let same = answer_a == answer_b;
+            let similarity = if same { None } else { evidence.similarity(answer_a, answer_b) };
+            findings.push(Finding {
+                a: *a,
+                b: *b,
+                relation,
+                similarity_millionths: similarity.unwrap_or(FULL_SIMILARITY_MILLIONTHS),
+            });
         }
     }
     findings
@@ -216,7 +207,7 @@ pub fn relation_name(relation: Relation) -> &'static str {
         Relation::Disagree(Disagreement::Distribution { .. }) => "distribution",
         Relation::Disagree(Disagreement::NotATie { .. }) => "not_a_tie",
         Relation::Disagree(Disagreement::Similarity) => "similarity",
-        Relation::Disagree(Disagreement::Grammar) => "grammar",
+        Relation::Disagree(Disagreement::Unfit) => "unfit",
     }
 }
 
@@ -244,23 +235,29 @@ pub struct Judgement {
 /// # Errors
 /// [`Rejection::Evidence`] only if the evidence can't be written as JSON.
 pub fn judge(case: &Case, largest_bytes: usize) -> Result<Judgement, Rejection> {
-    let canonical = case.evidence.canonical()?;
+    let evidence = &case.evidence;
+    let canonical = evidence.canonical()?;
+    let decision = evidence.decide(case.exhausted);
+    let closing = matches!(decision, Decision::Verified { .. } | Decision::NoQuorum);
+    let conduct = if closing { evidence.conduct(&decision) } else { Vec::new() };
     let verdict = |outcome| v1::Verdict {
         request_id: case.request_id().as_bytes().to_vec(),
         reply_to: case.reply_to.clone(),
-        attempt: case.evidence.attempt,
+        attempt: evidence.attempt,
         round: case.round,
-        account: case.evidence.account.clone(),
-        decided_at_ms: case.evidence.decided_at_ms,
+        account: evidence.account.clone(),
+        decided_at_ms: evidence.decided_at_ms,
         outcome: Some(outcome),
+        conduct: conduct.iter().map(convert::conduct_to_wire).collect(),
+        overturned: closing && evidence.is_overturned(),
     };
     let failed = |code: &str, reason: String| {
         v1::verdict::Outcome::Failed(v1::Failed { code: code.to_owned(), reason })
     };
-    let results = case.results();
-    let outcome = match decide(case.evidence.k, &results, case.exhausted) {
+    let revealed = evidence.revealed().count();
+    let outcome = match &decision {
         Decision::Verified { members } => {
-            let full = verdict(v1::verdict::Outcome::Verified(verified(case, &members, canonical.clone())));
+            let full = verdict(v1::verdict::Outcome::Verified(verified(case, members, canonical.clone())));
             let bytes = full.encoded_len();
             if bytes <= largest_bytes {
                 return Ok(Judgement { verdict: full, evidence: None });
@@ -268,24 +265,27 @@ pub fn judge(case: &Case, largest_bytes: usize) -> Result<Judgement, Rejection> 
             let reason = format!("the verdict has {bytes} bytes, at most {largest_bytes} can be sent");
             failed("evidence_too_large", reason)
         }
-        Decision::MoreNodes { count } => v1::verdict::Outcome::MoreNodes(v1::MoreNodes { count }),
-        Decision::NoQuorum if results.len() < quorum(case.evidence.k) as usize => {
-            let needed = quorum(case.evidence.k);
-            failed("no_nodes", format!("{} nodes answered, {needed} must agree", results.len()))
+        Decision::MoreReferees { count, answers } => {
+            let answers = answers.iter().map(|answer| answer.to_vec()).collect();
+            v1::verdict::Outcome::MoreReferees(v1::MoreReferees { count: *count, answers })
+        }
+        Decision::MoreNodes { count } => v1::verdict::Outcome::MoreNodes(v1::MoreNodes { count: *count }),
+        Decision::NoQuorum if revealed < quorum(evidence.k) as usize => {
+            failed("no_nodes", format!("{revealed} nodes answered, {} must agree", quorum(evidence.k)))
         }
         Decision::NoQuorum => {
-            let unfit = match case.unfit.len() {
+            let unfit = match evidence.unfit.len() {
                 0 => String::new(),
                 unfit => format!(" and keeps to the grammar: {unfit} do not"),
             };
-            failed("no_quorum", format!("no majority of {} results is equal{unfit}", results.len()))
+            failed("no_quorum", format!("no majority of {revealed} results agrees{unfit}"))
         }
     };
     Ok(Judgement { verdict: verdict(outcome), evidence: Some(canonical) })
 }
 
 fn verified(case: &Case, members: &[NodeId], evidence: Vec<u8>) -> v1::Verified {
-    let ordered = order_nodes(&beta(&case.evidence.post_signature), members);
+    let ordered = order_nodes(&case.evidence.beta2(), members);
     let delivered = case
         .evidence
         .revealed()
@@ -296,7 +296,7 @@ fn verified(case: &Case, members: &[NodeId], evidence: Vec<u8>) -> v1::Verified 
         tokens: delivered.map(|output| output.tokens.clone()).unwrap_or_default(),
         finish: delivered.map_or(v1::Finish::Unspecified, |o| convert::finish_to_wire(o.finish)).into(),
         nodes: ordered.iter().map(|node| node.to_vec()).collect(),
-        lowest_similarity_millionths: FULL_SIMILARITY_MILLIONTHS,
+        lowest_similarity_millionths: lowest_similarity(&case.evidence, members),
         prompt_tokens: u32::try_from(case.evidence.request.prompt.len()).unwrap_or(u32::MAX),
     }
 }
@@ -326,6 +326,8 @@ pub fn close(wire: &v1::CloseRequested, decided_at_ms: i64) -> Result<(Submitted
             code: reason.as_str().to_owned(),
             reason: text.to_owned(),
         })),
+        conduct: Vec::new(),
+        overturned: false,
     };
     Ok((submitted, verdict))
 }
@@ -335,13 +337,15 @@ pub fn outcome_name(verdict: &v1::Verdict) -> &'static str {
     match verdict.outcome {
         Some(v1::verdict::Outcome::Verified(_)) => "verified",
         Some(v1::verdict::Outcome::MoreNodes(_)) => "more_nodes",
+        Some(v1::verdict::Outcome::MoreReferees(_)) => "more_referees",
         Some(v1::verdict::Outcome::Failed(_)) | None => "failed",
     }
 }
 
 /// Whether nothing follows after this verdict.
 pub fn is_closing(verdict: &v1::Verdict) -> bool {
-    !matches!(verdict.outcome, Some(v1::verdict::Outcome::MoreNodes(_)))
+    use v1::verdict::Outcome;
+    !matches!(verdict.outcome, Some(Outcome::MoreNodes(_) | Outcome::MoreReferees(_)))
 }
 
 #[cfg(test)]
@@ -384,7 +388,7 @@ mod tests {
         let rules = changed_at(case.submitted_at_ms + 500);
         let admitted = admit(&rules, &collected, decided_at_ms).unwrap();
         assert_eq!(
-            admitted.evidence.calibration_hash,
+            admitted.evidence.terms.calibration.hash(),
             rules.registries.current().calibration.hash(),
             "judged by what is in force"
         );

@@ -37,6 +37,8 @@ struct View {
     code: Option<String>,
     /// How many more nodes are drawn.
     more_nodes: Option<u32>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    more_referees: Option<u32>,
     decided_at_ms: i64,
     model: String,
     class: Option<String>,
@@ -83,7 +85,7 @@ async fn get_verdicts(
             .await
             .map_err(ApiError::internal)?
             .map_err(ApiError::internal)?;
-    let closed = views.iter().any(|view| view.outcome != "more_nodes");
+    let closed = views.iter().any(|view| matches!(view.outcome.as_str(), "verified" | "failed"));
     Ok(HttpResponse::Ok().json(Verdicts { request_id, closed, verdicts: views }))
 }
 
@@ -95,6 +97,7 @@ fn view(row: verdicts::Model, findings: &[findings::Model]) -> Result<View, Stri
         outcome: row.outcome,
         code: None,
         more_nodes: None,
+        more_referees: None,
         decided_at_ms: row.decided_at_ms,
         model: row.model,
         class: (!row.class.is_empty()).then_some(row.class),
@@ -111,6 +114,7 @@ fn view(row: verdicts::Model, findings: &[findings::Model]) -> Result<View, Stri
             evidence = Some(verified.evidence);
         }
         Some(v1::verdict::Outcome::MoreNodes(more)) => view.more_nodes = Some(more.count),
+        Some(v1::verdict::Outcome::MoreReferees(more)) => view.more_referees = Some(more.count),
         Some(v1::verdict::Outcome::Failed(failed)) => view.code = Some(failed.code),
         None => {}
     }

@@ -15,8 +15,8 @@
 //! - What no honest dispatcher sends goes to the dead letters and closes nothing.
 //! - The vector of every delivered answer reaches the index in the end, with public facts only.
 //!
-//! Unequal results never agree yet: they are found and stored as relations, and referees that could
-//! confirm them come later. In the exact class inequality is an alarm.
+//! Unequal results agree only if referees confirm each over its whole length; equal ones are refereed at random, and
+//! always while an operator is new. In the exact class inequality is an alarm besides.
 
 mod config;
 mod consumer;

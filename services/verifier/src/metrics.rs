@@ -8,7 +8,7 @@ use crate::domain::{Finding, relation_name};
 
 #[derive(Clone)]
 pub(crate) struct Metrics {
-    /// By outcome: verified, more_nodes, failed.
+    /// By outcome: verified, more_nodes, more_referees, failed.
     pub verdicts: IntCounterVec,
     /// Pairs of results by relation.
     pub relations: IntCounterVec,
@@ -60,7 +60,7 @@ impl Metrics {
             )?,
             indexed: health.counter("infera_verifier_indexed_total", "Vectors written to the index.")?,
         };
-        for outcome in ["verified", "more_nodes", "failed"] {
+        for outcome in ["verified", "more_nodes", "more_referees", "failed"] {
             metrics.verdicts.with_label_values(&[outcome]);
         }
         Ok(metrics)

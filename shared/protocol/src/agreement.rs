@@ -11,6 +11,7 @@ use crate::{
     request::{MAX_REPLICAS, Output, Request},
     sampling::gumbel,
 };
+use std::collections::{BTreeMap, BTreeSet};
 
 /// Similarity of equal texts, millionths.
 pub const FULL_SIMILARITY_MILLIONTHS: u32 = 1_000_000;
@@ -41,9 +42,9 @@ pub enum Disagreement {
     NotATie { parting: usize },
     /// The embeddings are further apart than the model's threshold.
     Similarity,
-    /// One of them does not keep to the request's grammar: it agrees with nothing. Found with the
+    /// One of them does not keep to the request's grammar or its stop strings: it agrees with nothing. Found with the
     /// model's vocabulary, not by [`compare`].
-    Grammar,
+    Unfit,
 }
 
 /// Compares two results of one request. `bounds` are those of their classes, `similarity_millionths` is the cosine of
@@ -131,12 +132,85 @@ impl Parting<'_> {
     }
 }
 
+/// A revealed result as it counts.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Ballot {
+    pub node: NodeId,
+    /// [`Output::hash`].
+    pub answer: Hash32,
+    /// Keeps to the request's grammar and its stop strings; one that does not agrees with nothing.
+    pub fit: bool,
+}
+
+/// What referees said about one answer.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct Votes {
+    pub good: u32,
+    pub bad: u32,
+}
+
+/// Where an answer stands by its votes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Standing {
+    Unscored,
+    Confirmed,
+    /// Somebody marks it bad, and two of three have not decided yet.
+    Contested,
+    Refuted,
+}
+
+/// Votes that decide about an answer once one of them is against it.
+pub const DECIDING_VOTES: u32 = 3;
+
+impl Votes {
+    pub fn standing(self) -> Standing {
+        let needed = DECIDING_VOTES / 2 + 1;
+        match self {
+            Self { good: 0, bad: 0 } => Standing::Unscored,
+            Self { bad: 0, .. } => Standing::Confirmed,
+            Self { good, bad } if bad >= needed && bad > good => Standing::Refuted,
+            Self { good, bad } if good >= needed && good > bad => Standing::Confirmed,
+            _ => Standing::Contested,
+        }
+    }
+
+    /// Further votes that this answer needs.
+    fn missing(self) -> u32 {
+        match self.standing() {
+            Standing::Unscored => 1,
+            Standing::Contested => DECIDING_VOTES.saturating_sub(self.good + self.bad).max(1),
+            Standing::Confirmed | Standing::Refuted => 0,
+        }
+    }
+}
+
+/// What is known when it is to be decided.
+pub struct Question<'a> {
+    /// Replicas that were asked for; more results than that raise it.
+    pub k: u32,
+    pub ballots: &'a [Ballot],
+    /// Even equal results are to be refereed.
+    pub audited: bool,
+    /// Whether two different answers are nearly tied where they part, and alike.
+    pub alike: &'a dyn Fn(&Hash32, &Hash32) -> bool,
+    pub votes: &'a dyn Fn(&Hash32) -> Votes,
+    /// No further operator can be drawn.
+    pub no_more_nodes: bool,
+    /// No further operator can referee.
+    pub no_more_referees: bool,
+}
+
 /// What follows from the results that were revealed.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Decision {
-    /// The largest set of equal results is a strict majority of k.
+    /// The largest set of agreeing results is a strict majority of k. Members by node id.
     Verified {
         members: Vec<NodeId>,
+    },
+    /// So many referees are to score these answers; in the order of their hashes.
+    MoreReferees {
+        count: u32,
+        answers: Vec<Hash32>,
     },
     MoreNodes {
         count: u32,
@@ -149,28 +223,70 @@ pub fn quorum(k: u32) -> u32 {
     k / 2 + 1
 }
 
-/// Decides over revealed results, each (node, output hash). `k` is what was asked for; more
-/// results than that raise it. `exhausted`: no further operator can be drawn.
-pub fn decide(k: u32, results: &[(NodeId, Hash32)], exhausted: bool) -> Decision {
-    let revealed = u32::try_from(results.len()).unwrap_or(u32::MAX);
-    let k = k.max(revealed);
-    let mut groups: Vec<(Hash32, Vec<NodeId>)> = Vec::new();
-    for (node, output) in results {
-        match groups.iter_mut().find(|(hash, _)| hash == output) {
-            Some((_, members)) if !members.contains(node) => members.push(*node),
-            Some(_) => {}
-            None => groups.push((*output, vec![*node])),
+/// Decides. The order of the ballots does not matter; of several ballots of a node the first one counts.
+///
+/// - Unequal results, and audited ones, are scored by referees first. A vote against an answer draws two more, and two
+///   of three decide, over the replicas' majority too.
+/// - Equal results agree unless they are refuted. Different ones agree only if all are confirmed and each two are alike.
+/// - Where nobody is left to decide about a contested answer, its replicas' word counts as it would without referees.
+pub fn decide(question: &Question<'_>) -> Decision {
+    let count = |n: usize| u32::try_from(n).unwrap_or(u32::MAX);
+    let mut nodes = BTreeSet::new();
+    let mut answers = Answers::new();
+    for ballot in question.ballots.iter().filter(|ballot| nodes.insert(ballot.node)) {
+        if ballot.fit {
+            answers.entry(ballot.answer).or_default().push(ballot.node);
         }
     }
-    let largest = groups.into_iter().max_by_key(|(_, members)| members.len());
-    match largest {
-        Some((_, mut members)) if members.len() >= quorum(k) as usize => {
-            members.sort();
-            Decision::Verified { members }
+    let k = question.k.max(count(nodes.len()));
+    let unequal = answers.len() > 1 || answers.values().map(Vec::len).sum::<usize>() < nodes.len();
+    if (question.audited || unequal) && !question.no_more_referees {
+        let missing = |answer: &Hash32| (question.votes)(answer).missing();
+        let asked: Vec<Hash32> = answers.keys().copied().filter(|answer| missing(answer) > 0).collect();
+        if let Some(count) = asked.iter().map(missing).max() {
+            return Decision::MoreReferees { count, answers: asked };
         }
-        _ if exhausted || k >= MAX_REPLICAS => Decision::NoQuorum,
-        _ => Decision::MoreNodes { count: (MAX_REPLICAS - k).min(2) },
     }
+    let members = largest(&answers, question);
+    if count(members.len()) >= quorum(k) {
+        Decision::Verified { members }
+    } else if question.no_more_nodes || k >= MAX_REPLICAS {
+        Decision::NoQuorum
+    } else {
+        Decision::MoreNodes { count: (MAX_REPLICAS - k).min(2) }
+    }
+}
+
+/// Distinct answers that are fit, and who gave them.
+type Answers = BTreeMap<Hash32, Vec<NodeId>>;
+
+/// The largest set of nodes whose answers agree, by node id; of several the first in the order of their ids.
+fn largest(answers: &Answers, question: &Question<'_>) -> Vec<NodeId> {
+    let standing = |answer: &Hash32| (question.votes)(answer).standing();
+    let candidates: Vec<(&Hash32, &Vec<NodeId>, Standing)> = answers
+        .iter()
+        .map(|(answer, nodes)| (answer, nodes, standing(answer)))
+        .filter(|(_, _, standing)| *standing != Standing::Refuted)
+        // More than may ever be asked for have no majority anyway.
+        .take(MAX_REPLICAS as usize)
+        .collect();
+    let agree = |set: u32| {
+        let chosen = || candidates.iter().enumerate().filter(move |(i, _)| set >> i & 1 == 1).map(|(_, c)| c);
+        set.count_ones() == 1
+            || chosen().all(|(_, _, standing)| *standing == Standing::Confirmed)
+                && chosen().all(|(a, ..)| chosen().all(|(b, ..)| a >= b || (question.alike)(a, b)))
+    };
+    let members = |set: u32| {
+        let chosen = candidates.iter().enumerate().filter(|(i, _)| set >> i & 1 == 1);
+        let mut nodes: Vec<NodeId> = chosen.flat_map(|(_, (_, nodes, _))| nodes.iter().copied()).collect();
+        nodes.sort();
+        nodes
+    };
+    (1..1_u32 << candidates.len())
+        .filter(|set| agree(*set))
+        .map(members)
+        .max_by(|a, b| a.len().cmp(&b.len()).then_with(|| b.cmp(a)))
+        .unwrap_or_default()
 }
 
 #[cfg(test)]
@@ -270,63 +386,184 @@ mod tests {
         assert_eq!(relation(&whole, &ended, 1_000_000), Relation::Disagree(Disagreement::Finish));
     }
 
-    #[test]
-    fn quorum_table() {
-        let n = |i: u8| NodeId([i; 32]);
-        let h = |i: u8| Hash32([i; 32]);
-        type Case<'a> = (&'a [(u8, u8)], bool, Decision);
-        let cases: &[Case<'_>] = &[
-            (&[(1, 1), (2, 1), (3, 1)], false, Decision::Verified { members: vec![n(1), n(2), n(3)] }),
-            (&[(1, 1), (2, 9), (3, 1)], false, Decision::Verified { members: vec![n(1), n(3)] }),
-            (&[(1, 1), (2, 1)], true, Decision::Verified { members: vec![n(1), n(2)] }),
-            (&[(1, 1), (2, 2), (3, 3)], false, Decision::MoreNodes { count: 2 }),
-            (&[(1, 1), (2, 2), (3, 3)], true, Decision::NoQuorum),
-            (&[(1, 1), (1, 1), (1, 1)], true, Decision::NoQuorum),
-            (&[], false, Decision::MoreNodes { count: 2 }),
-            (&[(1, 1), (2, 1), (3, 2), (4, 2), (5, 3), (6, 3)], false, Decision::MoreNodes { count: 1 }),
-            (&[(1, 1), (2, 1), (3, 1), (4, 2), (5, 2), (6, 2), (7, 3)], false, Decision::NoQuorum),
-        ];
-        for (results, exhausted, expected) in cases {
-            let results: Vec<_> = results.iter().map(|(i, o)| (n(*i), h(*o))).collect();
-            assert_eq!(decide(3, &results, *exhausted), *expected, "{results:?}");
+    /// Ballots as (node, answer), votes as (answer, good, bad); answers of the same ten are alike.
+    #[derive(Debug, Clone, Default)]
+    struct Given {
+        ballots: Vec<(u8, u8)>,
+        votes: Vec<(u8, u32, u32)>,
+        audited: bool,
+        no_more_nodes: bool,
+        no_more_referees: bool,
+    }
+
+    fn h(answer: u8) -> Hash32 {
+        Hash32([answer; 32])
+    }
+
+    fn n(node: u8) -> NodeId {
+        NodeId([node; 32])
+    }
+
+    impl Given {
+        fn new(ballots: &[(u8, u8)], votes: &[(u8, u32, u32)]) -> Self {
+            Self { ballots: ballots.to_vec(), votes: votes.to_vec(), ..Self::default() }
         }
+
+        fn exhausted(self) -> Self {
+            Self { no_more_nodes: true, no_more_referees: true, ..self }
+        }
+
+        fn decide(&self) -> Decision {
+            let ballots: Vec<Ballot> = self
+                .ballots
+                .iter()
+                .map(|(node, answer)| Ballot { node: n(*node), answer: h(*answer), fit: *answer != UNFIT })
+                .collect();
+            decide(&Question {
+                k: 3,
+                ballots: &ballots,
+                audited: self.audited,
+                alike: &|a, b| a.0[0] / 10 == b.0[0] / 10,
+                votes: &|answer| {
+                    let found = self.votes.iter().find(|(a, ..)| h(*a) == *answer);
+                    found.map_or(Votes::default(), |(_, good, bad)| Votes { good: *good, bad: *bad })
+                },
+                no_more_nodes: self.no_more_nodes,
+                no_more_referees: self.no_more_referees,
+            })
+        }
+    }
+
+    const UNFIT: u8 = 255;
+
+    fn verified(nodes: &[u8]) -> Decision {
+        Decision::Verified { members: nodes.iter().map(|i| n(*i)).collect() }
+    }
+
+    fn referees(count: u32, answers: &[u8]) -> Decision {
+        Decision::MoreReferees { count, answers: answers.iter().map(|a| h(*a)).collect() }
+    }
+
+    #[test]
+    fn what_follows_from_ballots_and_votes() {
+        let more = |count| Decision::MoreNodes { count };
+        let audited = |given: Given| Given { audited: true, ..given };
+        let alone = |given: Given| Given { no_more_referees: true, ..given };
+        let new = Given::new;
+        let all = &[(1, 1), (2, 1), (3, 1)];
+        let outlier = &[(1, 1), (2, 90), (3, 1)];
+        let near = &[(1, 1), (2, 2), (3, 3)];
+        let table = [
+            (new(all, &[]), verified(&[1, 2, 3])),
+            (new(&[], &[]), more(2)),
+            (new(&[(1, 1), (2, 1)], &[]).exhausted(), verified(&[1, 2])),
+            // An audit: one referee, and two more if it objects.
+            (audited(new(all, &[])), referees(1, &[1])),
+            (audited(new(all, &[(1, 1, 0)])), verified(&[1, 2, 3])),
+            (audited(new(all, &[(1, 0, 1)])), referees(2, &[1])),
+            (audited(new(all, &[(1, 1, 1)])), referees(1, &[1])),
+            (audited(new(all, &[(1, 2, 1)])), verified(&[1, 2, 3])),
+            // Two of three decide over all replicas.
+            (audited(new(all, &[(1, 1, 2)])), more(2)),
+            (audited(new(all, &[(1, 1, 2)])).exhausted(), Decision::NoQuorum),
+            // Nobody is left who could decide: the replicas' word stands, unless two referees deny it.
+            (audited(new(all, &[(1, 0, 1)])).exhausted(), verified(&[1, 2, 3])),
+            (audited(new(all, &[(1, 0, 2)])).exhausted(), Decision::NoQuorum),
+            // Inequality is always refereed.
+            (new(outlier, &[]), referees(1, &[1, 90])),
+            (new(outlier, &[(1, 1, 0), (90, 0, 1)]), referees(2, &[90])),
+            (new(outlier, &[(1, 3, 0), (90, 0, 3)]), verified(&[1, 3])),
+            (new(outlier, &[(1, 0, 3), (90, 3, 0)]), more(2)),
+            (alone(new(outlier, &[])), verified(&[1, 3])),
+            (new(&[(1, 1), (2, UNFIT), (3, 1)], &[]), referees(1, &[1])),
+            (new(&[(1, 1), (2, UNFIT), (3, 1)], &[(1, 1, 0)]), verified(&[1, 3])),
+            // Near ties agree once each is confirmed, and never without.
+            (new(near, &[(1, 1, 0), (2, 1, 0), (3, 1, 0)]), verified(&[1, 2, 3])),
+            (new(near, &[(1, 1, 0), (2, 1, 0), (3, 0, 3)]), verified(&[1, 2])),
+            (alone(new(near, &[])), more(2)),
+            (new(near, &[(1, 1, 0), (2, 1, 0), (3, 0, 1)]).exhausted(), verified(&[1, 2])),
+            (new(&[(1, 1), (2, 20), (3, 90)], &[(1, 1, 0), (20, 1, 0), (90, 1, 0)]), more(2)),
+            // One node has one ballot.
+            (new(&[(1, 1), (1, 1), (1, 1)], &[]).exhausted(), Decision::NoQuorum),
+            (alone(new(&[(1, 1), (2, 1), (3, 20), (4, 20), (5, 90), (6, 90)], &[])), more(1)),
+            (
+                alone(new(&[(1, 1), (2, 1), (3, 1), (4, 20), (5, 20), (6, 20), (7, 90)], &[])),
+                Decision::NoQuorum,
+            ),
+        ];
+        for (given, expected) in table {
+            assert_eq!(given.decide(), expected, "{given:?}");
+        }
+    }
+
+    fn given() -> impl Strategy<Value = Given> {
+        let answers = prop::sample::select(vec![1_u8, 2, 3, 20, 90, UNFIT]);
+        let ballots = prop::collection::vec(answers, 0..7);
+        let votes = prop::collection::vec((0_u32..4, 0_u32..4), 5);
+        (ballots, votes, any::<(bool, bool, bool)>()).prop_map(|(answers, votes, flags)| Given {
+            ballots: (0..).zip(answers).collect(),
+            votes: [1, 2, 3, 20, 90].into_iter().zip(votes).map(|(a, (good, bad))| (a, good, bad)).collect(),
+            audited: flags.0,
+            no_more_nodes: flags.1,
+            no_more_referees: flags.2,
+        })
     }
 
     proptest! {
         #[test]
-        fn order_never_matters_and_a_dissenter_never_verifies(
-            outputs in proptest::collection::vec(0_u8..4, 0..7),
-            exhausted in any::<bool>(),
-            rotation in 0_usize..7,
-        ) {
-            let results: Vec<_> = outputs
-                .iter()
-                .enumerate()
-                .map(|(i, o)| (NodeId([u8::try_from(i).unwrap(); 32]), Hash32([*o; 32])))
-                .collect();
-            let decision = decide(3, &results, exhausted);
-            let mut rotated = results.clone();
-            if !rotated.is_empty() {
-                let by = rotation % rotated.len();
-                rotated.rotate_left(by);
-            }
-            prop_assert_eq!(&decide(3, &rotated, exhausted), &decision);
-            if !matches!(decision, Decision::Verified { .. }) && results.len() >= 3 {
-                let mut more = results;
-                more.push((NodeId([99; 32]), Hash32([200; 32])));
-                prop_assert!(!matches!(decide(3, &more, exhausted), Decision::Verified { .. }), "unverified became verified");
+        fn the_order_of_results_never_matters(given in given(), rotation in 0_usize..7) {
+            let mut rotated = given.clone();
+            let by = rotation % rotated.ballots.len().max(1);
+            rotated.ballots.rotate_left(by);
+            prop_assert_eq!(rotated.decide(), given.decide());
+        }
+
+        #[test]
+        fn a_dissenter_never_verifies(given in given(), votes in (0_u32..4, 0_u32..4), fit in any::<bool>()) {
+            let mut more = given.clone();
+            more.ballots.push((99, if fit { 200 } else { UNFIT }));
+            more.votes.push((200, votes.0, votes.1));
+            // Below k something is missing, not in dispute.
+            if given.ballots.len() >= 3 && !matches!(given.decide(), Decision::Verified { .. }) {
+                prop_assert!(!matches!(more.decide(), Decision::Verified { .. }), "{:?}", given);
             }
         }
 
         #[test]
-        fn a_strict_majority_of_honest_nodes_wins(dishonest in proptest::collection::vec(1_u8..4, 0..4), extra in 0_usize..2) {
-            let honest = dishonest.len() + 1 + extra;
-            let mut results: Vec<_> = (0..honest).map(|i| (NodeId([u8::try_from(i).unwrap(); 32]), Hash32::ZERO)).collect();
-            results.extend(dishonest.iter().enumerate().map(|(i, o)| (NodeId([u8::try_from(100 + i).unwrap(); 32]), Hash32([*o; 32]))));
-            if results.len() >= 3 {
-                let members: Vec<_> = (0..honest).map(|i| NodeId([u8::try_from(i).unwrap(); 32])).collect();
-                prop_assert_eq!(decide(3, &results, true), Decision::Verified { members });
+        fn a_verified_set_is_a_majority_of_mutually_agreeing_results(given in given()) {
+            let Decision::Verified { members } = given.decide() else { return Ok(()) };
+            prop_assert!(members.len() >= 2 && 2 * members.len() > given.ballots.len().max(3));
+            let answer = |node: &NodeId| given.ballots.iter().find(|(i, _)| n(*i) == *node).unwrap().1;
+            let standing = |answer: u8| {
+                let (_, good, bad) = given.votes.iter().find(|(a, ..)| *a == answer).unwrap();
+                Votes { good: *good, bad: *bad }.standing()
+            };
+            for a in members.iter().map(answer) {
+                prop_assert!(a != UNFIT && standing(a) != Standing::Refuted);
+                for b in members.iter().map(answer) {
+                    let confirmed = standing(a) == Standing::Confirmed && standing(b) == Standing::Confirmed;
+                    prop_assert!(a == b || (a / 10 == b / 10 && confirmed));
+                }
             }
+        }
+
+        #[test]
+        fn a_strict_majority_of_honest_nodes_and_referees_wins(
+            dishonest in prop::collection::vec(prop::sample::select(vec![2_u8, 20, 90, UNFIT]), 0..4),
+            extra in 0_usize..2,
+            lies in 0_u32..2,
+            audited in any::<bool>(),
+        ) {
+            let honest = dishonest.len() + 1 + extra;
+            prop_assume!(honest + dishonest.len() >= 3 && honest + dishonest.len() <= 7);
+            let mut given = Given { audited, ..Given::default() };
+            given.ballots = (0..honest).map(|i| (u8::try_from(i).unwrap(), 1)).collect();
+            given.ballots.extend((100..).zip(dishonest));
+            // Of three referees at most one lies.
+            given.votes = vec![(1, 3 - lies, lies)];
+            given.votes.extend([2, 20, 90].map(|answer| (answer, lies, 3 - lies)));
+            let Decision::Verified { members } = given.decide() else { panic!("{given:?}: {:?}", given.decide()) };
+            prop_assert_eq!(members, (0..honest).map(|i| n(u8::try_from(i).unwrap())).collect::<Vec<_>>());
         }
     }
 }

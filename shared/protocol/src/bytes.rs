@@ -109,6 +109,17 @@ fixed_bytes!(
     65
 );
 
+fixed_bytes!(
+    /// A dispatcher: the key by which its draws are verified, a ristretto255 point.
+    VrfKey,
+    32
+);
+fixed_bytes!(
+    /// The proof of a draw (RFC 9381).
+    VrfProof,
+    80
+);
+
 /// Variable-length bytes as hex text, for serde's `with`.
 pub mod hex_bytes {
     use super::{Deserialize, Deserializer, Serializer, parse_hex};

@@ -41,12 +41,12 @@ pub fn decline_digest(domain: &Domain, slot: &Slot, reason: &str) -> Hash32 {
         .keccak()
 }
 
-/// Root over the commitments of an attempt in the order of the draw; the post draw depends on it,
-/// so that nobody knows who is delivered or audited before everybody has committed.
-pub fn commitments_root(commitments: &[(NodeId, Hash32)]) -> Hash32 {
-    let mut encoder = Encoder::new("infera.commitments.v1");
-    for (node, commitment) in commitments {
-        encoder = encoder.fixed(&node.0).fixed(&commitment.0);
+/// Root over what came of an attempt's slots in the order of the draw, as (node, code of the outcome, commitment or
+/// zero); the post draw depends on it, so that nobody knows who is delivered or audited before everybody has committed.
+pub fn commitments_root(slots: &[(NodeId, u8, Hash32)]) -> Hash32 {
+    let mut encoder = Encoder::new("infera.commitments.v2");
+    for (node, outcome, commitment) in slots {
+        encoder = encoder.fixed(&node.0).u8(*outcome).fixed(&commitment.0);
     }
     encoder.keccak()
 }

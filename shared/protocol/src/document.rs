@@ -4,17 +4,17 @@
 //! and compares bytes, so that a document can't be changed without a check noticing.
 
 use crate::{
-    agreement::Decision,
-    agreement::{decide, quorum},
+    agreement::{Decision, quorum},
     assignment::{assign_message, epoch_of, post_message},
     bytes::{Address, Hash32, NodeId},
     evidence::Evidence,
-    identity::{Domain, verify},
+    identity::Domain,
     merkle::root_of,
     money::cost_micro,
     receipt::{Receipt, UnpaidReason},
     registry::{History, Manifest, Registry},
     request::{MAX_REPLICAS, MIN_REPLICAS},
+    vrf,
 };
 use serde::{Deserialize, Serialize};
 
@@ -143,7 +143,10 @@ pub fn check(bytes: &[u8], manifest: &Manifest, registries: &History) -> Report 
     check_registry(&mut report, &document.receipt, registries);
     check_anchor(&mut report, &document);
     match &document.evidence {
-        Some(evidence) => check_evidence(&mut report, &document.receipt, evidence),
+        Some(evidence) => {
+            check_terms(&mut report, evidence, registries);
+            check_evidence(&mut report, &document.receipt, evidence);
+        }
         None => report
             .skip("evidence", "the document has none: fetch it with the API key of the account that asked"),
     }
@@ -191,13 +194,13 @@ fn check_receipt(report: &mut Report, receipt: &Receipt, manifest: &Manifest) {
         &receipt.eligible_root,
     );
     report.push(
-        "assignment signature",
-        verify(&receipt.dispatcher, &assign, &receipt.assign_signature).map_err(|e| e.to_string()),
+        "assignment proof",
+        vrf::verify(&receipt.dispatcher, &assign, &receipt.assign_proof).map_err(|e| e.to_string()),
     );
     let post = post_message(&domain, &receipt.request_hash, receipt.attempt, &receipt.commitments_root);
     report.push(
-        "post-draw signature",
-        verify(&receipt.dispatcher, &post, &receipt.post_signature).map_err(|e| e.to_string()),
+        "post-draw proof",
+        vrf::verify(&receipt.dispatcher, &post, &receipt.post_proof).map_err(|e| e.to_string()),
     );
     let (first, last) = (epoch_of(receipt.submitted_at_ms), epoch_of(receipt.decided_at_ms));
     report.push(
@@ -248,6 +251,31 @@ fn check_registry(report: &mut Report, receipt: &Receipt, registries: &History) 
         "calibration",
         ensure(calibrated, || "another calibration than that of the registry in force".into()),
     );
+}
+
+/// The terms are those of the model in the registry whose calibration the receipt names.
+fn check_terms(report: &mut Report, evidence: &Evidence, registries: &History) {
+    let terms = &evidence.terms;
+    let mut versions = registries.in_force(evidence.submitted_at_ms, evidence.decided_at_ms);
+    let holds = versions.any(|registry| {
+        registry.calibration == terms.calibration
+            && registry.by_root(&evidence.request.model_root).is_some_and(|model| {
+                model.similarity_threshold_millionths == terms.similarity_threshold_millionths
+                    && model.vocab_size == terms.vocab_size
+            })
+    });
+    match registries.unknown_before(evidence.submitted_at_ms) {
+        Some(hash) if !holds => {
+            report
+                .skip("terms", &format!("the registry {hash}, in force when it was submitted, is not there"));
+        }
+        _ => report.push(
+            "terms",
+            ensure(holds, || {
+                "threshold, vocabulary or calibration are not those of the registry in force".into()
+            }),
+        ),
+    }
 }
 
 /// What the receipt alone says about its majority and who is paid for it.
@@ -315,17 +343,33 @@ fn check_evidence(report: &mut Report, receipt: &Receipt, evidence: &Evidence) {
     report.push("draw", evidence.check_assignment().map_err(|e| e.to_string()));
     report.push("commitments and reveals", evidence.check_slots().map_err(|e| e.to_string()));
     report.push("post draw", evidence.check_post().map_err(|e| e.to_string()));
+    report.push("referees", evidence.check_referees().map_err(|e| e.to_string()));
     report.push(
         "agreement",
-        match decide(evidence.k, &evidence.results(), true) {
+        match evidence.decide(true) {
             Decision::Verified { members } => {
                 let mut named: Vec<_> = receipt.verified.iter().map(|v| v.node).collect();
                 named.sort();
                 ensure(named == members, || "another verified set follows from the reveals".into())
             }
+            Decision::MoreReferees { .. } => Err("a referee was due and there is no report".into()),
             _ => Err("the reveals have no quorum".into()),
         },
     );
+    let answers: std::collections::BTreeSet<Hash32> =
+        receipt.verified.iter().map(|v| v.output_hash).collect();
+    if answers.len() > 1 {
+        report.skip(
+            "similarity",
+            "how alike the different texts are was measured by the verifier; compute their embeddings to check it",
+        );
+    }
+    if !evidence.unfit.is_empty() {
+        report.skip(
+            "fitness",
+            "that a result breaks the grammar was found by the verifier; the model's tokenizer is needed to check it",
+        );
+    }
     report.push(
         "every field",
         match Receipt::build(evidence) {

@@ -4,15 +4,19 @@
 //! | section | module |
 //! |---|---|
 //! | 1 identities | [`identity`], [`registry`] |
+//! | 2 admission | [`admission`] |
 //! | 3 request | [`request`], [`grammar`] |
-//! | 4 assignment | [`assignment`] |
+//! | 4 assignment | [`assignment`], [`vrf`] |
 //! | 5 generation | [`sampling`], [`mask`], [`fingerprint`] |
 //! | 6 commit and reveal | [`commitment`] |
 //! | 7 agreement | [`agreement`], [`calibration`] |
-//! | 8 referees, trust | [`referee`] |
+//! | 7, 8 what follows from evidence | [`judgement`] |
+//! | 8 referees | [`referee`] |
+//! | 8 trust | [`trust`] |
 //! | 1, 6, 10 what contracts check | [`typed`] |
 //! | 10 settlement | [`evidence`], [`receipt`], [`document`], [`merkle`], [`money`] |
 
+pub mod admission;
 pub mod agreement;
 pub mod assignment;
 pub mod bytes;
@@ -25,6 +29,7 @@ pub mod grammar;
 pub mod hash;
 pub mod identity;
 pub mod ids;
+pub mod judgement;
 mod logits;
 pub mod mask;
 pub mod merkle;
@@ -34,4 +39,6 @@ pub mod referee;
 pub mod registry;
 pub mod request;
 pub mod sampling;
+pub mod trust;
 pub mod typed;
+pub mod vrf;

@@ -4,10 +4,10 @@
 //! field. Its leaf is the double keccak of the ABI-encoded fields, as a contract would compute it.
 
 use crate::{
-    agreement::{Decision, FULL_SIMILARITY_MILLIONTHS, decide},
-    assignment::{beta, eligible_root, order_nodes},
-    bytes::{Address, Hash32, NodeId, Signature},
-    evidence::{Evidence, EvidenceError, SlotOutcome},
+    agreement::{Decision, FULL_SIMILARITY_MILLIONTHS},
+    assignment::{eligible_root, order_nodes},
+    bytes::{Address, Hash32, NodeId, VrfKey, VrfProof},
+    evidence::{Evidence, EvidenceError, RefereeOutcome, SlotOutcome},
     hash::{Encoder, keccak},
     money::cost_micro,
     request::Output,
@@ -43,6 +43,7 @@ pub struct Receipt {
     pub verified: Vec<VerifiedNode>,
     /// Drawn but not paid, with the reason.
     pub unpaid: Vec<Unpaid>,
+    /// Those who reported, in the order of their draw.
     pub referees: Vec<NodeId>,
     pub lowest_similarity_millionths: u32,
     pub prompt_tokens: u32,
@@ -51,12 +52,12 @@ pub struct Receipt {
     pub price_micro: u64,
     pub charged_micro: u64,
     pub payments: Vec<Payment>,
-    pub dispatcher: NodeId,
+    pub dispatcher: VrfKey,
     pub eligible_root: Hash32,
     pub commitments_root: Hash32,
     pub evidence_root: Hash32,
-    pub assign_signature: Signature,
-    pub post_signature: Signature,
+    pub assign_proof: VrfProof,
+    pub post_proof: VrfProof,
     pub submitted_at_ms: i64,
     pub decided_at_ms: i64,
 }
@@ -82,6 +83,8 @@ pub enum UnpaidReason {
     Mismatch,
     Declined,
     Disconnected,
+    Busy,
+    Refereed,
 }
 
 /// A drawn node that earns nothing.
@@ -119,11 +122,10 @@ impl Receipt {
     /// # Errors
     /// No quorum in the evidence, or a price that overflows.
     pub fn build(evidence: &Evidence) -> Result<Self, ReceiptError> {
-        let results = evidence.results();
-        let Decision::Verified { members } = decide(evidence.k, &results, true) else {
+        let Decision::Verified { members } = evidence.decide(true) else {
             return Err(ReceiptError::NoQuorum);
         };
-        let ordered = order_nodes(&beta(&evidence.post_signature), &members);
+        let ordered = order_nodes(&evidence.beta2(), &members);
         let verified: Vec<(VerifiedNode, &Output)> = ordered
             .iter()
             .filter_map(|node| {
@@ -149,19 +151,24 @@ impl Receipt {
             attempt: evidence.attempt,
             model_root: evidence.request.model_root,
             class: evidence.class.clone(),
-            calibration_hash: evidence.calibration_hash,
+            calibration_hash: evidence.terms.calibration.hash(),
             prompt_hash: prompt_hash(&evidence.salt, &evidence.request.prompt),
             output_hash: first.output_hash,
             asked_k: evidence.k,
-            k: evidence.k.max(count(results.len())),
+            k: evidence.k.max(count(evidence.revealed().count())),
             payments: verified
                 .iter()
                 .map(|(v, _)| Payment { operator: v.operator, amount_micro: each })
                 .collect(),
             unpaid: unpaid(evidence, &members),
             verified: verified.into_iter().map(|(v, _)| v).collect(),
-            referees: Vec::new(),
-            lowest_similarity_millionths: FULL_SIMILARITY_MILLIONTHS,
+            referees: evidence
+                .referees
+                .iter()
+                .filter(|r| r.outcome == RefereeOutcome::Reported)
+                .map(|r| r.node)
+                .collect(),
+            lowest_similarity_millionths: lowest_similarity(evidence, &members),
             prompt_tokens,
             output_tokens,
             price_micro: evidence.price_micro,
@@ -170,8 +177,8 @@ impl Receipt {
             eligible_root: eligible_root(&evidence.eligible),
             commitments_root: evidence.commitments_root(),
             evidence_root: evidence.root()?,
-            assign_signature: evidence.assign_signature,
-            post_signature: evidence.post_signature,
+            assign_proof: evidence.assign_proof,
+            post_proof: evidence.post_proof,
             submitted_at_ms: evidence.submitted_at_ms,
             decided_at_ms: evidence.decided_at_ms,
         })
@@ -183,7 +190,7 @@ impl Receipt {
     }
 
     /// `abi.encode` of the fields in their order: integers as uint256, hashes as bytes32, ids
-    /// left-aligned as bytes16, class as string, signatures as bytes, lists as arrays of tuples.
+    /// left-aligned as bytes16, class as string, proofs as bytes, lists as arrays of tuples.
     pub fn abi_encode(&self) -> Vec<u8> {
         let verified = self.verified.iter().map(|v| vec![v.node.0, address(&v.operator), v.output_hash.0]);
         let unpaid = self
@@ -221,8 +228,8 @@ impl Receipt {
         abi.word(self.eligible_root.0);
         abi.word(self.commitments_root.0);
         abi.word(self.evidence_root.0);
-        abi.bytes(&self.assign_signature.0);
-        abi.bytes(&self.post_signature.0);
+        abi.bytes(&self.assign_proof.0);
+        abi.bytes(&self.post_proof.0);
         abi.word(uint(u64::try_from(self.submitted_at_ms).unwrap_or(0)));
         abi.word(uint(u64::try_from(self.decided_at_ms).unwrap_or(0)));
         abi.encode()
@@ -238,8 +245,24 @@ impl UnpaidReason {
             Self::Mismatch => 4,
             Self::Declined => 5,
             Self::Disconnected => 6,
+            Self::Busy => 7,
+            Self::Refereed => 8,
         }
     }
+}
+
+/// Of the verified results, the two that are least alike.
+pub fn lowest_similarity(evidence: &Evidence, members: &[NodeId]) -> u32 {
+    let mut answers: Vec<Hash32> = evidence
+        .ballots()
+        .iter()
+        .filter(|ballot| members.contains(&ballot.node))
+        .map(|ballot| ballot.answer)
+        .collect();
+    answers.sort();
+    answers.dedup();
+    let pairs = answers.iter().enumerate().flat_map(|(i, a)| answers[..i].iter().map(move |b| (a, b)));
+    pairs.filter_map(|(a, b)| evidence.similarity(a, b)).min().unwrap_or(FULL_SIMILARITY_MILLIONTHS)
 }
 
 fn unpaid(evidence: &Evidence, verified: &[NodeId]) -> Vec<Unpaid> {
@@ -257,6 +280,8 @@ fn unpaid(evidence: &Evidence, verified: &[NodeId]) -> Vec<Unpaid> {
                 SlotOutcome::Mismatch => UnpaidReason::Mismatch,
                 SlotOutcome::Declined => UnpaidReason::Declined,
                 SlotOutcome::Disconnected => UnpaidReason::Disconnected,
+                SlotOutcome::Busy => UnpaidReason::Busy,
+                SlotOutcome::Refereed => UnpaidReason::Refereed,
             },
         })
         .collect()

@@ -1,7 +1,7 @@
 //! What a verifier trusts before it looks: the network's manifest and the model registry.
 
 use crate::{
-    bytes::{Hash32, NodeId},
+    bytes::{Hash32, VrfKey},
     calibration::Calibration,
     hash::keccak,
     identity::Domain,
@@ -18,7 +18,7 @@ pub struct Manifest {
     /// A JSON-RPC endpoint to start with; `infera verify --rpc` overrides it.
     pub rpc_url: String,
     /// Keys of the dispatchers whose draws count.
-    pub dispatchers: Vec<NodeId>,
+    pub dispatchers: Vec<VrfKey>,
     /// [`Registry::hash`] of the registry in force; through it, of all before it ([`History`]).
     pub registry_hash: Hash32,
 }

@@ -5,26 +5,32 @@
 //! ```
 
 use ed25519_dalek::SigningKey;
-use infera_protocol::agreement::{Decision, decide};
+use infera_protocol::agreement::Decision;
 use infera_protocol::assignment::{
-    self, Eligible, assign_message, beta, draw, eligible_root, order_nodes, post_message,
+    self, Eligible, assign_message, beta, draw, eligible_root, of_class, order_nodes, post_message,
 };
 use infera_protocol::bytes::{Address, Hash32, NodeId};
 use infera_protocol::calibration::{Bounds, Calibration, Pair};
-use infera_protocol::commitment::{Slot, commitment, commitments_root, decline_digest};
-use infera_protocol::evidence::{Evidence, SlotOutcome};
+use infera_protocol::commitment::{Slot, commitment, decline_digest};
+use infera_protocol::evidence::{
+    Evidence, RefereeEvidence, RefereeOutcome, SlotOutcome, SubjectReport, Terms,
+};
 use infera_protocol::fingerprint::{Entry, Fingerprint};
 use infera_protocol::hash::keccak;
 use infera_protocol::identity::{Domain, node_id, sign};
 use infera_protocol::receipt::Receipt;
+use infera_protocol::referee::{Report, TokenScore, report_digest};
 use infera_protocol::registry::{Manifest, Model, Registry};
 use infera_protocol::request::{Finish, Output, Request};
 use infera_protocol::sampling::SamplingParams;
+use infera_protocol::vrf::VrfSecret;
 use infera_wire::{convert, v1};
 use uuid::Uuid;
 
 /// Log-probability -0.5 as f16 bits, for candidates that are tied.
 const TIED: u16 = 0xb800;
+/// What the dispatcher's secret is made from.
+pub const DISPATCHER_SEED: [u8; 32] = [0xd1; 32];
 const SUBMITTED_AT_MS: i64 = 1_790_000_000_000;
 
 /// Manifest, registry and the dispatcher's key.
@@ -32,25 +38,28 @@ const SUBMITTED_AT_MS: i64 = 1_790_000_000_000;
 pub struct Network {
     pub manifest: Manifest,
     pub registry: Registry,
-    pub dispatcher: SigningKey,
+    pub dispatcher: VrfSecret,
 }
 
 impl Network {
-    /// A network with one model, `synthetic`, whose weights nobody has.
+    /// A network with one model, `synthetic`, whose weights are [`weights`].
     pub fn new() -> Self {
-        Self::serving(vec![model("synthetic", Hash32([0x11; 32]))])
+        Self::serving(vec![Model {
+            weights_bytes: weights().len() as u64,
+            ..model("synthetic", Hash32(*blake3::hash(&weights()).as_bytes()))
+        }])
     }
 
     /// A network that serves `models`.
     pub fn serving(models: Vec<Model>) -> Self {
         let calibration = calibration();
         let registry = Registry { models, releases: Vec::new(), calibration, replaces: None };
-        let dispatcher = SigningKey::from_bytes(&[0xd1; 32]);
+        let dispatcher = VrfSecret::from_seed(&DISPATCHER_SEED).expect("a seed has a secret");
         let manifest = Manifest {
             network: "infera-synthetic".to_owned(),
             domain: Domain { chain_id: 31_337, contract: Address([0xc0; 20]) },
             rpc_url: "http://127.0.0.1:8545".to_owned(),
-            dispatchers: vec![node_id(&dispatcher)],
+            dispatchers: vec![dispatcher.key()],
             registry_hash: registry.hash().expect("a registry is JSON"),
         };
         Self { manifest, registry, dispatcher }
@@ -70,6 +79,11 @@ impl Default for Network {
     fn default() -> Self {
         Self::new()
     }
+}
+
+/// The file of the model `synthetic`: no model, but bytes that can be proved.
+pub fn weights() -> Vec<u8> {
+    (0..100_000_u32).map(|i| (i.wrapping_mul(2_654_435_761) >> 24) as u8).collect()
 }
 
 /// Bounds between all pairs of `exact` and `fast`, for synthetic answers.
@@ -137,6 +151,23 @@ impl Answer {
     }
 }
 
+/// What a drawn referee did.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Referee {
+    /// Confirms all answers but those with these tokens, and notices a planted defect.
+    Denies(Vec<Vec<u32>>),
+    /// Confirms everything without a look.
+    Lazy,
+    Silent,
+}
+
+impl Referee {
+    /// Confirms all answers.
+    pub fn confirms() -> Self {
+        Self::Denies(Vec::new())
+    }
+}
+
 /// One request and what the drawn nodes answered. Change the fields at will before
 /// [`Case::collected`] signs everything.
 #[derive(Clone)]
@@ -157,6 +188,12 @@ pub struct Case {
     pub nodes: u8,
     /// In the order of the draw.
     pub answers: Vec<Answer>,
+    /// How often equal answers are audited, of every operator.
+    pub audit_ppm: u32,
+    /// Slots that the post draw covers: those of the first round. `None`: all.
+    pub post_slots: Option<u32>,
+    /// In the order of their draw.
+    pub referees: Vec<Referee>,
     pub exhausted: bool,
 }
 
@@ -189,6 +226,9 @@ impl Case {
             class: "exact".to_owned(),
             nodes: 5,
             answers: vec![Answer::tokens(&[504, 2]); 3],
+            audit_ppm: 0,
+            post_slots: None,
+            referees: Vec::new(),
             exhausted: false,
         }
     }
@@ -233,9 +273,18 @@ impl Case {
         let nodes = (1..=self.nodes).map(|n| Eligible {
             node: node_id(&key(n)),
             operator: operator(n),
+            class: self.class.clone(),
             weight: u32::from(n % 3) + 1,
+            audit_ppm: self.audit_ppm,
         });
         assignment::freeze(nodes.collect())
+    }
+
+    /// With these referees, in the order of their draw.
+    #[must_use]
+    pub fn referees(mut self, referees: impl Into<Vec<Referee>>) -> Self {
+        self.referees = referees.into();
+        self
     }
 
     /// What the dispatcher publishes, signed by it and by the nodes.
@@ -246,40 +295,94 @@ impl Case {
         let root = eligible_root(&eligible);
         let assign =
             assign_message(&domain, self.request.id, &request_hash, self.k, self.attempt, self.epoch, &root);
-        let assign_signature = sign(&self.network.dispatcher, &assign);
-        let drawn = draw(&beta(&assign_signature), &eligible);
+        let assign_proof = self.network.dispatcher.prove(&assign);
+        let drawn = draw(&beta(&assign_proof), of_class(&eligible, &self.class));
         assert!(self.answers.len() <= drawn.len(), "more answers than nodes: raise `nodes`");
         let slots: Vec<v1::SlotResult> =
             self.answers.iter().zip(&drawn).map(|(answer, node)| self.slot(node, answer)).collect();
-        let commitments: Vec<(NodeId, Hash32)> = slots
-            .iter()
-            .filter_map(|slot| {
-                let commit = slot.commit.as_ref()?;
-                let digest = Hash32::try_from(commit.commitment.as_slice()).expect("32 bytes");
-                Some((NodeId::try_from(slot.node.as_slice()).expect("32 bytes"), digest))
-            })
-            .collect();
-        let post = post_message(&domain, &request_hash, self.attempt, &commitments_root(&commitments));
-        v1::ResultsCollected {
+        let mut collected = v1::ResultsCollected {
             funded: Some(self.funded()),
             attempt: self.attempt,
             round: self.round,
             epoch: self.epoch,
             class: self.class.clone(),
             eligible: eligible.iter().map(convert::eligible_to_wire).collect(),
-            dispatcher: node_id(&self.network.dispatcher).to_vec(),
-            assign_signature: assign_signature.to_vec(),
-            post_signature: sign(&self.network.dispatcher, &post).to_vec(),
+            dispatcher: self.network.dispatcher.key().to_vec(),
+            assign_proof: assign_proof.to_vec(),
+            post_proof: vec![0; 80],
+            post_slots: self.post_slots.unwrap_or(u32::try_from(slots.len()).expect("few slots")),
             slots,
             collected_at_ms: self.submitted_at_ms + 900,
             exhausted: self.exhausted,
+            referees: Vec::new(),
+        };
+        let mut evidence = self.read(&collected);
+        let post = post_message(&domain, &request_hash, self.attempt, &evidence.commitments_root());
+        evidence.post_proof = self.network.dispatcher.prove(&post);
+        collected.post_proof = evidence.post_proof.to_vec();
+        let order: Vec<Eligible> = evidence.referee_order().into_iter().cloned().collect();
+        for (referee, node) in self.referees.iter().zip(&order) {
+            let did = self.refereed(&evidence, node, referee);
+            collected.referees.push(convert::referee_to_wire(&did, ""));
         }
+        assert_eq!(collected.referees.len(), self.referees.len(), "more referees than nodes: raise `nodes`");
+        collected
+    }
+
+    fn terms(&self) -> Terms {
+        let model = self.network.registry.by_id(&self.model).expect("the registry lists the model");
+        Terms {
+            calibration: self.network.registry.calibration.clone(),
+            similarity_threshold_millionths: model.similarity_threshold_millionths,
+            vocab_size: model.vocab_size,
+        }
+    }
+
+    fn read(&self, collected: &v1::ResultsCollected) -> Evidence {
+        let domain = self.network.manifest.domain;
+        convert::evidence(collected, domain, self.terms(), self.submitted_at_ms + 1_000)
+            .expect("a case is well formed")
+    }
+
+    fn refereed(&self, evidence: &Evidence, node: &Eligible, referee: &Referee) -> RefereeEvidence {
+        let key = self.key_of(&node.node);
+        let answers = evidence.answers();
+        let asked: Vec<Hash32> = answers.iter().map(|(hash, ..)| *hash).collect();
+        let margin_micro = |output: &Output| match referee {
+            Referee::Denies(denied) => {
+                let known = asked.contains(&output.hash());
+                if !known || denied.contains(&output.tokens) { u32::MAX } else { 0 }
+            }
+            Referee::Lazy | Referee::Silent => 0,
+        };
+        let report = |output: Output| {
+            let fingerprint =
+                Fingerprint::new(vec![Entry { token: 0, logprob: TIED }]).expect("one candidate");
+            let score =
+                |_| TokenScore { margin_micro: margin_micro(&output), fingerprint: fingerprint.clone() };
+            let scores = Report { scores: (0..output.tokens.len()).map(score).collect() }.encode();
+            let (subject, hash) = (output.hash(), evidence.request_hash());
+            let digest = report_digest(&evidence.domain, &hash, self.attempt, &node.node, &subject, &scores);
+            SubjectReport { subject, scores, signature: sign(&key, &digest) }
+        };
+        let silent = *referee == Referee::Silent;
+        let subjects = if silent { Vec::new() } else { evidence.subjects(&node.node, &asked) };
+        RefereeEvidence {
+            node: node.node,
+            operator: node.operator,
+            outcome: if silent { RefereeOutcome::NoReport } else { RefereeOutcome::Reported },
+            reports: subjects.into_iter().map(report).collect(),
+        }
+    }
+
+    fn key_of(&self, node: &NodeId) -> SigningKey {
+        (1..=self.nodes).map(key).find(|key| node_id(key) == *node).expect("a node of ours")
     }
 
     fn slot(&self, node: &Eligible, answer: &Answer) -> v1::SlotResult {
         let domain = self.network.manifest.domain;
         let place = Slot { request_hash: self.request.hash(&domain), attempt: self.attempt, node: node.node };
-        let key = (1..=self.nodes).map(key).find(|key| node_id(key) == node.node).expect("a node of ours");
+        let key = self.key_of(&node.node);
         let salt = keccak(&[b"slot salt", &node.node.0]);
         let id = self.request.id.as_bytes().to_vec();
         let commit = |output: &Output| {
@@ -309,36 +412,36 @@ impl Case {
             Answer::Declined => (SlotOutcome::Declined, None, None),
             Answer::Disconnected => (SlotOutcome::Disconnected, None, None),
         };
-        let decline_signature = match answer {
-            Answer::Declined => sign(&key, &decline_digest(&domain, &place, "full")).to_vec(),
-            _ => Vec::new(),
-        };
+        let decline = (*answer == Answer::Declined).then(|| v1::Decline {
+            request_id: id.clone(),
+            attempt: self.attempt,
+            reason: "full".to_owned(),
+            signature: sign(&key, &decline_digest(&domain, &place, "full")).to_vec(),
+        });
         v1::SlotResult {
             node: node.node.to_vec(),
             operator: node.operator.to_vec(),
             outcome: convert::outcome_to_wire(outcome).into(),
             commit,
             reveal,
-            decline_signature,
+            decline,
             detail: String::new(),
         }
     }
 
     /// The evidence of a verdict that falls one second after submission.
     pub fn evidence(&self) -> Evidence {
-        let calibration = self.network.registry.calibration.hash();
-        let domain = self.network.manifest.domain;
-        convert::evidence(&self.collected(), domain, calibration, self.submitted_at_ms + 1_000)
-            .expect("a case is well formed")
+        self.read(&self.collected())
     }
 
     /// The closing verdict of a case whose answers have a quorum.
     pub fn verified(&self) -> v1::Verdict {
         let evidence = self.evidence();
-        let Decision::Verified { members } = decide(self.k, &evidence.results(), true) else {
+        let decision = evidence.decide(true);
+        let Decision::Verified { members } = &decision else {
             panic!("the answers have no quorum");
         };
-        let nodes = order_nodes(&beta(&evidence.post_signature), &members);
+        let nodes = order_nodes(&evidence.beta2(), members);
         let (_, delivered) =
             evidence.revealed().find(|(slot, _)| slot.node == nodes[0]).expect("a member revealed");
         v1::Verdict {
@@ -356,6 +459,8 @@ impl Case {
                 lowest_similarity_millionths: 1_000_000,
                 prompt_tokens: u32::try_from(self.request.prompt.len()).expect("a short prompt"),
             })),
+            conduct: evidence.conduct(&decision).iter().map(convert::conduct_to_wire).collect(),
+            overturned: evidence.is_overturned(),
         }
     }
 
@@ -372,6 +477,8 @@ impl Case {
                 code: code.to_owned(),
                 reason: "synthetic".to_owned(),
             })),
+            conduct: Vec::new(),
+            overturned: false,
         }
     }
 

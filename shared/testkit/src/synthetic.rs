@@ -13,10 +13,13 @@ use std::time::Duration;
 
 use ed25519_dalek::SigningKey;
 use futures::{SinkExt, StreamExt};
+use infera_protocol::admission::Tree;
 use infera_protocol::bytes::{Address, Hash32, NodeId};
 use infera_protocol::commitment::{Slot, commitment, decline_digest};
+use infera_protocol::fingerprint::Fingerprint;
 use infera_protocol::hash::keccak;
 use infera_protocol::identity::{Domain, HelloClaims, NodeBinding, evm_address, hello_digest, node_id, sign};
+use infera_protocol::referee::{Report, TokenScore, report_digest};
 use infera_protocol::request::{Finish, Output, Request};
 use infera_wire::v1::{self, from_dispatcher, from_node};
 use infera_wire::{Message as _, convert};
@@ -28,7 +31,7 @@ use tokio_tungstenite::tungstenite::Message;
 use tokio_tungstenite::{MaybeTlsStream, WebSocketStream, connect_async};
 use uuid::Uuid;
 
-use crate::evidence::{Network, key, output};
+use crate::evidence::{Network, fingerprint, key, output, weights};
 
 /// Long enough for a loaded machine; only a failing test waits for it.
 const PATIENCE: Duration = Duration::from_secs(30);
@@ -143,9 +146,32 @@ impl SyntheticNode {
         let mut socket = self.dial(address).await;
         let hello = self.hello(&socket.nonce);
         socket.send(from_node::Message::Hello(hello)).await;
+        let challenge = match socket.next().await {
+            Some(from_dispatcher::Message::RangeChallenge(challenge)) => challenge,
+            other => panic!("not asked for the weights: {other:?}"),
+        };
+        socket.send(from_node::Message::RangeProof(self.prove(&challenge))).await;
         match socket.next().await {
             Some(from_dispatcher::Message::Welcome(_)) => socket,
             other => panic!("not welcomed: {other:?}"),
+        }
+    }
+
+    /// The answer to a challenge, from [`weights`].
+    pub fn prove(&self, challenge: &v1::RangeChallenge) -> v1::RangeProof {
+        let file = weights();
+        let tree = Tree::read(file.as_slice()).expect("bytes can be read");
+        let read_at = |offset: u64, buffer: &mut [u8]| {
+            let offset = usize::try_from(offset).expect("a small file");
+            buffer.copy_from_slice(&file[offset..offset + buffer.len()]);
+            Ok(())
+        };
+        let slice = |range: &v1::Range| {
+            tree.slice((range.offset, range.length), read_at).expect("a range of the file")
+        };
+        v1::RangeProof {
+            nonce: challenge.nonce.clone(),
+            slices: challenge.ranges.iter().map(slice).collect(),
         }
     }
 
@@ -206,6 +232,29 @@ impl SyntheticNode {
             attempt: lease.attempt,
             reason: reason.to_owned(),
             signature: sign(&self.key, &decline_digest(&self.domain, &slot, reason)).to_vec(),
+        }
+    }
+
+    /// A referee's report: every token of [`answer`] is right, every other answer is wrong from its first token on.
+    pub fn report(&self, lease: &v1::RefereeLease) -> v1::RefereeReport {
+        let request = convert::request(lease.request.as_ref().expect("a lease has a request"));
+        let request = request.expect("a lease's request is valid");
+        let right = answer(&request).tokens;
+        let report = |subject: &v1::Subject| {
+            let finish = convert::finish("subject.finish", subject.finish).expect("a known finish");
+            let judged = Output { tokens: subject.tokens.clone(), fingerprints: Vec::new(), finish };
+            let margin_micro = if judged.tokens == right { 0 } else { u32::MAX };
+            let print = Fingerprint::decode_first(&fingerprint(&[0])).expect("one candidate").0;
+            let score = TokenScore { margin_micro, fingerprint: print };
+            let scores = Report { scores: vec![score; judged.tokens.len()] }.encode();
+            let (hash, subject) = (request.hash(&self.domain), judged.hash());
+            let digest = report_digest(&self.domain, &hash, lease.attempt, &self.id(), &subject, &scores);
+            v1::SubjectReport { scores, signature: sign(&self.key, &digest).to_vec() }
+        };
+        v1::RefereeReport {
+            request_id: request.id.as_bytes().to_vec(),
+            attempt: lease.attempt,
+            reports: lease.subjects.iter().map(report).collect(),
         }
     }
 
@@ -320,6 +369,15 @@ impl Running {
         self.frames().into_iter().filter_map(lease).collect()
     }
 
+    /// Jobs as a referee received so far.
+    pub fn referee_leases(&self) -> Vec<v1::RefereeLease> {
+        let lease = |frame| match frame {
+            from_dispatcher::Message::RefereeLease(lease) => Some(lease),
+            _ => None,
+        };
+        self.frames().into_iter().filter_map(lease).collect()
+    }
+
     /// Whether the dispatcher cancelled this slot.
     pub fn was_cancelled(&self, request: Uuid, attempt: u32) -> bool {
         self.frames().iter().any(|frame| {
@@ -387,6 +445,16 @@ impl Player {
                             });
                         }
                         from_dispatcher::Message::RevealRequest(asked) => self.reveal(&asked).await,
+                        from_dispatcher::Message::RangeChallenge(challenge) => {
+                            let proof = self.node.prove(&challenge);
+                            self.socket.send(from_node::Message::RangeProof(proof)).await;
+                        }
+                        from_dispatcher::Message::RefereeLease(lease) => {
+                            if self.behaviour != Behaviour::Silent {
+                                let report = self.node.report(&lease);
+                                self.socket.send(from_node::Message::RefereeReport(report)).await;
+                            }
+                        }
                         _ => {}
                     }
                 }

@@ -8,7 +8,7 @@
 //! request.offered             -> dispatcher.offered
 //! results.collected           -> verifier.collected
 //! close.requested             -> verifier.close
-//! verdict.<replica>           -> settlement.verdict, mempool.verdict, gateway.verdict
+//! verdict.<replica>           -> settlement.verdict, mempool.verdict, gateway.verdict, dispatcher.conduct
 //! cancel.requested            -> mempool.cancel
 //! receipt                     -> explorer.receipt
 //! batch.anchored              -> explorer.anchored
@@ -83,6 +83,7 @@ pub mod queues {
     pub const GATEWAY_REJECTED: &str = "gateway.rejected";
     pub const GATEWAY_VERDICT: &str = "gateway.verdict";
     pub const DISPATCHER_OFFERED: &str = "dispatcher.offered";
+    pub const DISPATCHER_CONDUCT: &str = "dispatcher.conduct";
     pub const VERIFIER_COLLECTED: &str = "verifier.collected";
     pub const VERIFIER_CLOSE: &str = "verifier.close";
     pub const EXPLORER_RECEIPT: &str = "explorer.receipt";
@@ -147,6 +148,7 @@ impl Topology {
                 bind(SETTLEMENT_VERDICT, keys::ANY_VERDICT),
                 bind(MEMPOOL_VERDICT, keys::ANY_VERDICT),
                 bind(GATEWAY_VERDICT, keys::ANY_VERDICT),
+                bind(DISPATCHER_CONDUCT, keys::ANY_VERDICT),
                 bind(MEMPOOL_CANCEL, keys::CANCEL_REQUESTED),
                 bind(EXPLORER_RECEIPT, keys::RECEIPT),
                 bind(EXPLORER_ANCHORED, keys::BATCH_ANCHORED),
@@ -224,7 +226,7 @@ mod tests {
         assert_eq!(receivers(keys::CLOSE_REQUESTED), ["verifier.close"]);
         assert_eq!(
             receivers(&keys::verdict("gw-1")),
-            ["settlement.verdict", "mempool.verdict", "gateway.verdict"]
+            ["settlement.verdict", "mempool.verdict", "gateway.verdict", "dispatcher.conduct"]
         );
         assert_eq!(receivers(keys::CANCEL_REQUESTED), ["mempool.cancel"]);
         assert_eq!(receivers(keys::RECEIPT), ["explorer.receipt"]);

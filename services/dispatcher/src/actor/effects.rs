@@ -8,18 +8,20 @@ use actix::{ActorFutureExt, AsyncContext, Context};
 use infera_bus::{BusError, Delivery, Envelope};
 use infera_protocol::bytes::NodeId;
 use infera_protocol::ids::message_id;
+use infera_protocol::trust::{Reason, Rules};
 use infera_runtime::{clock, planned, trace};
 use infera_wire::convert::CloseReason;
 use infera_wire::topology::keys;
 use infera_wire::v1::{self, from_dispatcher};
 use infera_wire::{Message as _, v1::SlotOutcome};
-use sea_orm::DbErr;
+use sea_orm::{DbErr, TransactionTrait};
 use tokio::sync::mpsc::error::TrySendError;
 use tracing::{Instrument, Span};
 use uuid::Uuid;
 
 use super::{Assignments, REPORT_DEBOUNCE, Tools};
 use crate::domain::{Command, Effect};
+use crate::standing::{self, Deed};
 use crate::store::{self, Begun};
 
 /// Waits between tries at a database or broker that is away.
@@ -47,15 +49,21 @@ impl Assignments {
             Effect::AskClose { request, submitted, n } => self.ask_close(request, *submitted, n, ctx),
             Effect::Closed { request } => self.closed(request, ctx),
             Effect::HandBack { request } => self.hand_back(request, ctx),
-            Effect::Equivocated { request, attempt, node, first, second } => {
+            Effect::Equivocated { request, attempt, node, operator, first, second } => {
                 tracing::warn!(%request, attempt, %node, "equivocation: two commitments for one slot");
                 self.tools.metrics.equivocations.inc();
                 let tools = self.tools.clone();
                 let kept = async move {
                     let now = clock::now_ms();
                     let both = [first, second];
-                    let kept = store::keep_equivocation(&tools.db, request, attempt, node, both, now).await;
-                    if let Err(error) = kept {
+                    let deed = Deed::fault(operator, node, request, Reason::Equivocation);
+                    let kept = async {
+                        let tx = tools.db.begin().await?;
+                        store::keep_equivocation(&tx, request, attempt, node, both, now).await?;
+                        standing::note(&tx, &Rules::default(), &tools.calibration, &deed, now).await?;
+                        tx.commit().await
+                    };
+                    if let Err(error) = kept.await {
                         tracing::error!(%error, %request, %node, "proof of equivocation is not kept");
                     }
                 };

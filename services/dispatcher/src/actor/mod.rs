@@ -13,6 +13,7 @@ use std::time::Duration;
 use actix::{Actor, ActorContext, AsyncContext, Context, Handler, Message, MessageResult};
 use infera_bus::{Bus, Delivery, Envelope};
 use infera_protocol::bytes::{Hash32, NodeId};
+use infera_protocol::calibration::Calibration;
 use infera_runtime::{CancellationToken, clock, planned};
 use infera_wire::topology::keys;
 use infera_wire::{Message as _, v1};
@@ -44,6 +45,7 @@ pub struct Tools {
     pub models: Vec<Hash32>,
     pub slots_ttl_ms: i64,
     pub shutdown: CancellationToken,
+    pub calibration: Calibration,
 }
 
 /// The actor.

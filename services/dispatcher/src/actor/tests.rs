@@ -46,13 +46,16 @@ async fn a_node_that_falls_behind_is_cut_off() {
         models: vec![],
         slots_ttl_ms: 5_000,
         shutdown: shutdown.clone(),
+        calibration: network.registry.calibration.clone(),
     };
     let domain = network.manifest.domain;
     let rules = Rules {
         domain,
         key: network.dispatcher.clone(),
+        registry: network.registry.clone(),
         lease_ms: 60_000,
         reveal_ms: 10_000,
+        referee_ms: 30_000,
         verdict_ms: 15_000,
         max_tries: 5,
         close_grace_ms: 10_000,

@@ -3,22 +3,23 @@
 use std::sync::Arc;
 
 use infera_protocol::assignment::{self, Eligible};
-use infera_protocol::bytes::{NodeId, Signature};
-use infera_protocol::commitment::{self, commitments_root};
-use infera_protocol::evidence::{Reveal, SignedCommitment, SlotOutcome};
-use infera_protocol::identity::{node_id, sign, verify};
+use infera_protocol::bytes::{Hash32, NodeId, VrfProof};
+use infera_protocol::commitment;
+use infera_protocol::evidence::{Evidence, Reveal, SignedCommitment, SignedDecline, SlotOutcome};
+use infera_protocol::identity::verify;
 use infera_protocol::request::check_output;
 use infera_wire::convert::{self, MAX_SLOTS};
 use infera_wire::v1;
 use uuid::Uuid;
 
 use super::nodes::{Connected, Nodes};
+use super::referees::Referees;
 use super::slot::{Slot, SlotState};
-use super::{Effect, Offer, Rejection, Rules, frames};
+use super::{Effect, Offer, Rejection, Rules, SignedScores, frames};
 
-/// Room for reveals in one `ResultsCollected`, bytes: the rest of the bus's 4 MiB is for the prompt,
+/// Room for reveals and reports in one `ResultsCollected`, bytes: the rest of the bus's 4 MiB is for the prompt,
 /// the eligible set and the frames around them. Seven of the largest reveals fit.
-const MAX_REVEALS_BYTES: usize = 7 * 512 * 1024;
+const MAX_RESULTS_BYTES: usize = 7 * 512 * 1024;
 
 /// A node's reason to decline when all its slots are taken.
 const FULL: &str = "full";
@@ -39,11 +40,14 @@ pub struct Attempt {
     pub round: u32,
     epoch: u64,
     class: String,
-    eligible: Vec<Eligible>,
-    assign_signature: Signature,
+    eligible: Arc<Vec<Eligible>>,
+    assign_proof: VrfProof,
+    /// The second draw and the slots that it covers: made when results are first complete.
+    post: Option<(VrfProof, u32)>,
     /// All that can be drawn, one node per operator; `slots` are its first ones.
     drawn: Vec<Eligible>,
     slots: Vec<Slot>,
+    referees: Referees,
     /// Results that this round is to have.
     wanted: usize,
     traceparent: String,
@@ -59,6 +63,15 @@ struct Collected {
     confirmed_at_ms: Option<i64>,
 }
 
+/// What an attempt begins with. `eligible` is frozen; at least k operators of `class` in it are free.
+pub struct Begun {
+    pub number: u32,
+    pub epoch: u64,
+    pub class: String,
+    pub eligible: Arc<Vec<Eligible>>,
+    pub traceparent: String,
+}
+
 /// What became of an attempt that has nothing left to wait for.
 #[derive(Debug, PartialEq, Eq)]
 pub enum Progress {
@@ -71,17 +84,9 @@ pub enum Progress {
 }
 
 impl Attempt {
-    /// Freezes the set, signs, draws and leases the first k. `eligible` has at least k operators.
-    pub fn begin(
-        number: u32,
-        class: String,
-        eligible: Vec<Eligible>,
-        traceparent: String,
-        desk: &mut Desk,
-    ) -> Self {
-        let eligible = assignment::freeze(eligible);
-        // A gateway's clock may be ahead of this one; no draw is older than its request.
-        let epoch = assignment::epoch_of(desk.now.max(desk.offer.funded.submitted.submitted_at_ms));
+    /// Draws and leases the first k.
+    pub fn begin(begun: Begun, desk: &mut Desk) -> Self {
+        let Begun { number, epoch, class, eligible, traceparent } = begun;
         let message = assignment::assign_message(
             &desk.rules.domain,
             desk.offer.id(),
@@ -91,18 +96,21 @@ impl Attempt {
             epoch,
             &assignment::eligible_root(&eligible),
         );
-        let assign_signature = sign(&desk.rules.key, &message);
-        let mut drawn = assignment::draw(&assignment::beta(&assign_signature), &eligible);
-        drawn.truncate(MAX_SLOTS);
+        let assign_proof = desk.rules.key.prove(&message);
+        let beta = assignment::beta(&assign_proof);
+        let drawn = assignment::draw(&beta, assignment::of_class(&eligible, &class));
+        let drawn = drawn.into_iter().take(MAX_SLOTS).cloned().collect();
         let mut attempt = Self {
             number,
             round: 1,
             epoch,
             class,
             eligible,
-            assign_signature,
+            assign_proof,
+            post: None,
             drawn,
             slots: Vec::new(),
+            referees: Referees::default(),
             wanted: desk.offer.k(),
             traceparent,
             collected: None,
@@ -159,6 +167,7 @@ impl Attempt {
                     request,
                     attempt: number,
                     node: *node,
+                    operator: slot.who.operator,
                     first,
                     second: commit,
                 });
@@ -208,32 +217,54 @@ impl Attempt {
     }
 
     fn room_for(&self, reveal: &Reveal) -> bool {
-        let size = |r: &Reveal| r.output.fingerprints.len() + 5 * r.output.tokens.len();
-        let held: usize = self.slots.iter().filter_map(Slot::reveal).map(size).sum();
-        held + size(reveal) <= MAX_REVEALS_BYTES
+        self.results_bytes() + size(reveal) <= MAX_RESULTS_BYTES
     }
 
-    /// The node does not compute: replaced at once.
+    /// Bytes of the reveals and reports so far.
+    fn results_bytes(&self) -> usize {
+        self.slots.iter().filter_map(Slot::reveal).map(size).sum::<usize>() + self.referees.bytes()
+    }
+
+    /// The node does not compute: replaced at once. A referee declines in the same way.
     pub fn decline(
         &mut self,
         node: &NodeId,
-        reason: &str,
-        signature: Signature,
+        decline: SignedDecline,
         desk: &mut Desk,
     ) -> Result<Progress, Rejection> {
         let place =
             commitment::Slot { request_hash: desk.offer.request_hash, attempt: self.number, node: *node };
-        let slot = self.slot_mut(node).ok_or(Rejection::NotLeased)?;
-        let digest = commitment::decline_digest(&desk.rules.domain, &place, reason);
-        verify(node, &digest, &signature).map_err(|_| Rejection::BadSignature)?;
+        let digest = commitment::decline_digest(&desk.rules.domain, &place, &decline.reason);
+        let signed = verify(node, &digest, &decline.signature).map_err(|_| Rejection::BadSignature);
+        let Some(slot) = self.slot_mut(node) else {
+            if !self.referees.is_asked(node) {
+                return Err(Rejection::NotLeased);
+            }
+            signed?;
+            self.referees.declined(node, &decline.reason);
+            return Ok(self.advance(desk));
+        };
+        signed?;
         if !slot.is_leased() {
             return Err(Rejection::Late);
         }
-        slot.end(SlotOutcome::Declined, reason);
-        slot.decline_signature = Some(signature);
-        slot.no_room = reason == FULL;
+        slot.end(SlotOutcome::Declined, decline.reason.as_str());
+        slot.no_room = decline.reason == FULL;
+        slot.decline = Some(decline);
         desk.nodes.release(node, desk.offer.id());
         desk.out.push(Effect::SlotsChanged);
+        Ok(self.advance(desk))
+    }
+
+    /// A referee's reports, one for each answer that it was asked about.
+    pub fn refereed(
+        &mut self,
+        node: &NodeId,
+        reports: Vec<SignedScores>,
+        desk: &mut Desk,
+    ) -> Result<Progress, Rejection> {
+        let room = MAX_RESULTS_BYTES.saturating_sub(self.results_bytes());
+        self.referees.reported(node, reports, room, self.number, desk)?;
         Ok(self.advance(desk))
     }
 
@@ -246,6 +277,9 @@ impl Attempt {
     /// The node's session ended: a slot without a commitment is replaced, one with a commitment may
     /// still be revealed after a reconnect.
     pub fn disconnected(&mut self, node: &NodeId, desk: &mut Desk) -> Progress {
+        if self.referees.left(node) {
+            return self.advance(desk);
+        }
         let Some(slot) = self.slot_mut(node).filter(|slot| slot.is_leased()) else { return Progress::Open };
         slot.end(SlotOutcome::Disconnected, "session lost before the commitment");
         self.advance(desk)
@@ -315,6 +349,7 @@ impl Attempt {
                 _ => {}
             }
         }
+        self.referees.tick(self.number, desk);
         self.advance(desk)
     }
 
@@ -327,6 +362,32 @@ impl Attempt {
         self.round += 1;
         self.wanted = self.revealed() + count as usize;
         Some(self.advance(desk))
+    }
+
+    /// The verifier wants `count` more referees for these answers. `None`: the verdict is about an earlier round.
+    pub fn more_referees(
+        &mut self,
+        round: u32,
+        count: u32,
+        answers: Vec<Hash32>,
+        desk: &mut Desk,
+    ) -> Option<Progress> {
+        if round != self.round || count == 0 {
+            return None;
+        }
+        let collected = self.collected.take()?;
+        self.round += 1;
+        match self.evidence(&collected.message, desk) {
+            Some(evidence) => self.referees.want(count as usize, answers, evidence),
+            // Its own message can't be read back: nothing better comes of it.
+            None => tracing::error!(request = %desk.offer.id(), "collected results are no evidence"),
+        }
+        Some(self.advance(desk))
+    }
+
+    fn evidence(&self, message: &v1::ResultsCollected, desk: &Desk) -> Option<Evidence> {
+        let terms = desk.rules.terms(&desk.offer.model())?;
+        convert::evidence(message, desk.rules.domain, terms, desk.now).ok()
     }
 
     /// The bus has the message of `round`.
@@ -348,6 +409,7 @@ impl Attempt {
             }
             desk.out.push(Effect::Send { node, frame: frames::released(request, self.number) });
         }
+        self.referees.end(reason, self.number, desk);
         desk.out.push(Effect::SlotsChanged);
     }
 
@@ -373,23 +435,38 @@ impl Attempt {
                 return Progress::Exhausted;
             }
         }
+        if self.referees.lease_missing(self.number, &self.traceparent, desk) {
+            return Progress::Open;
+        }
         self.collect(desk);
         Progress::Open
     }
 
     fn lease_missing(&mut self, desk: &mut Desk) {
         while self.alive() < self.wanted {
-            let Some(who) = self.drawn.get(self.slots.len()).copied() else { return };
+            let Some(who) = self.drawn.get(self.slots.len()).cloned() else { return };
+            let node = who.node;
             let until_ms = desk.now + desk.rules.lease_ms;
+            let refereed = self.referees.has(&who.operator);
+            let there = desk.nodes.get(&node).is_some_and(|info| {
+                info.operator == who.operator
+                    && info.class == who.class
+                    && info.model_root == desk.offer.model()
+            });
             let mut slot = Slot::leased(who, until_ms);
-            if desk.nodes.get(&who.node).is_some() {
-                desk.nodes.lease(&who.node, desk.offer.id());
-                let lease = self.lease_frame(desk.offer)(until_ms);
-                desk.out.push(Effect::Send { node: who.node, frame: frames::lease(lease) });
-                desk.out.push(Effect::SlotsChanged);
-            } else {
+            if refereed {
+                slot.end(SlotOutcome::Refereed, "refereed this attempt before it was drawn");
+            } else if !there {
                 slot.end(SlotOutcome::Disconnected, "not connected when drawn");
                 slot.no_room = true;
+            } else if !desk.nodes.is_free(&node) {
+                slot.end(SlotOutcome::Busy, "no free place when drawn");
+                slot.no_room = true;
+            } else {
+                desk.nodes.lease(&node, desk.offer.id());
+                let lease = self.lease_frame(desk.offer)(until_ms);
+                desk.out.push(Effect::Send { node, frame: frames::lease(lease) });
+                desk.out.push(Effect::SlotsChanged);
             }
             self.slots.push(slot);
         }
@@ -424,30 +501,39 @@ impl Attempt {
     }
 
     fn collect(&mut self, desk: &mut Desk) {
-        let all: Vec<_> =
-            self.slots.iter().filter_map(|s| s.commitment().map(|c| (s.who.node, c.digest))).collect();
-        let post = assignment::post_message(
-            &desk.rules.domain,
-            &desk.offer.request_hash,
-            self.number,
-            &commitments_root(&all),
-        );
         let request = desk.offer.id();
-        let message = Arc::new(v1::ResultsCollected {
+        let mut message = v1::ResultsCollected {
             funded: Some(desk.offer.wire.clone()),
             attempt: self.number,
             round: self.round,
             epoch: self.epoch,
             class: self.class.clone(),
             eligible: self.eligible.iter().map(convert::eligible_to_wire).collect(),
-            dispatcher: node_id(&desk.rules.key).to_vec(),
-            assign_signature: self.assign_signature.to_vec(),
-            post_signature: sign(&desk.rules.key, &post).to_vec(),
+            dispatcher: desk.rules.key.key().to_vec(),
+            assign_proof: self.assign_proof.to_vec(),
+            post_proof: VrfProof::ZERO.to_vec(),
+            post_slots: u32::try_from(self.slots.len()).unwrap_or(u32::MAX),
             slots: self.slots.iter().map(|s| frames::slot_result(request, self.number, s)).collect(),
+            referees: self.referees.to_wire(),
             collected_at_ms: desk.now,
             exhausted: self.is_exhausted(),
-        });
-        self.collected = Some(Collected { message, repeats: 0, confirmed_at_ms: None });
+        };
+        let (post_proof, post_slots) = match self.post {
+            Some(post) => post,
+            None => {
+                let root = self.evidence(&message, desk).map_or(Hash32::ZERO, |e| e.commitments_root());
+                let post = assignment::post_message(
+                    &desk.rules.domain,
+                    &desk.offer.request_hash,
+                    self.number,
+                    &root,
+                );
+                *self.post.insert((desk.rules.key.prove(&post), message.post_slots))
+            }
+        };
+        message.post_proof = post_proof.to_vec();
+        message.post_slots = post_slots;
+        self.collected = Some(Collected { message: Arc::new(message), repeats: 0, confirmed_at_ms: None });
         self.publish(request, desk);
     }
 
@@ -474,4 +560,8 @@ impl Attempt {
             });
         }
     }
+}
+
+fn size(reveal: &Reveal) -> usize {
+    reveal.output.fingerprints.len() + 5 * reveal.output.tokens.len()
 }

@@ -27,6 +27,14 @@ pub fn lease(lease: v1::Lease) -> v1::FromDispatcher {
     frame(Message::Lease(lease))
 }
 
+pub fn range_challenge(challenge: v1::RangeChallenge) -> v1::FromDispatcher {
+    frame(Message::RangeChallenge(challenge))
+}
+
+pub fn referee_lease(lease: v1::RefereeLease) -> v1::FromDispatcher {
+    frame(Message::RefereeLease(lease))
+}
+
 pub fn reveal_request(request: Uuid, attempt: u32, reveal_deadline_ms: i64) -> v1::FromDispatcher {
     frame(Message::RevealRequest(v1::RevealRequest {
         request_id: request.as_bytes().to_vec(),
@@ -70,7 +78,12 @@ pub fn slot_result(request: Uuid, attempt: u32, slot: &Slot) -> v1::SlotResult {
         outcome: convert::outcome_to_wire(slot.outcome().unwrap_or(SlotOutcome::NoCommit)).into(),
         commit,
         reveal,
-        decline_signature: slot.decline_signature.map(|s| s.to_vec()).unwrap_or_default(),
+        decline: slot.decline.as_ref().map(|decline| v1::Decline {
+            request_id: id,
+            attempt,
+            reason: decline.reason.clone(),
+            signature: decline.signature.to_vec(),
+        }),
         detail: slot.detail.clone(),
     }
 }

@@ -16,20 +16,25 @@ pub mod attempt;
 pub mod frames;
 pub mod nodes;
 pub mod peers;
+pub mod referees;
 pub mod slot;
+pub mod trust;
 mod types;
 
 use std::collections::BTreeMap;
+use std::sync::Arc;
 
+use infera_protocol::assignment::{self, Eligible};
 use infera_protocol::bytes::{Hash32, NodeId};
 use infera_wire::v1;
 use uuid::Uuid;
 
-pub use types::{Command, Effect, MAX_DELTA_TOKENS, Offer, Rejection, Rules};
+pub use types::{Command, Effect, MAX_DELTA_TOKENS, Offer, Rejection, Rules, SignedScores};
 
-use attempt::{Attempt, Desk, Progress};
-use nodes::{Connected, ModelSlots, NodeView, Nodes, distinct_operators};
+use attempt::{Attempt, Begun, Desk, Progress};
+use nodes::{Connected, ModelSlots, NodeView, Nodes};
 use peers::Peers;
+use trust::Ledger;
 
 /// How long to wait before a further try with a new set, per try made, ms: nodes that declined
 /// because they were full need a moment.
@@ -45,7 +50,18 @@ pub struct State {
     nodes: Nodes,
     requests: BTreeMap<Uuid, Held>,
     peers: Peers,
+    trust: Ledger,
+    /// By model.
+    frozen: BTreeMap<Hash32, Frozen>,
     arrivals: u64,
+}
+
+/// The nodes of one model that may be drawn in an epoch.
+struct Frozen {
+    epoch: u64,
+    /// [`Nodes::changes`] when it was frozen.
+    changes: u64,
+    set: Arc<Vec<Eligible>>,
 }
 
 struct Held {
@@ -77,6 +93,8 @@ impl State {
             nodes: Nodes::default(),
             requests: BTreeMap::new(),
             peers: Peers::default(),
+            trust: Ledger::default(),
+            frozen: BTreeMap::new(),
             arrivals: 0,
         }
     }
@@ -155,10 +173,11 @@ impl State {
             Command::Revealed { node, request, attempt, reveal } => {
                 self.working(request, attempt, now, out, |a, desk| a.reveal(&node, *reveal, desk))?;
             }
-            Command::Declined { node, request, attempt, reason, signature } => {
-                self.working(request, attempt, now, out, |a, desk| {
-                    a.decline(&node, &reason, signature, desk)
-                })?;
+            Command::Declined { node, request, attempt, decline } => {
+                self.working(request, attempt, now, out, |a, desk| a.decline(&node, decline, desk))?;
+            }
+            Command::Refereed { node, request, attempt, reports } => {
+                self.working(request, attempt, now, out, |a, desk| a.refereed(&node, reports, desk))?;
             }
             Command::Deltas { node, request, attempt, offset, tokens } => {
                 return self.deltas(node, request, attempt, offset, tokens, out);
@@ -174,6 +193,12 @@ impl State {
                     a.more_nodes(round, count, desk).ok_or(Rejection::Stale)
                 })?;
             }
+            Command::MoreReferees { request, attempt, round, count, answers } => {
+                self.working(request, attempt, now, out, |a, desk| {
+                    a.more_referees(round, count, answers, desk).ok_or(Rejection::Stale)
+                })?;
+            }
+            Command::Trust(ledger) => self.trust = *ledger,
             Command::Closed { request } => self.closed(request, now, out)?,
             Command::Peer { replica, report } => self.peers.take(replica, report, now),
             Command::Tick => self.tick(now, out),
@@ -368,16 +393,31 @@ impl State {
     }
 
     fn begin(&mut self, request: Uuid, now: i64, out: &mut Vec<Effect>) {
+        let Some(held) = self.requests.get(&request) else { return };
+        let (model, k) = (held.offer.model(), held.offer.k());
+        // A gateway's clock may be ahead of this one; no draw is older than its request.
+        let epoch = assignment::epoch_of(now.max(held.offer.funded.submitted.submitted_at_ms));
+        let Some((class, eligible)) = self.set_for(&model, k, epoch) else { return };
         let Some(held) = self.requests.get_mut(&request) else { return };
         let Phase::Waiting { attempt, traceparent, .. } = &held.phase else { return };
-        let Some((class, eligible)) = self.nodes.candidates(&held.offer.model()) else { return };
-        if distinct_operators(&eligible) < held.offer.k() {
-            return;
-        }
-        let (number, traceparent) = (*attempt, traceparent.clone());
+        let begun = Begun { number: *attempt, epoch, class, eligible, traceparent: traceparent.clone() };
         let mut desk = Desk { rules: &self.rules, offer: &held.offer, nodes: &mut self.nodes, now, out };
-        let attempt = Attempt::begin(number, class, eligible, traceparent, &mut desk);
-        held.phase = Phase::Working(Box::new(attempt));
+        held.phase = Phase::Working(Box::new(Attempt::begin(begun, &mut desk)));
+    }
+
+    /// The set of this epoch, and the class to draw from. One that can't serve the request, because nodes have come or
+    /// gone since, is frozen anew.
+    fn set_for(&mut self, model: &Hash32, k: usize, epoch: u64) -> Option<(String, Arc<Vec<Eligible>>)> {
+        let changes = self.nodes.changes();
+        if let Some(frozen) = self.frozen.get(model).filter(|frozen| frozen.epoch == epoch) {
+            let class = self.nodes.class_for(&frozen.set, k);
+            if class.is_some() || frozen.changes == changes {
+                return class.map(|class| (class, frozen.set.clone()));
+            }
+        }
+        let set = Arc::new(assignment::freeze(self.nodes.eligible(model, &self.trust)));
+        self.frozen.insert(*model, Frozen { epoch, changes, set: set.clone() });
+        self.nodes.class_for(&set, k).map(|class| (class, set))
     }
 }
 

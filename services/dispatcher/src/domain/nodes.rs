@@ -2,10 +2,12 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use infera_protocol::assignment::{Eligible, MAX_ELIGIBLE};
+use infera_protocol::assignment::{Eligible, MAX_ELIGIBLE, MIXED_CLASS, of_class, operators};
 use infera_protocol::bytes::{Address, Hash32, NodeId};
 use infera_protocol::request::MIN_REPLICAS;
 use uuid::Uuid;
+
+use super::trust::Ledger;
 
 /// A node whose hello was checked.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -60,11 +62,14 @@ impl Entry {
 #[derive(Debug, Default)]
 pub struct Nodes {
     by_id: BTreeMap<NodeId, Entry>,
+    /// Counts who comes, goes or drains.
+    changes: u64,
 }
 
 impl Nodes {
     /// Adds a node, or gives a known one its new session; then its leases stay.
     pub fn join(&mut self, info: Connected) {
+        self.changes += 1;
         match self.by_id.get_mut(&info.node) {
             Some(entry) => {
                 entry.info = info;
@@ -78,7 +83,13 @@ impl Nodes {
     }
 
     pub fn leave(&mut self, node: &NodeId) {
+        self.changes += 1;
         self.by_id.remove(node);
+    }
+
+    /// Differs whenever another set might be frozen.
+    pub fn changes(&self) -> u64 {
+        self.changes
     }
 
     pub fn get(&self, node: &NodeId) -> Option<&Connected> {
@@ -92,6 +103,7 @@ impl Nodes {
 
     /// The node takes no further leases.
     pub fn drain(&mut self, node: &NodeId) {
+        self.changes += 1;
         if let Some(entry) = self.by_id.get_mut(node) {
             entry.draining = true;
         }
@@ -109,32 +121,63 @@ impl Nodes {
         }
     }
 
-    /// The class with the most distinct operators that have a free slot for the model, and its
-    /// nodes with free slots; ties go to the first name. `None`: no node has one.
-    pub fn candidates(&self, model: &Hash32) -> Option<(String, Vec<Eligible>)> {
-        let class = self.best_class(model, |entry| entry.free() > 0)?;
-        let eligible = self
-            .of_model(model)
-            .filter(|entry| entry.info.class == class && entry.free() > 0)
+    /// Whether the node can take one more lease.
+    pub fn is_free(&self, node: &NodeId) -> bool {
+        self.by_id.get(node).is_some_and(|entry| entry.free() > 0)
+    }
+
+    /// The nodes of a model that may be drawn, as they stand now: those that drain are left out.
+    pub fn eligible(&self, model: &Hash32, trust: &Ledger) -> Vec<Eligible> {
+        self.of_model(model)
+            .filter(|entry| !entry.draining)
             .map(|entry| Eligible {
                 node: entry.info.node,
                 operator: entry.info.operator,
-                weight: entry.info.slots,
+                class: entry.info.class.clone(),
+                weight: trust.weight(&entry.info.operator, entry.info.slots),
+                audit_ppm: trust.audit_ppm(&entry.info.operator),
             })
+            .filter(|eligible| eligible.weight > 0)
             .take(MAX_ELIGIBLE)
-            .collect();
-        Some((class, eligible))
+            .collect()
     }
 
-    /// Slots for the model in the class that [`Nodes::candidates`] would take, or, when all are busy, in
-    /// the one with the most operators.
+    /// The class to draw `k` operators from: of those that `k` operators of the set have, the one with the most that
+    /// are free; all where none has so many. `None`: too few are free. Ties go to the first name.
+    pub fn class_for(&self, set: &[Eligible], k: usize) -> Option<String> {
+        let mut classes: Vec<&str> = set
+            .iter()
+            .map(|e| e.class.as_str())
+            .filter(|class| operators(of_class(set, class)) >= k)
+            .collect();
+        if classes.is_empty() {
+            classes.push(MIXED_CLASS);
+        }
+        let free = |class: &str| operators(of_class(set, class).filter(|e| self.is_free(&e.node)));
+        let mut best: Option<(&str, usize)> = None;
+        for class in classes {
+            let free = free(class);
+            if best.is_none_or(|(name, most)| free > most || free == most && class < name) {
+                best = Some((class, free));
+            }
+        }
+        best.filter(|(_, free)| *free >= k).map(|(class, _)| class.to_owned())
+    }
+
+    /// Slots for the model in the class that [`Nodes::class_for`] would take for the fewest replicas, or, when all are
+    /// busy, in the one with the most operators.
     pub fn model_slots(&self, model: &Hash32) -> ModelSlots {
-        let class =
-            self.best_class(model, |entry| entry.free() > 0).or_else(|| self.best_class(model, |_| true));
-        let Some(class) = class else { return ModelSlots::default() };
+        let enough = |class: &Option<(String, usize)>| {
+            class.as_ref().is_some_and(|(_, operators)| *operators >= MIN_REPLICAS as usize)
+        };
+        let most = self.best_class(model, |_| true);
+        let free = self.best_class(model, |entry| entry.free() > 0);
+        // Where no class has enough operators, all are drawn from.
+        let class = if enough(&most) { free.or(most).map(|(class, _)| class) } else { None };
         let mut operators: BTreeMap<Address, u32> = BTreeMap::new();
         let mut slots = ModelSlots::default();
-        for entry in self.of_model(model).filter(|entry| entry.info.class == class) {
+        let counts = |entry: &&Entry| class.as_ref().is_none_or(|class| entry.info.class == *class);
+        for entry in self.of_model(model).filter(counts) {
             let free = operators.entry(entry.info.operator).or_default();
             *free = free.saturating_add(entry.free());
             slots.total = slots.total.saturating_add(entry.info.slots);
@@ -169,7 +212,7 @@ impl Nodes {
         self.by_id.values().filter(move |entry| entry.info.model_root == *model)
     }
 
-    fn best_class(&self, model: &Hash32, counts: impl Fn(&Entry) -> bool) -> Option<String> {
+    fn best_class(&self, model: &Hash32, counts: impl Fn(&Entry) -> bool) -> Option<(String, usize)> {
         let mut operators: BTreeMap<&str, BTreeSet<Address>> = BTreeMap::new();
         for entry in self.of_model(model).filter(|entry| counts(entry)) {
             operators.entry(&entry.info.class).or_default().insert(entry.info.operator);
@@ -180,7 +223,7 @@ impl Nodes {
                 best = Some((class, members.len()));
             }
         }
-        best.map(|(class, _)| class.to_owned())
+        best.map(|(class, operators)| (class.to_owned(), operators))
     }
 }
 
@@ -195,11 +238,6 @@ fn usable(free: &[u32], k: u32) -> u32 {
         if of_each(m) >= k * m { fits = m } else { too_many = m }
     }
     u32::try_from(k * fits).unwrap_or(u32::MAX)
-}
-
-/// How many different operators the nodes have.
-pub fn distinct_operators(set: &[Eligible]) -> usize {
-    set.iter().map(|e| e.operator).collect::<BTreeSet<_>>().len()
 }
 
 #[cfg(test)]

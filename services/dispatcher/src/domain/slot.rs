@@ -1,8 +1,7 @@
 //! One slot: the place in which one drawn node answers one attempt.
 
 use infera_protocol::assignment::Eligible;
-use infera_protocol::bytes::Signature;
-use infera_protocol::evidence::{Reveal, SignedCommitment, SlotOutcome};
+use infera_protocol::evidence::{Reveal, SignedCommitment, SignedDecline, SlotOutcome};
 
 /// A drawn node and how far it is.
 #[derive(Debug, Clone)]
@@ -11,8 +10,7 @@ pub struct Slot {
     /// Until when a commitment counts.
     pub lease_until_ms: i64,
     pub state: SlotState,
-    /// Over the decline, when the node declined.
-    pub decline_signature: Option<Signature>,
+    pub decline: Option<SignedDecline>,
     /// Ended, and the node never worked on it: it had no room, or was not there.
     pub no_room: bool,
     /// Why the slot ended, for people.
@@ -49,7 +47,7 @@ impl Slot {
             who,
             lease_until_ms,
             state: SlotState::Leased,
-            decline_signature: None,
+            decline: None,
             no_room: false,
             detail: String::new(),
         }

@@ -2,16 +2,18 @@
 
 use std::sync::Arc;
 
-use ed25519_dalek::SigningKey;
-use infera_protocol::bytes::{Hash32, NodeId, Signature};
-use infera_protocol::evidence::{Reveal, SignedCommitment};
+use infera_protocol::bytes::{Address, Hash32, NodeId, Signature};
+use infera_protocol::evidence::{Reveal, SignedCommitment, SignedDecline, Terms};
 use infera_protocol::identity::Domain;
+use infera_protocol::registry::Registry;
+use infera_protocol::vrf::VrfSecret;
 use infera_wire::convert::Funded;
 use infera_wire::v1;
 use uuid::Uuid;
 
 use super::nodes::Connected;
 use super::peers::PeerReport;
+use super::trust::Ledger;
 
 /// Longest delta frame, tokens.
 pub const MAX_DELTA_TOKENS: usize = 4_096;
@@ -19,9 +21,12 @@ pub const MAX_DELTA_TOKENS: usize = 4_096;
 /// What does not change while the service runs.
 pub struct Rules {
     pub domain: Domain,
-    pub key: SigningKey,
+    pub key: VrfSecret,
+    pub registry: Registry,
     pub lease_ms: i64,
     pub reveal_ms: i64,
+    /// How long a referee has for its report.
+    pub referee_ms: i64,
     /// Silence after which a collected message is sent again; doubled by each repeat.
     pub verdict_ms: i64,
     /// Attempts with a new set that this replica makes before it reports what it has. One that found the
@@ -106,8 +111,14 @@ pub enum Command {
         node: NodeId,
         request: Uuid,
         attempt: u32,
-        reason: String,
-        signature: Signature,
+        decline: SignedDecline,
+    },
+    /// One report for each answer of the referee's job, in their order.
+    Refereed {
+        node: NodeId,
+        request: Uuid,
+        attempt: u32,
+        reports: Vec<SignedScores>,
     },
     Deltas {
         node: NodeId,
@@ -128,6 +139,16 @@ pub enum Command {
         round: u32,
         count: u32,
     },
+    MoreReferees {
+        request: Uuid,
+        attempt: u32,
+        round: u32,
+        count: u32,
+        /// By [`infera_protocol::request::Output::hash`].
+        answers: Vec<Hash32>,
+    },
+    /// What is known of the operators has changed.
+    Trust(Box<Ledger>),
     /// A closing verdict, whatever attempt it is about.
     Closed {
         request: Uuid,
@@ -138,6 +159,24 @@ pub enum Command {
         report: PeerReport,
     },
     Tick,
+}
+
+/// A referee's scores of one answer, encoded, and its signature.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct SignedScores {
+    pub scores: Vec<u8>,
+    pub signature: Signature,
+}
+
+impl Rules {
+    /// What the registry says that a verdict about this model depends on.
+    pub fn terms(&self, model: &Hash32) -> Option<Terms> {
+        self.registry.by_root(model).map(|model| Terms {
+            calibration: self.registry.calibration.clone(),
+            similarity_threshold_millionths: model.similarity_threshold_millionths,
+            vocab_size: model.vocab_size,
+        })
+    }
 }
 
 /// What is to be done.
@@ -182,6 +221,7 @@ pub enum Effect {
         request: Uuid,
         attempt: u32,
         node: NodeId,
+        operator: Address,
         first: SignedCommitment,
         second: SignedCommitment,
     },

@@ -50,6 +50,15 @@ pub fn check(
             format!("no model of the registry has the weights {}", claims.weights_root),
         ));
     }
+    if !registry.releases.is_empty() && !registry.releases.contains(&claims.release_hash) {
+        return Err(Refusal::new(
+            "unknown_release",
+            format!(
+                "the executable {} is no release that the network approved: update the node",
+                claims.release_hash
+            ),
+        ));
+    }
     if !CLASSES.contains(&claims.class.as_str()) {
         return Err(Refusal::new(
             "unknown_class",

@@ -1,11 +1,12 @@
 //! `NodeSession`: one actor per connected node, on the thread of its WebSocket.
 //!
 //! ```text
-//!  Challenge ->   Greeting   -> Hello checked -> Assignments: Join -> Welcome   Admitted
+//!  Challenge -> Greeting -> Hello checked -> RangeChallenge -> proof checked -> Assignments: Join -> Welcome   Admitted
 //!  frames of the node  -> Command -> Assignments (waits: a busy dispatcher slows its nodes down)
 //!  frames for the node <- bounded queue <- Assignments (never waits: a node that falls behind is cut off)
 //! ```
 
+mod admission;
 pub mod hello;
 
 use std::sync::Arc;
@@ -17,17 +18,21 @@ use bytes::Bytes;
 use infera_protocol::bytes::NodeId;
 use infera_protocol::identity::Domain;
 use infera_protocol::registry::Registry;
+use infera_protocol::trust::{Reason, Rules};
 use infera_runtime::kv::Kv;
 use infera_runtime::{CancellationToken, clock};
 use infera_wire::v1::{self, from_dispatcher, from_node};
 use infera_wire::{MAX_FRAME_BYTES, Message, WireError, convert};
+use sea_orm::{DatabaseConnection, TransactionTrait};
 use tokio::sync::{OwnedSemaphorePermit, mpsc};
 use uuid::Uuid;
 
 use crate::actor::{Assignments, Frame, FrameError, Join, Leave, Outgoing};
 use crate::domain::nodes::Connected;
-use crate::domain::{Command, Rejection, frames};
+use crate::domain::{Command, Rejection, SignedScores, frames};
 use crate::metrics::Metrics;
+use crate::standing::{self, Deed};
+use admission::Challenge;
 use hello::Refusal;
 
 /// Pings without an answer after which a session ends.
@@ -38,11 +43,14 @@ pub struct Shared {
     pub assignments: Addr<Assignments>,
     pub domain: Domain,
     pub registry: Registry,
+    pub db: DatabaseConnection,
     pub kv: Kv,
     pub metrics: Metrics,
     pub replica: String,
     pub heartbeat_secs: u32,
     pub hello_secs: u32,
+    pub proof_secs: u32,
+    pub recheck_secs: u32,
     pub session_queue: usize,
     pub shutdown: CancellationToken,
 }
@@ -59,7 +67,11 @@ pub struct NodeSession {
     ws: actix_ws::Session,
     id: Uuid,
     nonce: [u8; 32],
-    /// `None` until the hello was checked.
+    /// Who it says it is; `None` until the hello was checked.
+    hello: Option<convert::Hello>,
+    /// The ranges of its weights that it was asked for.
+    challenge: Option<Challenge>,
+    /// `None` until it has proved its weights.
     node: Option<NodeId>,
     /// Pings since the last sign of life.
     missed: u32,
@@ -89,6 +101,8 @@ impl NodeSession {
                 ws,
                 id: Uuid::now_v7(),
                 nonce: rand::random(),
+                hello: None,
+                challenge: None,
                 node: None,
                 missed: 0,
                 ending: false,
@@ -138,13 +152,20 @@ impl NodeSession {
         };
         match (self.node, frame.message) {
             (_, None) => self.refuse(&Refusal::new("bad_frame", "a frame without a known message"), ctx),
-            (None, Some(from_node::Message::Hello(hello))) => self.hello(&hello, ctx),
-            (None, Some(_)) => {
+            (None, Some(from_node::Message::Hello(hello))) if self.hello.is_none() => self.hello(&hello, ctx),
+            (_, Some(from_node::Message::RangeProof(proof))) if self.hello.is_some() => {
+                self.proof(&proof, ctx)
+            }
+            (None, Some(_)) if self.hello.is_none() => {
                 self.refuse(&Refusal::new("hello_expected", "the first frame must be a hello"), ctx);
             }
-            (Some(_), Some(from_node::Message::Hello(_))) => {
+            (None, Some(message)) if !matches!(message, from_node::Message::Hello(_)) => {
+                self.refuse(&Refusal::new("proof_expected", "the weights are not proved yet"), ctx);
+            }
+            (_, Some(from_node::Message::Hello(_))) => {
                 self.refuse(&Refusal::new("hello_twice", "a session has one hello"), ctx);
             }
+            (None, Some(_)) => {}
             (Some(node), Some(message)) => match command(node, self.id, message) {
                 Ok(command) => self.hand_over(node, command, ctx),
                 Err(error) => self.refuse(&Refusal::new("bad_frame", error.to_string()), ctx),
@@ -159,6 +180,66 @@ impl NodeSession {
             Ok(hello) => hello,
             Err(refusal) => return self.refuse(&refusal, ctx),
         };
+        self.hello = Some(hello);
+        self.ask_for_ranges(ctx);
+    }
+
+    /// Asks for ranges of the weights; who does not prove them in time is refused.
+    fn ask_for_ranges(&mut self, ctx: &mut Context<Self>) {
+        let Some(root) = self.hello.as_ref().map(|hello| hello.claims.weights_root) else { return };
+        let Some(model) = self.shared.registry.by_root(&root) else { return };
+        let challenge = Challenge::new(root, model.weights_bytes);
+        let patience = Duration::from_secs(u64::from(self.shared.proof_secs));
+        let deadline_ms = clock::now_ms() + i64::from(self.shared.proof_secs) * 1_000;
+        self.write(&frames::range_challenge(challenge.to_wire(deadline_ms)), false, ctx);
+        self.challenge = Some(challenge.clone());
+        ctx.run_later(patience, move |act, ctx| {
+            if act.challenge.as_ref() == Some(&challenge) {
+                act.unproven("no proof in time".to_owned(), ctx);
+            }
+        });
+    }
+
+    fn proof(&mut self, proof: &v1::RangeProof, ctx: &mut Context<Self>) {
+        let Some(challenge) = self.challenge.take() else {
+            return self.refuse(&Refusal::new("bad_frame", "a proof that nobody asked for"), ctx);
+        };
+        if let Err(reason) = challenge.check(proof) {
+            return self.unproven(reason, ctx);
+        }
+        // Unforeseeable, and about as often as configured.
+        let next =
+            Duration::from_secs(u64::from(self.shared.recheck_secs)).mul_f64(rand::random_range(0.5..1.5));
+        ctx.run_later(next, Self::ask_for_ranges);
+        if self.node.is_none() {
+            self.join(ctx);
+        }
+    }
+
+    fn unproven(&mut self, reason: String, ctx: &mut Context<Self>) {
+        // Before it was admitted it only failed to get in.
+        if let (Some(node), Some(hello)) = (self.node, &self.hello) {
+            let deed = Deed::fault(hello.claims.operator, node, Uuid::nil(), Reason::Challenge);
+            let shared = self.shared.clone();
+            actix_rt::spawn(async move {
+                let calibration = &shared.registry.calibration;
+                let noted = async {
+                    let tx = shared.db.begin().await?;
+                    standing::note(&tx, &Rules::default(), calibration, &deed, clock::now_ms()).await?;
+                    tx.commit().await
+                };
+                if let Err(error) = noted.await {
+                    tracing::error!(%error, %node, "a challenge that failed is not noted");
+                }
+            });
+        }
+        let reason = format!("the weights are not proved: {reason}; download the model again");
+        self.refuse(&Refusal::new("weights_unproven", reason), ctx);
+    }
+
+    fn join(&mut self, ctx: &mut Context<Self>) {
+        let Some(hello) = self.hello.clone() else { return };
+        let now = clock::now_ms();
         let (sender, mut receiver) = mpsc::channel(self.shared.session_queue);
         let join = Join {
             info: Connected {
@@ -166,7 +247,7 @@ impl NodeSession {
                 operator: hello.claims.operator,
                 session: self.id,
                 model_root: hello.claims.weights_root,
-                class: hello.claims.class,
+                class: hello.claims.class.clone(),
                 slots: hello.claims.slots,
                 release_hash: hello.claims.release_hash,
                 version: hello.version,
@@ -286,7 +367,7 @@ impl Actor for NodeSession {
         ctx.run_interval(self.shared.heartbeat(), Self::beat);
         let hello = Duration::from_secs(u64::from(self.shared.hello_secs));
         ctx.run_later(hello, |act, ctx| {
-            if act.node.is_none() {
+            if act.hello.is_none() {
                 act.refuse(&Refusal::new("hello_timeout", "no hello in time"), ctx);
             }
         });
@@ -364,18 +445,33 @@ fn slot_of(command: &Command) -> Option<SlotFrame> {
     };
     match command {
         Command::Committed { request, attempt, .. } => slot(request, attempt, true),
-        Command::Revealed { request, attempt, .. } | Command::Deltas { request, attempt, .. } => {
-            slot(request, attempt, false)
-        }
+        Command::Revealed { request, attempt, .. }
+        | Command::Refereed { request, attempt, .. }
+        | Command::Deltas { request, attempt, .. } => slot(request, attempt, false),
         _ => None,
     }
 }
 
 fn command(node: NodeId, session: Uuid, message: from_node::Message) -> Result<Command, WireError> {
     Ok(match message {
-        from_node::Message::Hello(_)
-        | from_node::Message::RefereeReport(_)
-        | from_node::Message::RangeProof(_) => return Err(WireError::Missing { field: "session" }),
+        from_node::Message::Hello(_) | from_node::Message::RangeProof(_) => {
+            return Err(WireError::Missing { field: "session" });
+        }
+        from_node::Message::RefereeReport(report) => Command::Refereed {
+            node,
+            request: convert::uuid("referee_report.request_id", &report.request_id)?,
+            attempt: report.attempt,
+            reports: report
+                .reports
+                .into_iter()
+                .map(|report| {
+                    Ok(SignedScores {
+                        signature: convert::fixed("referee_report.signature", &report.signature)?,
+                        scores: report.scores,
+                    })
+                })
+                .collect::<Result<_, WireError>>()?,
+        },
         from_node::Message::Draining(_) => Command::NodeDraining { node, session },
         from_node::Message::Deltas(deltas) => Command::Deltas {
             node,
@@ -400,8 +496,7 @@ fn command(node: NodeId, session: Uuid, message: from_node::Message) -> Result<C
             node,
             request: convert::uuid("decline.request_id", &decline.request_id)?,
             attempt: decline.attempt,
-            reason: convert::name("decline.reason", &decline.reason)?,
-            signature: convert::fixed("decline.signature", &decline.signature)?,
+            decline: convert::decline(&decline)?,
         },
     })
 }

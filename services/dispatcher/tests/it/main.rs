@@ -5,4 +5,5 @@
 mod crashes;
 mod requests;
 mod sessions;
+mod trust;
 mod world;

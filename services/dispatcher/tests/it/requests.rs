@@ -112,7 +112,7 @@ async fn declines_and_lost_sessions_are_replaced_at_once(on: On) {
     // A lease has 60 s here: whoever waited for it would be too late.
     let (collected, evidence) = world.collected().await;
     assert_eq!(outcomes(&evidence), [Declined, Disconnected, Revealed, Revealed, Revealed]);
-    assert_eq!(collected.slots[0].decline_signature.len(), 64);
+    assert_eq!(collected.slots[0].decline.as_ref().unwrap().reason, "full");
     running.stop().await;
 }
 
@@ -240,13 +240,10 @@ async fn too_few_operators_wait(on: On) {
     let mut slots = world.bus.subscribe_transient("test.slots", &[keys::SLOTS], 64).await.unwrap();
     let nodes = nodes(&world, 3);
     let first = nodes[0].run(running.address, Behaviour::Honest).await;
-    // A second node of the same operator, and one of another class, are no help.
+    // A second node of the same operator is no help.
     let mut sibling = SyntheticNode::new(&world.network, 9);
     sibling.operator = nodes[0].operator.clone();
     let sibling = sibling.run(running.address, Behaviour::Honest).await;
-    let mut fast = SyntheticNode::new(&world.network, 8);
-    fast.class = "fast".to_owned();
-    let fast = fast.run(running.address, Behaviour::Honest).await;
     let second = nodes[1].run(running.address, Behaviour::Honest).await;
     let offered = world.offer(&world.funded(Uuid::now_v7(), 3));
     loop {
@@ -263,8 +260,20 @@ async fn too_few_operators_wait(on: On) {
     let third = nodes[2].run(running.address, Behaviour::Honest).await;
     let (_, evidence) = world.collected().await;
     assert_eq!(outcomes(&evidence), [Revealed; 3]);
-    assert!(third.leases().len() == 1 && fast.leases().is_empty());
+    assert_eq!((third.leases().len(), evidence.class.as_str()), (1, "exact"));
     assert_eq!(first.leases().len() + sibling.leases().len(), 1, "one node per operator");
+    // Where no class has enough operators, all classes are drawn from.
+    third.kill();
+    let mut fast = SyntheticNode::new(&world.network, 8);
+    fast.class = "fast".to_owned();
+    let fast = fast.run(running.address, Behaviour::Honest).await;
+    eventually(PATIENCE, async || running.get("/v1/nodes").await.matches("exact").count() == 3).await;
+    world.fail(offered.id);
+    let mixed = world.offer(&world.funded(Uuid::now_v7(), 3));
+    let (_, evidence) = world.collected().await;
+    assert_eq!((fast.leases().len(), evidence.class.as_str()), (1, "mixed"));
+    assert_eq!(evidence.class_of(&fast.node), Some("fast"));
+    world.fail(mixed.id);
     // A request that no node can take is closed by the verifier; past its deadline it is asked to.
     let mut late = world.funded(Uuid::now_v7(), 5);
     late.submitted.deadline_ms = late.submitted.submitted_at_ms + 1;

@@ -4,17 +4,17 @@ use std::net::SocketAddr;
 use std::time::Duration;
 
 use infera_bus::{Bus, Envelope, Subscription, Topology};
+use infera_dispatcher::domain::trust::Ledger;
 use infera_dispatcher::{Config, Deps};
 use infera_protocol::assignment::{Eligible, assign_message, beta, draw, eligible_root, epoch_of, freeze};
 use infera_protocol::bytes::{Hash32, NodeId};
-use infera_protocol::evidence::{Evidence, SlotOutcome};
-use infera_protocol::identity::sign;
+use infera_protocol::evidence::{Evidence, SlotOutcome, Terms};
 use infera_protocol::ids::message_id;
 use infera_protocol::request::Request;
 use infera_protocol::sampling::SamplingParams;
 use infera_runtime::kv::Kv;
 use infera_runtime::{CancellationToken, clock};
-use infera_testkit::evidence::Network;
+use infera_testkit::evidence::{DISPATCHER_SEED, Network};
 use infera_testkit::synthetic::SyntheticNode;
 use infera_testkit::{TempDir, cluster, sqlite_url, unique};
 use infera_wire::convert::{Funded, Submitted, funded_to_wire};
@@ -69,7 +69,7 @@ impl World {
         let dir = TempDir::new().unwrap();
         let network = Network::new();
         network.write(dir.path());
-        let key = format!("{}\n", Hash32(network.dispatcher.to_bytes()));
+        let key = format!("{}\n", Hash32(DISPATCHER_SEED));
         let path = dir.path().join("dispatcher.key");
         std::fs::write(&path, key).unwrap();
         let mode = std::os::unix::fs::PermissionsExt::from_mode(0o600);
@@ -172,10 +172,18 @@ impl World {
     /// A request whose first attempt draws these nodes in this order first, whichever of the next
     /// epochs it begins in.
     pub fn drawing(&self, nodes: &[SyntheticNode], first: &[NodeId]) -> Funded {
+        // Everybody is new.
+        let ledger = Ledger::default();
         let set = freeze(
             nodes
                 .iter()
-                .map(|n| Eligible { node: n.id(), operator: n.operator(), weight: n.slots })
+                .map(|n| Eligible {
+                    node: n.id(),
+                    operator: n.operator(),
+                    class: n.class.clone(),
+                    weight: ledger.weight(&n.operator(), n.slots),
+                    audit_ppm: ledger.audit_ppm(&n.operator()),
+                })
                 .collect(),
         );
         let domain = self.network.manifest.domain;
@@ -187,7 +195,7 @@ impl World {
             let epoch = epoch_of(clock::now_ms());
             let fits = (epoch..epoch + 3).all(|epoch| {
                 let message = assign_message(&domain, request.id, &hash, 3, 1, epoch, &root);
-                let drawn = draw(&beta(&sign(&self.network.dispatcher, &message)), &set);
+                let drawn = draw(&beta(&self.network.dispatcher.prove(&message)), &set);
                 first.iter().zip(&drawn).all(|(wanted, drawn)| *wanted == drawn.node)
             });
             if fits {
@@ -203,10 +211,17 @@ impl World {
         let collected = v1::ResultsCollected::decode(delivery.envelope.body.as_ref()).unwrap();
         delivery.ack().await.unwrap();
         let domain = self.network.manifest.domain;
-        let evidence = convert::evidence(&collected, domain, Hash32::ZERO, clock::now_ms()).unwrap();
+        let model = &self.network.registry.models[0];
+        let terms = Terms {
+            calibration: self.network.registry.calibration.clone(),
+            similarity_threshold_millionths: model.similarity_threshold_millionths,
+            vocab_size: model.vocab_size,
+        };
+        let evidence = convert::evidence(&collected, domain, terms, clock::now_ms()).unwrap();
         evidence.check_assignment().unwrap();
         evidence.check_post().unwrap();
         evidence.check_slots().unwrap();
+        evidence.check_referees().unwrap();
         (collected, evidence)
     }
 
@@ -228,6 +243,31 @@ impl World {
         (dead.origin_queue, dead.reason)
     }
 
+    /// Writes manifest and registry anew.
+    pub fn write_network(&mut self) {
+        self.network.manifest.registry_hash = self.network.registry.hash().unwrap();
+        self.network.write(self.dir.path());
+    }
+
+    /// A closing verdict with this conduct, through the durable queue.
+    pub async fn close_with(&self, offered: &Offered, id: Uuid, conduct: Vec<v1::Conduct>) {
+        let failed = v1::Failed { code: "no_quorum".to_owned(), reason: "a test".to_owned() };
+        let verdict = v1::Verdict {
+            request_id: offered.id.as_bytes().to_vec(),
+            reply_to: GATEWAY.to_owned(),
+            attempt: 1,
+            round: 2,
+            account: "alice".to_owned(),
+            decided_at_ms: clock::now_ms(),
+            outcome: Some(Outcome::Failed(failed)),
+            conduct,
+            overturned: false,
+        };
+        let envelope = Envelope::new(id, "verdict", verdict.encode_to_vec());
+        self.bus.publish(&keys::direct(queues::DISPATCHER_CONDUCT), envelope).await.unwrap();
+        self.fail(offered.id);
+    }
+
     /// Says a verdict to whoever listens.
     pub fn verdict(&self, request: Uuid, attempt: u32, round: u32, outcome: Outcome) {
         let verdict = v1::Verdict {
@@ -238,6 +278,8 @@ impl World {
             account: "alice".to_owned(),
             decided_at_ms: clock::now_ms(),
             outcome: Some(outcome),
+            conduct: Vec::new(),
+            overturned: false,
         };
         let envelope = Envelope::new(Uuid::now_v7(), "verdict", verdict.encode_to_vec());
         self.bus.publish_transient(&keys::verdict(GATEWAY), envelope);

@@ -257,6 +257,8 @@ fn reason(reason: UnpaidReason) -> (&'static str, &'static str) {
         UnpaidReason::NoReveal => ("no reveal", "Committed to an answer and never showed it."),
         UnpaidReason::Mismatch => ("mismatch", "Showed another answer than it had committed to."),
         UnpaidReason::Declined => ("declined", "Signed that it would not take the job. No fault."),
+        UnpaidReason::Busy => ("busy", "Had no free place when it was drawn."),
+        UnpaidReason::Refereed => ("referee", "Its operator had refereed this request before it was drawn."),
         UnpaidReason::Disconnected => ("disconnected", "Lost its connection before it committed."),
     }
 }
@@ -326,7 +328,7 @@ pub(super) fn groups(r: &Receipt, model: &str) -> Vec<Group> {
                 field(
                     "eligible_root",
                     r.eligible_root.to_string(),
-                    "Hash over that set: nodes, operators and weights.",
+                    "Merkle root over that set: nodes, operators, classes, weights and how often each is refereed.",
                 ),
                 field(
                     "dispatcher",
@@ -334,9 +336,9 @@ pub(super) fn groups(r: &Receipt, model: &str) -> Vec<Group> {
                     "Key of the dispatcher that drew the nodes; the network's manifest names it.",
                 ),
                 field(
-                    "assign_signature",
-                    r.assign_signature.to_string(),
-                    "Its signature over request and set. The draw is computed from it, so anybody can repeat it.",
+                    "assign_proof",
+                    r.assign_proof.to_string(),
+                    "Its proof of the draw from request and set. There is only one, so nothing could be tried out; anybody can check it.",
                 ),
                 field(
                     "attempt",
@@ -351,7 +353,7 @@ pub(super) fn groups(r: &Receipt, model: &str) -> Vec<Group> {
                 field(
                     "asked_k",
                     r.asked_k.to_string(),
-                    "Nodes that were asked for; the dispatcher signed it with the draw.",
+                    "Nodes that were asked for; the draw was made for it.",
                 ),
                 field("k", r.k.to_string(), "Nodes whose results counted for the majority."),
             ],
@@ -370,9 +372,9 @@ pub(super) fn groups(r: &Receipt, model: &str) -> Vec<Group> {
                     "Hash over what the nodes committed to before any of them showed its answer.",
                 ),
                 field(
-                    "post_signature",
-                    r.post_signature.to_string(),
-                    "The dispatcher's signature over these commitments. It decides whose answer is delivered, and nobody could know it before.",
+                    "post_proof",
+                    r.post_proof.to_string(),
+                    "The dispatcher's proof of the second draw, from these commitments. It decides whose answer is delivered and who referees, and nobody could know it before.",
                 ),
                 field(
                     "evidence_root",

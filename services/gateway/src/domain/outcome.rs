@@ -67,7 +67,7 @@ pub fn of_verdict(verdict: &v1::Verdict) -> Result<Option<(Uuid, Outcome)>, Wire
     let id = convert::uuid("verdict.request_id", &verdict.request_id)?;
     let outcome = match &verdict.outcome {
         None => return Err(WireError::Missing { field: "verdict.outcome" }),
-        Some(v1::verdict::Outcome::MoreNodes(_)) => return Ok(None),
+        Some(v1::verdict::Outcome::MoreNodes(_) | v1::verdict::Outcome::MoreReferees(_)) => return Ok(None),
         Some(v1::verdict::Outcome::Verified(verified)) => Outcome::Verified(answer(verified)?),
         Some(v1::verdict::Outcome::Failed(failed)) => {
             Outcome::Failed { code: cut(&failed.code, MAX_CODE), reason: cut(&failed.reason, MAX_REASON) }

@@ -320,6 +320,8 @@ impl Net {
             account: of.account.clone(),
             decided_at_ms: of.submitted_at_ms + 5,
             outcome: Some(outcome),
+            conduct: Vec::new(),
+            overturned: false,
         };
         self.publish(keys::verdict(&of.reply_to), message_id("verdict", id(of), 1), &verdict);
     }

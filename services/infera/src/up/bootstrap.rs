@@ -6,11 +6,11 @@ use alloy::{
     primitives::{Address as EvmAddress, U256},
     providers::{Provider, ProviderBuilder},
 };
-use ed25519_dalek::SigningKey;
 use infera_protocol::{
     bytes::Address,
-    identity::{Domain, node_id},
+    identity::Domain,
     registry::{Manifest, Registry},
+    vrf::VrfSecret,
 };
 use infera_runtime::{clock, jwt::Signer};
 use infera_settlement::chain::{Chain, ChainReader, parse_key};
@@ -33,7 +33,7 @@ const MODELS: &str = include_str!("../../../../deploy/models.json");
 
 /// Secret keys of the network, made at the first start.
 pub struct Keys {
-    pub dispatcher: SigningKey,
+    pub dispatcher: VrfSecret,
     pub settler: String,
     pub api_key: String,
 }
@@ -104,7 +104,7 @@ pub async fn chain(layout: &Layout, keys: &Keys, rpc_url: &str) -> Result<(), St
         network: NETWORK.into(),
         domain: Domain { chain_id: CHAIN_ID, contract },
         rpc_url: rpc_url.to_owned(),
-        dispatchers: vec![node_id(&keys.dispatcher)],
+        dispatchers: vec![keys.dispatcher.key()],
         registry_hash: registry.hash().map_err(|e| e.to_string())?,
     };
     write_json(&layout.manifest(), &manifest)
@@ -112,9 +112,9 @@ pub async fn chain(layout: &Layout, keys: &Keys, rpc_url: &str) -> Result<(), St
 
 fn read_manifest(layout: &Layout) -> Result<Option<Manifest>, String> {
     match fs::read(layout.manifest()) {
-        Ok(text) => serde_json::from_slice(&text)
-            .map(Some)
-            .map_err(|e| format!("{} is damaged: {e}", layout.manifest().display())),
+        Ok(text) => {
+            serde_json::from_slice(&text).map(Some).map_err(|e| registry::unreadable(&layout.manifest(), &e))
+        }
         Err(error) if error.kind() == std::io::ErrorKind::NotFound => Ok(None),
         Err(error) => Err(format!("cannot read {}: {error}", layout.manifest().display())),
     }

@@ -1,7 +1,7 @@
 //! The model registry of a devnet and its versions: what `deploy/models.json` says now is in force, and what it said
 //! before is kept.
 
-use std::{fs, io};
+use std::{fs, io, path::Path};
 
 use infera_protocol::registry::{Manifest, Registry, Replaced};
 use infera_runtime::network;
@@ -30,8 +30,7 @@ pub fn put_in_force(
         }
         Err(error) => return Err(format!("cannot read {}: {error}", path.display())),
     };
-    let stored: Registry =
-        serde_json::from_slice(&bytes).map_err(|e| format!("{} is damaged: {e}", path.display()))?;
+    let stored: Registry = serde_json::from_slice(&bytes).map_err(|e| unreadable(&path, &e))?;
     let hash = stored.hash().map_err(|e| e.to_string())?;
     // A start that was killed between the two files leaves a manifest that names the version before.
     let named = manifest.is_none_or(|manifest| {
@@ -45,7 +44,8 @@ pub fn put_in_force(
             path.display()
         ));
     }
-    if stored.models == wanted.models && stored.calibration == wanted.calibration {
+    let same = stored.models == wanted.models && stored.releases == wanted.releases;
+    if same && stored.calibration == wanted.calibration {
         return Ok(stored);
     }
     let kept = network::former(&path, &hash);
@@ -57,6 +57,15 @@ pub fn put_in_force(
     let registry = Registry { replaces, ..wanted.clone() };
     write_json(&path, &registry)?;
     Ok(registry)
+}
+
+/// What to say where a file of an earlier start can't be read.
+pub(super) fn unreadable(path: &Path, error: &serde_json::Error) -> String {
+    format!(
+        "{} is damaged, or of another version of Infera ({error}): go on with the version that wrote it, or start \
+         anew with `make clean-data`",
+        path.display()
+    )
 }
 
 #[cfg(test)]

@@ -126,6 +126,8 @@ impl World {
             account: "alice".to_owned(),
             decided_at_ms: clock::now_ms(),
             outcome: Some(outcome),
+            conduct: Vec::new(),
+            overturned: false,
         };
         self.publish(&keys::verdict("gw-1"), Uuid::now_v7(), &verdict).await;
     }

@@ -6,12 +6,18 @@ use infera_protocol::{
     assignment::{beta, order_nodes},
     bytes::{Address, Hash32},
     commitment::{Slot, commitment},
-    evidence::{Evidence, Reveal, SignedCommitment, SlotEvidence, SlotOutcome},
+    evidence::{
+        Evidence, RefereeEvidence, RefereeOutcome, Reveal, SignedCommitment, SlotEvidence, SlotOutcome,
+        SubjectReport, Terms,
+    },
+    fingerprint::{Entry, Fingerprint},
     identity::{Domain, node_id, sign},
     ids::message_id,
+    referee::{Report, TokenScore, report_digest},
     registry::{Manifest, Model, Registry},
-    request::{Finish, Request},
+    request::{Finish, Output, Request},
     sampling::SamplingParams,
+    vrf::VrfSecret,
 };
 use infera_wire::{
     Message,
@@ -26,7 +32,7 @@ pub const MODEL: &str = "test-model";
 pub struct Network {
     pub manifest: Manifest,
     pub registry: Registry,
-    dispatcher: SigningKey,
+    dispatcher: VrfSecret,
     nodes: Vec<SigningKey>,
 }
 
@@ -51,12 +57,12 @@ impl Network {
             calibration: infera_testkit::evidence::calibration(),
             replaces: None,
         };
-        let dispatcher = SigningKey::from_bytes(&[0xd; 32]);
+        let dispatcher = VrfSecret::from_seed(&[0xd; 32]).unwrap();
         let manifest = Manifest {
             network: "test".into(),
             domain,
             rpc_url: rpc_url.into(),
-            dispatchers: vec![node_id(&dispatcher)],
+            dispatchers: vec![dispatcher.key()],
             registry_hash: registry.hash().unwrap(),
         };
         let nodes = (1..=7).map(|n| SigningKey::from_bytes(&[n; 32])).collect();
@@ -105,14 +111,20 @@ impl Network {
             self.nodes
                 .iter()
                 .enumerate()
-                .map(|(i, key)| Eligible { node: node_id(key), operator: Self::operator(i), weight: 4 })
+                .map(|(i, key)| Eligible {
+                    node: node_id(key),
+                    operator: Self::operator(i),
+                    class: "exact".into(),
+                    weight: 4,
+                    audit_ppm: 0,
+                })
                 .collect(),
         );
         let request_hash = submitted.request.hash(&domain);
         let root = eligible_root(&eligible);
         let message = assign_message(&domain, submitted.request.id, &request_hash, submitted.k, 1, 0, &root);
-        let assign_signature = sign(&self.dispatcher, &message);
-        let slots = draw(&beta(&assign_signature), &eligible)
+        let assign_proof = self.dispatcher.prove(&message);
+        let slots = draw(&beta(&assign_proof), &eligible)
             .into_iter()
             .take(honest + wrong)
             .enumerate()
@@ -130,6 +142,7 @@ impl Network {
                     outcome: SlotOutcome::Revealed,
                     commitment: Some(SignedCommitment { digest, signature: sign(key, &digest) }),
                     reveal: Some(Reveal { output, salt }),
+                    decline: None,
                 }
             })
             .collect();
@@ -146,16 +159,50 @@ impl Network {
             epoch: 0,
             class: "exact".into(),
             price_micro: PRICE,
-            calibration_hash: self.registry.calibration.hash(),
+            terms: Terms {
+                calibration: self.registry.calibration.clone(),
+                similarity_threshold_millionths: self.registry.models[0].similarity_threshold_millionths,
+                vocab_size: self.registry.models[0].vocab_size,
+            },
             eligible,
-            dispatcher: node_id(&self.dispatcher),
-            assign_signature,
-            post_signature: assign_signature,
+            dispatcher: self.dispatcher.key(),
+            assign_proof,
+            post_proof: assign_proof,
+            post_slots: u32::try_from(honest + wrong).unwrap(),
             slots,
+            referees: vec![],
+            unfit: vec![],
+            similarities: vec![],
         };
         let post = post_message(&domain, &request_hash, 1, &evidence.commitments_root());
-        evidence.post_signature = sign(&self.dispatcher, &post);
+        evidence.post_proof = self.dispatcher.prove(&post);
+        if wrong > 0 {
+            let order: Vec<Eligible> = evidence.referee_order().into_iter().take(3).cloned().collect();
+            evidence.referees = order.iter().map(|next| self.referee(&evidence, next)).collect();
+        }
         evidence
+    }
+
+    /// Confirms the honest answer and denies all others.
+    fn referee(&self, evidence: &Evidence, next: &Eligible) -> RefereeEvidence {
+        let key = self.nodes.iter().find(|key| node_id(key) == next.node).unwrap();
+        let asked: Vec<Hash32> = evidence.answers().iter().map(|(hash, ..)| *hash).collect();
+        let print = Fingerprint::new(vec![Entry { token: 1, logprob: 0 }]).unwrap();
+        let report = |output: Output| {
+            let honest = output.tokens == (100..120).collect::<Vec<_>>();
+            let margin_micro = if honest { 0 } else { u32::MAX };
+            let score = TokenScore { margin_micro, fingerprint: print.clone() };
+            let scores = Report { scores: vec![score; output.tokens.len()] }.encode();
+            let (subject, hash) = (output.hash(), evidence.request_hash());
+            let digest = report_digest(&evidence.domain, &hash, 1, &next.node, &subject, &scores);
+            SubjectReport { subject, scores, signature: sign(key, &digest) }
+        };
+        RefereeEvidence {
+            node: next.node,
+            operator: next.operator,
+            outcome: RefereeOutcome::Reported,
+            reports: evidence.subjects(&next.node, &asked).into_iter().map(report).collect(),
+        }
     }
 
     /// The verdict that follows from evidence.
@@ -169,10 +216,7 @@ impl Network {
                 evidence: evidence.canonical().unwrap(),
                 tokens: delivered.tokens.clone(),
                 finish: finish_to_wire(delivered.finish) as i32,
-                nodes: order_nodes(&beta(&evidence.post_signature), &members)
-                    .iter()
-                    .map(|node| node.to_vec())
-                    .collect(),
+                nodes: order_nodes(&evidence.beta2(), &members).iter().map(|node| node.to_vec()).collect(),
                 lowest_similarity_millionths: 1_000_000,
                 prompt_tokens: 10,
             }),
@@ -199,6 +243,8 @@ fn verdict(id: &Uuid, account: &str, outcome: v1::verdict::Outcome) -> v1::Verdi
         account: account.into(),
         decided_at_ms: 3_000,
         outcome: Some(outcome),
+        conduct: Vec::new(),
+        overturned: false,
     }
 }
 

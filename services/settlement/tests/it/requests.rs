@@ -54,7 +54,7 @@ async fn a_hold_whose_verdict_was_lost_is_found_and_given_back(column: Column) {
     let _: v1::RequestFunded = funded.next().await;
     // Its verdict can't be used, and ends among the dead letters.
     let mut evidence = place.network.evidence(&submitted, 3, 0);
-    evidence.post_signature = evidence.assign_signature;
+    evidence.post_proof = evidence.assign_proof;
     place.decide(&verdict_with_id(place.network.verified(&evidence)));
     let figures = [
         "infera_settlement_holds_overdue 1\n",
@@ -280,16 +280,16 @@ async fn garbage_and_forged_evidence_are_dead_letters(column: Column) {
     forge("request.id", &|e| e.request.id = other.request.id);
     forge("request_hash", &|e| e.request.max_tokens += 1);
     forge("`k`", &|e| e.k = 1);
-    forge("calibration_hash", &|e| e.calibration_hash = e.salt);
-    forge("dispatcher", &|e| e.dispatcher = e.slots[0].node);
+    forge("terms.calibration", &|e| e.terms.calibration.pairs.clear());
+    forge("dispatcher", &|e| e.dispatcher = infera_protocol::bytes::VrfKey(e.slots[0].node.0));
     forge("draw", &|e| e.slots.swap(0, 2));
     forge("epoch", &|e| e.epoch += 1);
-    forge("assignment", &|e| e.assign_signature = e.post_signature);
+    forge("assignment", &|e| e.assign_proof = e.post_proof);
     forge("commitment", &|e| {
         let stolen = e.slots[0].reveal.clone();
         e.slots[2].reveal = stolen;
     });
-    forge("post draw", &|e| e.post_signature = e.assign_signature);
+    forge("post draw", &|e| e.post_proof = e.assign_proof);
     for (expected, evidence) in forgeries {
         let mut verdict = place.network.verified(&evidence);
         verdict.request_id = submitted.request.id.as_bytes().to_vec();

@@ -5,7 +5,7 @@ use infera_protocol::grammar::{Grammar, GrammarKind};
 use infera_protocol::receipt::Receipt;
 use infera_protocol::request::{Finish, Output};
 use infera_testkit::eventually;
-use infera_testkit::evidence::{Answer, Case, fingerprint, output};
+use infera_testkit::evidence::{Answer, Case, Referee, fingerprint, output};
 use infera_wire::topology::queues;
 use infera_wire::v1::verdict::Outcome;
 use infera_wire::{Message, v1};
@@ -61,6 +61,7 @@ fn name(outcome: &Option<Outcome>) -> &'static str {
     match outcome {
         Some(Outcome::Verified(_)) => "verified",
         Some(Outcome::MoreNodes(_)) => "more nodes",
+        Some(Outcome::MoreReferees(_)) => "more referees",
         Some(Outcome::Failed(_)) => "failed",
         None => "nothing",
     }
@@ -108,21 +109,35 @@ async fn an_outlier_is_left_out_and_alarms_the_exact_class(mut world: World) {
     let verifier = world.start().await;
     let answers =
         [answer("The capital is Paris."), answer("Bananas are yellow."), answer("The capital is Paris.")];
-    let case = Case::new(&world.network).answers(answers);
+    let mut case = Case::new(&world.network).answers(answers);
+    world.collect(&case).await;
+    // Inequality is refereed; who denies an answer is followed by two more, as far as there are.
+    let more = |verdict: &v1::Verdict| match &verdict.outcome {
+        Some(Outcome::MoreReferees(more)) => (more.count, more.answers.len()),
+        other => panic!("expected more referees, got {}", name(other)),
+    };
+    assert_eq!(more(&world.verdict().await.1), (1, 2));
+    let denies = Referee::Denies(vec![tokens("Bananas are yellow.")]);
+    case = Case { round: 2, ..case }.referees([denies.clone()]);
+    world.collect(&case).await;
+    assert_eq!(more(&world.verdict().await.1), (2, 1));
+    case = Case { round: 3, ..case }.referees([denies.clone(), denies]);
     world.collect(&case).await;
     let (_, verdict) = world.verdict().await;
-    let verified = verified(&verdict);
-    assert_eq!(verified.nodes.len(), 2);
-    assert_eq!(verified.tokens, tokens("The capital is Paris."));
+    let conduct: Vec<&str> = verdict.conduct.iter().map(|c| c.finding.as_str()).collect();
+    assert_eq!(conduct, ["verified", "answer", "verified", "completed", "completed"]);
+    let outcome = verified(&verdict);
+    assert_eq!(outcome.nodes.len(), 2);
+    assert_eq!(outcome.tokens, tokens("The capital is Paris."));
 
     let (_, body) = verifier.get(&format!("/v1/verdicts/{}", case.request.id)).await;
-    let relations = body["verdicts"][0]["relations"].as_array().unwrap();
+    let relations = body["verdicts"][2]["relations"].as_array().unwrap();
     let of = |relation: &str| relations.iter().filter(|pair| pair["relation"] == relation).count();
     assert_eq!((of("equal"), relations.len()), (1, 3), "{relations:?}");
     let unequal = relations.iter().find(|pair| pair["relation"] != "equal").unwrap();
     let similarity = unequal["similarity_millionths"].as_i64().unwrap();
     assert!(similarity < 500_000, "bananas are not the capital: {similarity}");
-    assert_eq!(verifier.metric("infera_verifier_exact_inequality_total", "").await, 1.0);
+    assert_eq!(verifier.metric("infera_verifier_exact_inequality_total", "").await, 3.0);
 
     // Elsewhere inequality is no alarm about the class, and near-ties that mean the same are found.
     let (a, b) = (tokens("The capital is Paris."), tokens("The capital was Paris."));
@@ -139,20 +154,29 @@ async fn an_outlier_is_left_out_and_alarms_the_exact_class(mut world: World) {
     };
     let mut case = Case::new(&world.network).answers([tie(&a, &b), tie(&b, &a), tie(&a, &b)]);
     case.class = "fast".to_owned();
+    case = case.referees([Referee::confirms()]);
     world.collect(&case).await;
-    world.verdict().await;
+    let (_, verdict) = world.verdict().await;
+    let outcome = verified(&verdict);
+    assert_eq!(outcome.nodes.len(), 3, "each is confirmed, and they are alike");
+    let lowest = outcome.lowest_similarity_millionths;
+    assert!((600_000..1_000_000).contains(&lowest), "{lowest}");
+    let receipt = Receipt::build(&serde_json::from_slice(&outcome.evidence).unwrap()).unwrap();
+    assert_eq!((receipt.referees.len(), receipt.lowest_similarity_millionths), (1, lowest));
     let (_, body) = verifier.get(&format!("/v1/verdicts/{}", case.request.id)).await;
     let relations = body["verdicts"][0]["relations"].as_array().unwrap();
     let unconfirmed: Vec<_> = relations.iter().filter(|pair| pair["relation"] == "unconfirmed").collect();
     assert_eq!(unconfirmed.len(), 2, "{relations:?}");
     assert_eq!(unconfirmed[0]["parting"].as_u64(), Some(parting as u64));
-    assert_eq!(verifier.metric("infera_verifier_exact_inequality_total", "").await, 1.0);
+    assert_eq!(verifier.metric("infera_verifier_exact_inequality_total", "").await, 3.0);
     verifier.stop().await;
 }
 
 async fn too_few_equal_answers_ask_for_more_nodes_then_for_none(mut world: World) {
     let verifier = world.start().await;
-    let mut case = Case::new(&world.network).answers([answer("One."), answer("Two."), answer("Three.")]);
+    let mut case = Case::new(&world.network)
+        .answers([answer("One."), answer("Two."), answer("Three.")])
+        .referees([Referee::confirms()]);
     case.nodes = 9;
     world.collect(&case).await;
     let (first, verdict) = world.verdict().await;
@@ -180,7 +204,9 @@ async fn too_few_equal_answers_ask_for_more_nodes_then_for_none(mut world: World
     assert_eq!(failed(&world.verdict().await.1), "no_nodes");
 
     // The same with a quorum among five.
-    let mut case = Case::new(&world.network).answers([answer("One."), answer("Two."), answer("Three.")]);
+    let mut case = Case::new(&world.network)
+        .answers([answer("One."), answer("Two."), answer("Three.")])
+        .referees([Referee::confirms()]);
     case.nodes = 9;
     world.collect(&case).await;
     world.verdict().await;
@@ -196,7 +222,11 @@ async fn too_few_equal_answers_ask_for_more_nodes_then_for_none(mut world: World
 async fn an_older_attempt_never_fails_a_newer_one(mut world: World) {
     let verifier = world.start().await;
     let split = vec![answer("One."), answer("Two."), answer("Three.")];
-    let mut newer = Case { attempt: 2, nodes: 9, ..Case::new(&world.network).answers(split) };
+    let mut newer = Case {
+        attempt: 2,
+        nodes: 9,
+        ..Case::new(&world.network).answers(split).referees([Referee::confirms()])
+    };
     world.collect(&newer).await;
     assert!(matches!(world.verdict().await.1.outcome, Some(Outcome::MoreNodes(_))));
     let older = Case { attempt: 1, exhausted: true, ..newer.clone() };
@@ -209,7 +239,9 @@ async fn an_older_attempt_never_fails_a_newer_one(mut world: World) {
     let (_, verdict) = world.verdict().await;
     assert_eq!((verified(&verdict).nodes.len(), verdict.attempt), (3, 2));
     // An older attempt with a majority may close.
-    let first = Case::new(&world.network).answers(vec![answer("One."), answer("Two."), answer("Three.")]);
+    let first = Case::new(&world.network)
+        .answers(vec![answer("One."), answer("Two."), answer("Three.")])
+        .referees([Referee::confirms()]);
     let newer = Case { attempt: 2, nodes: 9, ..first.clone() };
     world.collect(&newer).await;
     world.verdict().await;
@@ -221,7 +253,9 @@ async fn an_older_attempt_never_fails_a_newer_one(mut world: World) {
 
 async fn repeats_get_the_stored_bytes(mut world: World) {
     let verifier = world.start().await;
-    let mut case = Case::new(&world.network).answers([answer("One."), answer("Two."), answer("Three.")]);
+    let mut case = Case::new(&world.network)
+        .answers([answer("One."), answer("Two."), answer("Three.")])
+        .referees([Referee::confirms()]);
     case.nodes = 9;
     world.collect(&case).await;
     let first = world.verdict().await;
@@ -321,15 +355,15 @@ async fn garbage_is_dead_lettered_and_stops_nothing(mut world: World) {
         wire.encode_to_vec()
     };
     let mut stranger = good.clone();
-    stranger.network.dispatcher = ed25519_dalek::SigningKey::from_bytes(&[9; 32]);
+    stranger.network.dispatcher = infera_protocol::vrf::VrfSecret::from_seed(&[9; 32]).unwrap();
     let mut other_price = good.collected();
     other_price.funded.as_mut().unwrap().price_micro = 1;
     let bad: Vec<(Vec<u8>, &str)> = vec![
         (b"\xff\xff not protobuf".to_vec(), "results.collected"),
         (collected(&|w| w.funded = None), "collected.funded"),
         (stranger.collected().encode_to_vec(), "is not a dispatcher of this network"),
-        (collected(&|w| w.assign_signature[0] ^= 1), "assignment"),
-        (collected(&|w| w.post_signature[0] ^= 1), "post draw"),
+        (collected(&|w| w.assign_proof[0] ^= 1), "assignment"),
+        (collected(&|w| w.post_proof[0] ^= 1), "post draw"),
         (collected(&|w| w.slots.swap(0, 1)), "the draw gives"),
         (collected(&|w| w.slots[1].reveal.as_mut().unwrap().salt[0] ^= 1), "do not fit together"),
         (collected(&|w| w.slots[1].commit.as_mut().unwrap().signature[0] ^= 1), "not signed by the node"),
@@ -400,7 +434,7 @@ async fn a_result_that_breaks_its_grammar_agrees_with_nothing(mut world: World) 
     };
     let network = world.network.clone();
     let asked = |answers: Vec<Answer>| {
-        let mut case = Case::new(&network).answers(answers);
+        let mut case = Case::new(&network).answers(answers).referees([Referee::confirms()]);
         case.request.grammar = Some(Grammar { kind: GrammarKind::Regex, text: "(yes|no)".into() });
         case
     };
@@ -420,7 +454,7 @@ async fn a_result_that_breaks_its_grammar_agrees_with_nothing(mut world: World) 
     let (_, body) = verifier.get(&format!("/v1/verdicts/{}", case.request.id)).await;
     let relations = body["verdicts"][0]["relations"].as_array().unwrap();
     let of = |relation: &str| relations.iter().filter(|pair| pair["relation"] == relation).count();
-    assert_eq!((of("equal"), of("grammar")), (1, 2), "{relations:?}");
+    assert_eq!((of("equal"), of("unfit")), (1, 2), "{relations:?}");
 
     // A majority that breaks it is none.
     world.collect(&asked(vec![other.clone(), other.clone(), yes.clone()])).await;

@@ -2,20 +2,27 @@
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
 use ed25519_dalek::SigningKey;
+mod referees;
+
 use infera_protocol::{
     assignment::{Eligible, assign_message, beta, draw, eligible_root, freeze, post_message},
-    bytes::{Address, Hash32, NodeId, Signature},
+    bytes::{Address, Hash32, VrfProof},
     calibration::{Bounds, Calibration, Pair},
     commitment::{Slot, commitment},
     document::{Anchor, Document, Outcome, Status, check},
-    evidence::{Evidence, Reveal, SignedCommitment, SlotEvidence, SlotOutcome},
+    evidence::{
+        Evidence, RefereeEvidence, RefereeOutcome, Reveal, SignedCommitment, SlotEvidence, SlotOutcome,
+        SubjectReport, Terms,
+    },
     fingerprint::{Entry, Fingerprint},
     identity::{Domain, node_id, sign},
     merkle::MerkleTree,
     receipt::{Receipt, UnpaidReason},
+    referee::{Report, TokenScore, report_digest},
     registry::{History, HistoryError, Manifest, Model, Registry, Replaced},
     request::{Finish, Output, Request},
     sampling::SamplingParams,
+    vrf::VrfSecret,
 };
 use uuid::Uuid;
 
@@ -55,8 +62,8 @@ fn registry() -> Registry {
     }
 }
 
-fn dispatcher() -> SigningKey {
-    SigningKey::from_bytes(&[77; 32])
+fn dispatcher() -> VrfSecret {
+    VrfSecret::from_seed(&[77; 32]).unwrap()
 }
 
 fn manifest() -> Manifest {
@@ -64,7 +71,7 @@ fn manifest() -> Manifest {
         network: "test".into(),
         domain: DOMAIN,
         rpc_url: "http://127.0.0.1:1".into(),
-        dispatchers: vec![node_id(&dispatcher())],
+        dispatchers: vec![dispatcher().key()],
         registry_hash: registry().hash().unwrap(),
     }
 }
@@ -82,22 +89,25 @@ fn output(tokens: &[u32]) -> Output {
 
 /// Three nodes answer; the node whose index in the draw is `outlier` answers something else.
 fn evidence(outlier: Option<usize>) -> Evidence {
-    evidence_of(3, 4, 8, outlier)
+    evidence_of(3, 4, 8, outlier, 0)
 }
 
 /// As above, with what a dishonest dispatcher may sign.
-fn evidence_of(k: u32, epoch: u64, max_tokens: u32, outlier: Option<usize>) -> Evidence {
-    let keys: Vec<SigningKey> = (1..=4).map(|i| SigningKey::from_bytes(&[i; 32])).collect();
+fn evidence_of(k: u32, epoch: u64, max_tokens: u32, outlier: Option<usize>, audit_ppm: u32) -> Evidence {
+    let keys = keys();
     let eligible = freeze(
         keys.iter()
             .enumerate()
             .map(|(i, key)| Eligible {
                 node: node_id(key),
                 operator: Address([u8::try_from(i + 1).unwrap(); 20]),
+                class: "exact".into(),
                 weight: 1,
+                audit_ppm,
             })
             .collect(),
     );
+    let registry = registry();
     let mut evidence = Evidence {
         domain: DOMAIN,
         request: Request {
@@ -120,18 +130,26 @@ fn evidence_of(k: u32, epoch: u64, max_tokens: u32, outlier: Option<usize>) -> E
         epoch,
         class: "exact".into(),
         price_micro: 3,
-        calibration_hash: registry().calibration.hash(),
+        terms: Terms {
+            calibration: registry.calibration,
+            similarity_threshold_millionths: registry.models[0].similarity_threshold_millionths,
+            vocab_size: registry.models[0].vocab_size,
+        },
         eligible,
-        dispatcher: node_id(&dispatcher()),
-        assign_signature: Signature::ZERO,
-        post_signature: Signature::ZERO,
+        dispatcher: dispatcher().key(),
+        assign_proof: VrfProof::ZERO,
+        post_proof: VrfProof::ZERO,
+        post_slots: 3,
         slots: vec![],
+        referees: vec![],
+        unfit: vec![],
+        similarities: vec![],
     };
     let hash = evidence.request_hash();
     let root = eligible_root(&evidence.eligible);
     let assign = assign_message(&DOMAIN, evidence.request.id, &hash, k, 1, epoch, &root);
-    evidence.assign_signature = sign(&dispatcher(), &assign);
-    for (i, drawn) in draw(&beta(&evidence.assign_signature), &evidence.eligible).iter().take(3).enumerate() {
+    evidence.assign_proof = dispatcher().prove(&assign);
+    for (i, drawn) in draw(&beta(&evidence.assign_proof), &evidence.eligible).iter().take(3).enumerate() {
         let key = keys.iter().find(|k| node_id(k) == drawn.node).unwrap();
         let output = if outlier == Some(i) { output(&[60, 2]) } else { output(&[50, 51, 2]) };
         let salt = Hash32([u8::try_from(i).unwrap(); 32]);
@@ -143,11 +161,44 @@ fn evidence_of(k: u32, epoch: u64, max_tokens: u32, outlier: Option<usize>) -> E
             outcome: SlotOutcome::Revealed,
             commitment: Some(SignedCommitment { digest, signature: sign(key, &digest) }),
             reveal: Some(Reveal { output, salt }),
+            decline: None,
         });
     }
     let post = post_message(&DOMAIN, &hash, 1, &evidence.commitments_root());
-    evidence.post_signature = sign(&dispatcher(), &post);
+    evidence.post_proof = dispatcher().prove(&post);
+    if outlier.is_some() {
+        // Inequality is refereed: the only node that is left finds `50 51 2` right and `60 2` wrong.
+        evidence.referees = vec![referee(&evidence, |tokens| if tokens[0] == 50 { 0 } else { 9_000_000 })];
+    }
     evidence
+}
+
+fn keys() -> Vec<SigningKey> {
+    (1..=4).map(|i| SigningKey::from_bytes(&[i; 32])).collect()
+}
+
+/// The next referee of the evidence, who finds `margin_micro` of every answer's tokens at its first one.
+fn referee(evidence: &Evidence, margin_micro: impl Fn(&[u32]) -> u32) -> RefereeEvidence {
+    let next = evidence.referee_order()[evidence.referees.len()].clone();
+    let key = keys().into_iter().find(|key| node_id(key) == next.node).unwrap();
+    let asked: Vec<Hash32> = evidence.answers().iter().map(|(hash, ..)| *hash).collect();
+    let fingerprint = Fingerprint::new(vec![Entry { token: 1, logprob: 0 }]).unwrap();
+    let reports = evidence.subjects(&next.node, &asked).into_iter().map(|output| {
+        let score = |i| TokenScore {
+            margin_micro: if i == 0 { margin_micro(&output.tokens) } else { 0 },
+            fingerprint: fingerprint.clone(),
+        };
+        let scores = Report { scores: (0..output.tokens.len()).map(score).collect() }.encode();
+        let subject = output.hash();
+        let digest = report_digest(&DOMAIN, &evidence.request_hash(), 1, &next.node, &subject, &scores);
+        SubjectReport { subject, scores, signature: sign(&key, &digest) }
+    });
+    RefereeEvidence {
+        node: next.node,
+        operator: next.operator,
+        outcome: RefereeOutcome::Reported,
+        reports: reports.collect(),
+    }
 }
 
 fn document(evidence: Evidence) -> Document {
@@ -176,7 +227,7 @@ fn an_honest_document_passes_every_check() {
     let bytes = document(evidence(None)).canonical().unwrap();
     let report = check(&bytes, &manifest(), &registry().into());
     assert!(report.checks.iter().all(|c| c.outcome == Outcome::Passed), "{:?}", report.checks);
-    assert_eq!(report.checks.len(), 19);
+    assert_eq!(report.checks.len(), 21);
     assert!(report.complete());
 }
 
@@ -241,8 +292,8 @@ fn without_evidence_and_anchor_the_covered_fields_hold() {
         "dispatcher",
         "eligible_root",
         "commitments_root",
-        "assign_signature",
-        "post_signature",
+        "assign_proof",
+        "post_proof",
         "payments",
     ] {
         let start = find(&bytes, &format!("\"{name}\":")).unwrap();
@@ -280,12 +331,12 @@ fn a_receipt_alone_must_be_consistent() {
 #[test]
 fn what_a_dispatcher_may_not_sign_is_refused() {
     let table = [
-        ("request", evidence_of(1, 4, 8, None)),
-        ("request", evidence_of(8, 4, 8, None)),
-        ("request", evidence_of(3, 3, 8, None)),
-        ("request", evidence_of(3, 5, 8, None)),
+        ("request", evidence_of(1, 4, 8, None, 0)),
+        ("request", evidence_of(8, 4, 8, None, 0)),
+        ("request", evidence_of(3, 3, 8, None, 0)),
+        ("request", evidence_of(3, 5, 8, None, 0)),
         // Three tokens were answered.
-        ("commitments and reveals", evidence_of(3, 4, 2, None)),
+        ("commitments and reveals", evidence_of(3, 4, 2, None, 0)),
     ];
     for (expected, forged) in table {
         if let Ok(receipt) = Receipt::build(&forged) {
@@ -293,20 +344,20 @@ fn what_a_dispatcher_may_not_sign_is_refused() {
                 Document { receipt, status: Status::Pending, anchor: None, evidence: Some(forged) };
             let failed = failures(&document.canonical().unwrap());
             assert!(failed.contains(&expected), "{expected}: {failed:?}");
-            assert!(!failed.contains(&"assignment signature") && !failed.contains(&"draw"), "{failed:?}");
+            assert!(!failed.contains(&"assignment proof") && !failed.contains(&"draw"), "{failed:?}");
         } else {
             assert!(forged.check_request().is_err());
         }
     }
     // k can't be lowered afterwards: it is signed.
-    let mut lowered = evidence_of(7, 4, 8, None);
+    let mut lowered = evidence_of(7, 4, 8, None, 0);
     lowered.k = 3;
     assert!(lowered.check_assignment().is_err());
 }
 
 #[test]
 fn a_result_that_breaks_the_limits_is_a_mismatch() {
-    let mut evidence = evidence_of(3, 4, 2, None);
+    let mut evidence = evidence_of(3, 4, 2, None, 0);
     assert!(evidence.check_slots().is_err());
     for slot in &mut evidence.slots {
         slot.outcome = SlotOutcome::Mismatch;
@@ -337,15 +388,15 @@ fn every_forgery_is_caught_by_its_own_check() {
     let forgeries: [Forgery; 7] = [
         ("draw", |e| e.slots.swap(0, 1)),
         ("draw", |e| e.eligible.reverse()),
-        ("assignment signature", |e| e.assign_signature = sign(&dispatcher(), &Hash32::ZERO)),
+        ("assignment proof", |e| e.assign_proof = dispatcher().prove(&Hash32::ZERO)),
         ("commitments and reveals", |e| {
-            e.slots[0].commitment.as_mut().unwrap().signature = Signature([1; 64]);
+            e.slots[0].commitment.as_mut().unwrap().signature = infera_protocol::bytes::Signature([1; 64]);
         }),
         ("commitments and reveals", |e| {
-            e.slots[2].reveal.as_mut().unwrap().output.tokens = vec![50, 51, 52, 2];
+            e.slots[2].reveal.as_mut().unwrap().salt = Hash32([9; 32]);
         }),
-        ("post draw", |e| e.post_signature = sign(&dispatcher(), &Hash32::ZERO)),
-        ("dispatcher", |e| e.dispatcher = NodeId([3; 32])),
+        ("post draw", |e| e.post_proof = dispatcher().prove(&Hash32::ZERO)),
+        ("dispatcher", |e| e.dispatcher = VrfSecret::from_seed(&[3; 32]).unwrap().key()),
     ];
     for (expected, forge) in forgeries {
         let mut forged = evidence(None);

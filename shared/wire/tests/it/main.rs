@@ -2,7 +2,8 @@
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
 use infera_protocol::{
-    bytes::{Address, Hash32},
+    bytes::Address,
+    evidence::Terms,
     fingerprint::{Entry, Fingerprint},
     identity::Domain,
 };
@@ -80,7 +81,12 @@ fn collected() -> v1::ResultsCollected {
             signature: vec![n; 64],
         }),
         reveal: (outcome == v1::SlotOutcome::Revealed).then(reveal),
-        decline_signature: Vec::new(),
+        decline: (outcome == v1::SlotOutcome::Declined).then(|| v1::Decline {
+            request_id: vec![7; 16],
+            attempt: 1,
+            reason: "full".into(),
+            signature: vec![n; 64],
+        }),
         detail: String::new(),
     };
     v1::ResultsCollected {
@@ -95,19 +101,39 @@ fn collected() -> v1::ResultsCollected {
         epoch: 179_000_000,
         class: "exact".into(),
         eligible: (1..=4)
-            .map(|n| v1::Eligible { node: vec![n; 32], operator: vec![n; 20], weight: 1 })
+            .map(|n| v1::Eligible {
+                node: vec![n; 32],
+                operator: vec![n; 20],
+                weight: 1,
+                class: "exact".into(),
+                audit_ppm: 50_000,
+            })
             .collect(),
         dispatcher: vec![0xd; 32],
-        assign_signature: vec![0xa; 64],
-        post_signature: vec![0xb; 64],
+        assign_proof: vec![0xa; 80],
+        post_proof: vec![0xb; 80],
+        post_slots: 3,
         slots: vec![
             slot(1, v1::SlotOutcome::Revealed),
-            slot(2, v1::SlotOutcome::NoCommit),
+            slot(2, v1::SlotOutcome::Declined),
             slot(3, v1::SlotOutcome::Revealed),
             slot(4, v1::SlotOutcome::Revealed),
         ],
         collected_at_ms: 1_790_000_000_900,
         exhausted: false,
+        referees: vec![referee()],
+    }
+}
+
+fn referee() -> v1::RefereeResult {
+    let scores = [&[0, 0, 0, 9][..], &reveal().fingerprints].concat();
+    let report = v1::SubjectReport { scores, signature: vec![8; 64] };
+    v1::RefereeResult {
+        node: vec![5; 32],
+        operator: vec![5; 20],
+        outcome: v1::RefereeOutcome::Reported.into(),
+        findings: vec![v1::RefereeFinding { subject: vec![6; 32], report: Some(report) }],
+        detail: String::new(),
     }
 }
 
@@ -132,15 +158,22 @@ fn read_submitted(bytes: &[u8]) -> bool {
 
 fn read_collected(bytes: &[u8]) -> bool {
     let Ok(wire) = v1::ResultsCollected::decode(bytes) else { return false };
-    let Ok(evidence) = convert::evidence(&wire, DOMAIN, Hash32::ZERO, 1_790_000_001_000) else {
+    let terms = Terms {
+        calibration: infera_protocol::calibration::Calibration { pairs: Vec::new() },
+        similarity_threshold_millionths: 600_000,
+        vocab_size: 100,
+    };
+    let Ok(evidence) = convert::evidence(&wire, DOMAIN, terms, 1_790_000_001_000) else {
         return false;
     };
     // The signatures are not real, so these say no; they must say it.
+    let _ = evidence.conduct(&evidence.decide(true));
     let checks = [
         evidence.check_request(),
         evidence.check_assignment(),
         evidence.check_slots(),
         evidence.check_post(),
+        evidence.check_referees(),
     ];
     let _ = (evidence.canonical(), evidence.root(), evidence.commitments_root());
     checks.iter().any(Result::is_ok) || checks.iter().all(Result::is_err)

@@ -1,6 +1,7 @@
 //! A bench that carries effects out at once, and checks what must always hold.
 
 mod interleavings;
+mod referees;
 mod tables;
 
 use std::collections::{BTreeMap, BTreeSet};
@@ -8,10 +9,12 @@ use std::collections::{BTreeMap, BTreeSet};
 use ed25519_dalek::SigningKey;
 use infera_protocol::bytes::{Address, Hash32, NodeId};
 use infera_protocol::commitment::{Slot, commitment, decline_digest};
-use infera_protocol::evidence::{Reveal, SignedCommitment, SlotOutcome};
+use infera_protocol::evidence::{Evidence, Reveal, SignedCommitment, SignedDecline, SlotOutcome};
 use infera_protocol::identity::{Domain, node_id, sign};
+use infera_protocol::registry::Registry;
 use infera_protocol::request::{Finish, Output, Request};
 use infera_protocol::sampling::SamplingParams;
+use infera_protocol::vrf::VrfSecret;
 use infera_wire::convert::{self, Funded, Submitted, funded_to_wire};
 use infera_wire::v1::from_dispatcher::Message;
 
@@ -21,12 +24,18 @@ const DOMAIN: Domain = Domain { chain_id: 1, contract: Address([1; 20]) };
 const MODEL: Hash32 = Hash32([2; 32]);
 const DEADLINE_MS: i64 = 1_000_000;
 
+fn registry() -> Registry {
+    infera_testkit::evidence::Network::serving(vec![infera_testkit::evidence::model("m", MODEL)]).registry
+}
+
 fn rules() -> Rules {
     Rules {
         domain: DOMAIN,
-        key: SigningKey::from_bytes(&[3; 32]),
+        key: VrfSecret::from_seed(&[3; 32]).unwrap(),
+        registry: registry(),
         lease_ms: 1_000,
         reveal_ms: 500,
+        referee_ms: 700,
         verdict_ms: 2_000,
         max_tries: 3,
         close_grace_ms: 10_000,
@@ -126,8 +135,7 @@ fn decline(n: u8, request: u128, attempt: u32) -> Command {
         node: node_id(&key(n)),
         request: Uuid::from_u128(request),
         attempt,
-        reason: "full".into(),
-        signature: sign(&key(n), &digest),
+        decline: SignedDecline { reason: "full".into(), signature: sign(&key(n), &digest) },
     }
 }
 
@@ -148,6 +156,10 @@ struct Bench {
     deltas: usize,
     asked_close: usize,
     handed_back: usize,
+    /// The last one that was collected.
+    evidence: Option<Evidence>,
+    /// Referees' jobs, in the order in which they were sent.
+    jobs: Vec<(NodeId, v1::RefereeLease)>,
 }
 
 impl Bench {
@@ -165,6 +177,8 @@ impl Bench {
             deltas: 0,
             asked_close: 0,
             handed_back: 0,
+            evidence: None,
+            jobs: Vec::new(),
         }
     }
 
@@ -212,10 +226,13 @@ impl Bench {
                 self.published += 1;
                 let first = self.collected.insert((request, attempt, round));
                 assert_eq!(first, repeat == 0, "one collected message a round, whose repeats say so");
-                let evidence = convert::evidence(&message, DOMAIN, Hash32::ZERO, 0).unwrap();
+                let evidence =
+                    convert::evidence(&message, DOMAIN, rules().terms(&MODEL).unwrap(), 0).unwrap();
                 evidence.check_assignment().unwrap();
                 evidence.check_post().unwrap();
                 evidence.check_slots().unwrap();
+                evidence.check_referees().unwrap();
+                self.evidence = Some(evidence);
                 self.run(Command::Confirmed { request, attempt, round }).unwrap();
             }
             Effect::Closed { request } => assert!(self.closed.insert(request), "closed once"),
@@ -238,11 +255,13 @@ impl Bench {
             Message::Lease(lease) => {
                 let request = convert::request(&lease.request.unwrap()).unwrap().id;
                 assert_eq!(Some(&lease.attempt), self.attempts.get(&request), "stored before it is leased");
-                let operator = (1..=5).find(|n| node_id(&key(*n)) == node).map(|n| connected(n, 0).operator);
+                let operator =
+                    self.state.nodes().iter().find(|view| view.info.node == node).map(|v| v.info.operator);
                 let place = (request, lease.attempt, operator.unwrap());
                 let holder = *self.leased.entry(place).or_insert(node);
                 assert_eq!(holder, node, "no operator has two nodes in one attempt");
             }
+            Message::RefereeLease(lease) => self.jobs.push((node, lease)),
             Message::RevealRequest(asked) => {
                 let request = Uuid::from_slice(&asked.request_id).unwrap();
                 if !self.asked.insert((request, asked.attempt, node)) {

@@ -1,4 +1,3 @@
-use infera_protocol::assignment::Eligible;
 use infera_protocol::bytes::Signature;
 
 use super::*;
@@ -263,11 +262,6 @@ fn the_class_with_most_operators_is_drawn_from() {
     }
     bench.run(Command::Offered(Box::new(offer(1)))).unwrap();
     assert_eq!(bench.state.attempt(Uuid::from_u128(1)).unwrap().class(), "exact");
-    let set = vec![
-        Eligible { node: NodeId([1; 32]), operator: Address([1; 20]), weight: 1 },
-        Eligible { node: NodeId([2; 32]), operator: Address([1; 20]), weight: 1 },
-    ];
-    assert_eq!(distinct_operators(&set), 1);
 }
 
 /// What a crashed dispatcher's nodes answer until they notice: they are full, and that is no failed try.

@@ -1,20 +1,26 @@
 //! Wire messages into validated domain types and back. Errors name the field.
 
+mod evidence;
+
 use crate::{MAX_REVEAL_BYTES, WireError, v1};
 use infera_protocol::{
-    assignment::{Eligible, MAX_ELIGIBLE},
-    bytes::{BytesError, EvmSignature, Hash32, NodeId, Signature},
-    evidence::{Evidence, Reveal, SignedCommitment, SlotEvidence, SlotOutcome},
+    assignment::Eligible,
+    bytes::{BytesError, EvmSignature, Hash32, Signature},
+    evidence::{Reveal, SignedCommitment},
     fingerprint::Fingerprint,
     grammar::{Grammar, GrammarKind},
-    identity::{Domain, HelloClaims, NodeBinding},
+    identity::{HelloClaims, NodeBinding},
     request::{Finish, Output, Request},
     sampling::SamplingParams,
 };
 use uuid::Uuid;
 
+pub use evidence::{conduct, conduct_to_wire, decline, evidence, outcome_to_wire, referee_to_wire};
+
 /// Most slots of an attempt: 7 results and those that were replaced.
 pub const MAX_SLOTS: usize = 64;
+/// Most answers that one referee's job is about: the most results and a planted defect.
+pub const MAX_SUBJECTS: usize = 8;
 /// Most concurrent sequences that a node may declare.
 pub const MAX_NODE_SLOTS: u32 = 64;
 /// Longest account name, model id and other short text, bytes.
@@ -158,7 +164,9 @@ pub fn eligible(wire: &v1::Eligible) -> Result<Eligible, WireError> {
     Ok(Eligible {
         node: fixed("eligible.node", &wire.node)?,
         operator: fixed("eligible.operator", &wire.operator)?,
+        class: name("eligible.class", &wire.class)?,
         weight: wire.weight,
+        audit_ppm: wire.audit_ppm,
     })
 }
 
@@ -166,11 +174,14 @@ pub fn eligible_to_wire(eligible: &Eligible) -> v1::Eligible {
     v1::Eligible {
         node: eligible.node.to_vec(),
         operator: eligible.operator.to_vec(),
+        class: eligible.class.clone(),
         weight: eligible.weight,
+        audit_ppm: eligible.audit_ppm,
     }
 }
 
 /// What a hello claims, with its two signatures still to be checked.
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Hello {
     pub claims: HelloClaims,
     pub binding_signature: EvmSignature,
@@ -234,41 +245,6 @@ pub fn reveal(wire: &v1::Reveal) -> Result<Reveal, WireError> {
             finish: finish("reveal.finish", wire.finish)?,
         },
         salt: fixed("reveal.salt", &wire.salt)?,
-    })
-}
-
-fn outcome(wire: i32) -> Result<SlotOutcome, WireError> {
-    match v1::SlotOutcome::try_from(wire) {
-        Ok(v1::SlotOutcome::Revealed) => Ok(SlotOutcome::Revealed),
-        Ok(v1::SlotOutcome::NoCommit) => Ok(SlotOutcome::NoCommit),
-        Ok(v1::SlotOutcome::NoReveal) => Ok(SlotOutcome::NoReveal),
-        Ok(v1::SlotOutcome::Mismatch) => Ok(SlotOutcome::Mismatch),
-        Ok(v1::SlotOutcome::Declined) => Ok(SlotOutcome::Declined),
-        Ok(v1::SlotOutcome::Disconnected) => Ok(SlotOutcome::Disconnected),
-        Ok(v1::SlotOutcome::Unspecified) | Err(_) => {
-            Err(WireError::invalid("slot.outcome", format!("unknown outcome {wire}")))
-        }
-    }
-}
-
-pub fn outcome_to_wire(outcome: SlotOutcome) -> v1::SlotOutcome {
-    match outcome {
-        SlotOutcome::Revealed => v1::SlotOutcome::Revealed,
-        SlotOutcome::NoCommit => v1::SlotOutcome::NoCommit,
-        SlotOutcome::NoReveal => v1::SlotOutcome::NoReveal,
-        SlotOutcome::Mismatch => v1::SlotOutcome::Mismatch,
-        SlotOutcome::Declined => v1::SlotOutcome::Declined,
-        SlotOutcome::Disconnected => v1::SlotOutcome::Disconnected,
-    }
-}
-
-pub fn slot(wire: &v1::SlotResult) -> Result<SlotEvidence, WireError> {
-    Ok(SlotEvidence {
-        node: fixed("slot.node", &wire.node)?,
-        operator: fixed("slot.operator", &wire.operator)?,
-        outcome: outcome(wire.outcome)?,
-        commitment: wire.commit.as_ref().map(commitment).transpose()?,
-        reveal: wire.reveal.as_ref().map(reveal).transpose()?,
     })
 }
 
@@ -364,49 +340,6 @@ pub fn funded_to_wire(funded: &Funded) -> v1::RequestFunded {
         price_micro: funded.price_micro,
         funded_at_ms: funded.funded_at_ms,
     }
-}
-
-/// The evidence that a `ResultsCollected` carries, as it stands when the verdict falls.
-pub fn evidence(
-    wire: &v1::ResultsCollected,
-    domain: Domain,
-    calibration_hash: Hash32,
-    decided_at_ms: i64,
-) -> Result<Evidence, WireError> {
-    if wire.eligible.len() > MAX_ELIGIBLE {
-        return Err(WireError::invalid(
-            "collected.eligible",
-            format!("{} nodes, at most {MAX_ELIGIBLE}", wire.eligible.len()),
-        ));
-    }
-    if wire.slots.len() > MAX_SLOTS {
-        return Err(WireError::invalid(
-            "collected.slots",
-            format!("{}, at most {MAX_SLOTS}", wire.slots.len()),
-        ));
-    }
-    let funded = funded(required("collected.funded", &wire.funded)?)?;
-    let submitted = funded.submitted;
-    Ok(Evidence {
-        domain,
-        request: submitted.request,
-        account: submitted.account,
-        model: submitted.model,
-        salt: submitted.salt,
-        k: submitted.k,
-        submitted_at_ms: submitted.submitted_at_ms,
-        decided_at_ms,
-        attempt: wire.attempt,
-        epoch: wire.epoch,
-        class: name("collected.class", &wire.class)?,
-        price_micro: funded.price_micro,
-        calibration_hash,
-        eligible: wire.eligible.iter().map(eligible).collect::<Result<_, _>>()?,
-        dispatcher: fixed::<NodeId>("collected.dispatcher", &wire.dispatcher)?,
-        assign_signature: fixed("collected.assign_signature", &wire.assign_signature)?,
-        post_signature: fixed("collected.post_signature", &wire.post_signature)?,
-        slots: wire.slots.iter().map(slot).collect::<Result<_, _>>()?,
-    })
 }
 
 /// Why a request is closed before enough of its results agree; also the code of the verdict that says so.

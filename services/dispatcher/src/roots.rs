@@ -5,22 +5,21 @@ use std::io::{self, Write};
 use std::os::unix::fs::{OpenOptionsExt, PermissionsExt};
 use std::path::Path;
 
-use ed25519_dalek::SigningKey;
 use infera_protocol::bytes::Hash32;
-use infera_protocol::identity::node_id;
 use infera_protocol::registry::{Manifest, Registry};
+use infera_protocol::vrf::VrfSecret;
 use infera_runtime::network;
 
 use crate::error::Error;
 
 /// The files, read and checked against each other.
-pub struct Trust {
-    pub key: SigningKey,
+pub struct Roots {
+    pub key: VrfSecret,
     pub manifest: Manifest,
     pub registry: Registry,
 }
 
-impl Trust {
+impl Roots {
     /// Reads all three.
     ///
     /// # Errors
@@ -28,18 +27,18 @@ impl Trust {
     pub fn load(key: &Path, manifest: &Path, registry: &Path) -> Result<Self, Error> {
         let key = load_or_create_key(key)?;
         let (trusted, registries) = network::load(manifest, registry)?;
-        if !trusted.dispatchers.contains(&node_id(&key)) {
-            return Err(Error::UnknownDispatcher { path: manifest.to_owned(), key: node_id(&key) });
+        if !trusted.dispatchers.contains(&key.key()) {
+            return Err(Error::UnknownDispatcher { path: manifest.to_owned(), key: key.key() });
         }
         Ok(Self { key, manifest: trusted, registry: registries.current().clone() })
     }
 }
 
-/// The dispatcher's Ed25519 key at `path`: 32 bytes as `0x` hex. Made with mode 0600 if it is missing.
+/// The dispatcher's secret at `path`: 32 bytes as `0x` hex. Made with mode 0600 if it is missing.
 ///
 /// # Errors
 /// [`Error::Key`] and [`Error::KeyExposed`].
-pub fn load_or_create_key(path: &Path) -> Result<SigningKey, Error> {
+pub fn load_or_create_key(path: &Path) -> Result<VrfSecret, Error> {
     match fs::metadata(path) {
         Err(error) if error.kind() == io::ErrorKind::NotFound => create_key(path)?,
         Err(error) => return Err(file(path, &error)),
@@ -51,7 +50,7 @@ pub fn load_or_create_key(path: &Path) -> Result<SigningKey, Error> {
     }
     let text = fs::read_to_string(path).map_err(|e| file(path, &e))?;
     let seed: Hash32 = text.trim().parse().map_err(|e| file(path, &format!("{e}; expected 32 bytes")))?;
-    Ok(SigningKey::from_bytes(&seed.0))
+    VrfSecret::from_seed(&seed.0).ok_or_else(|| file(path, &"these bytes have no secret"))
 }
 
 fn create_key(path: &Path) -> Result<(), Error> {
@@ -82,7 +81,7 @@ mod tests {
     fn a_key_is_made_once_and_kept_from_others() {
         let path = std::env::temp_dir().join(format!("infera-{}", uuid::Uuid::now_v7())).join("key");
         let first = load_or_create_key(&path).unwrap();
-        assert_eq!(load_or_create_key(&path).unwrap(), first);
+        assert_eq!(load_or_create_key(&path).unwrap().key(), first.key());
         assert_eq!(fs::metadata(&path).unwrap().permissions().mode() & 0o777, 0o600);
         fs::set_permissions(&path, fs::Permissions::from_mode(0o644)).unwrap();
         assert!(matches!(load_or_create_key(&path), Err(Error::KeyExposed { .. })));
