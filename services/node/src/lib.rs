@@ -139,10 +139,12 @@ pub async fn run(
         model_path: args.model.clone(),
         class: args.class,
         slots: usize::from(args.slots),
+        scorers: usize::from(args.scorers),
         threads: usize::from(args.threads),
         max_context: args.max_context as usize,
         cache_tokens: args.cache_tokens.map(|tokens| tokens as usize),
         memory_limit: args.memory_limit_mib.map(|mib| mib.saturating_mul(1024 * 1024)),
+        rounding: None,
     };
     let end_tokens = engine::prompt(&config)?.end_tokens().to_vec();
     let engine = blocking(move || Engine::start(config)).await??;

@@ -8,16 +8,16 @@ use std::path::Path;
 use infera_kernels::{Aligned, Cpu, Gate, Isa, KvElement, KvPool, Matrix, Precision, Quants, Queries};
 use infera_prompt::gguf::GgmlType;
 
-use super::Class;
 use super::error::EngineError;
 use super::quant::{GROUP, Raw, is_four_bit};
 use super::shape::{Activation, Shape};
 use super::source::{Name, Part, Source};
+use super::{Class, MAX_SCORERS, MAX_SLOTS};
 
 /// Rows of a step at most.
 pub(super) const STEP_ROWS: usize = 256;
-/// Rows of a step whose logits are computed at most.
-pub(super) const LOGIT_ROWS: usize = 64;
+/// Rows of a step whose logits are computed at most: one for each sequence at least.
+pub(super) const LOGIT_ROWS: usize = MAX_SLOTS + MAX_SCORERS;
 
 /// Matrices that share their inputs, their outputs side by side.
 #[derive(Debug)]

@@ -3,7 +3,8 @@
 use std::sync::Arc;
 
 use infera_node::engine::{
-    Busy, Class, Engine, EngineConfig, EngineError, Event, Finish, Job, PREEMPTED, ScoreJob, reference_logits,
+    Busy, Class, Engine, EngineConfig, EngineError, Event, Finish, Job, PREEMPTED, Rounding, ScoreJob,
+    reference_logits,
 };
 use infera_prompt::{Message, Prompt};
 use infera_protocol::fingerprint::Fingerprint;
@@ -18,10 +19,12 @@ pub fn config(class: Class, threads: usize) -> EngineConfig {
         model_path: model_path(),
         class,
         slots: 8,
+        scorers: 8,
         threads,
         max_context: 1024,
         cache_tokens: None,
         memory_limit: None,
+        rounding: None,
     }
 }
 
@@ -325,6 +328,63 @@ fn scores_of_an_answer_are_its_own_fingerprints() {
     }
 }
 
+/// Scoring and generating have places of their own.
+#[test]
+fn scores_take_no_slot_and_slots_no_scorer() {
+    let _one = ONE_AT_A_TIME.blocking_lock();
+    let prompt = Prompt::load(&model_path()).unwrap();
+    let engine = Engine::start(EngineConfig { slots: 1, scorers: 1, ..config(Class::Fast, 1) }).unwrap();
+    let asked = Job { end_tokens: vec![], ..job(&prompt, QUESTIONS[1], 0.0, 900) };
+    let mut running = engine.generate(asked.clone()).unwrap();
+    assert!(matches!(running.blocking_recv(), Some(Event::Token { .. })));
+    let score = || ScoreJob {
+        id: Uuid::now_v7(),
+        prompt: asked.prompt.clone(),
+        tokens: vec![100; 600],
+        params: asked.params.clone(),
+        seed: asked.seed,
+        grammar: None,
+    };
+    let first = engine.score(score()).unwrap();
+    assert_eq!(engine.score(score()).unwrap_err(), Busy::Scoring { scorers: 1 });
+    let another = Job { id: Uuid::now_v7(), ..asked.clone() };
+    assert_eq!(engine.generate(another).unwrap_err(), Busy::Full { slots: 1 });
+    assert_eq!(engine.free_slots(), 0);
+    assert_eq!(first.blocking_recv().unwrap().unwrap().len(), 600);
+    assert!(matches!(running.blocking_recv(), Some(Event::Token { .. })), "the generation goes on");
+    drop(engine.score(score()).unwrap());
+}
+
+/// A test's cheater: the same file with cheaper matrices. Its answers are seen by the honest scorer.
+#[test]
+fn rounded_weights_are_another_model() {
+    let _one = ONE_AT_A_TIME.blocking_lock();
+    let prompt = Prompt::load(&model_path()).unwrap();
+    let asked: Vec<Job> = QUESTIONS.iter().map(|q| job(&prompt, q, 0.0, 24)).collect();
+    let cheap = |rounding| {
+        let engine = Engine::start(EngineConfig { rounding, ..config(Class::Fast, 2) }).unwrap();
+        together(&engine, &asked)
+    };
+    let rounded = [Some(Rounding::ThreeBits), Some(Rounding::TwoBits)].map(cheap);
+    let honest = Engine::start(config(Class::Fast, 2)).unwrap();
+    let worst = |answers: &[Answer]| -> f64 {
+        let scores = asked.iter().zip(answers).map(|(job, answer)| {
+            let asked = ScoreJob {
+                id: Uuid::now_v7(),
+                prompt: job.prompt.clone(),
+                tokens: answer.tokens.clone(),
+                params: job.params.clone(),
+                seed: job.seed,
+                grammar: None,
+            };
+            honest.score(asked).unwrap().blocking_recv().unwrap().unwrap()
+        });
+        scores.flatten().map(|score| score.margin).fold(0.0, f64::max)
+    };
+    let [three, two] = rounded.map(|answers| worst(&answers));
+    assert!(three > 0.5 && two > three, "largest margins: {three} with 3 bits, {two} with 2");
+}
+
 /// The kernels against libtorch: another program, another order of sums.
 #[test]
 fn fingerprints_are_those_of_libtorch_up_to_rounding() {
@@ -462,7 +522,7 @@ fn impossible_jobs_are_refused_in_words() {
 
 #[test]
 fn memory_is_stated_and_limited_before_loading() {
-    let base = config(Class::Exact, 1);
+    let base = EngineConfig { scorers: 0, ..config(Class::Exact, 1) };
     let need = |config: &EngineConfig| infera_node::engine::memory_need(config).unwrap();
     let (exact, fast) = (need(&base), need(&EngineConfig { class: Class::Fast, ..base.clone() }));
     let file = std::fs::metadata(model_path()).unwrap().len();
@@ -470,12 +530,15 @@ fn memory_is_stated_and_limited_before_loading() {
     assert_eq!(fast.weights, exact.weights);
     assert_eq!(exact.cache, 8 * 1024 * 30 * 2 * 3 * 64 * 4);
     assert_eq!(fast.cache, exact.cache / 2);
+    let scoring = need(&EngineConfig { scorers: 1, ..base.clone() });
+    assert_eq!(scoring.cache, exact.cache / 8 * 9, "a place for scoring has a whole context of its own");
     let less = EngineConfig { cache_tokens: Some(1000), ..base.clone() };
     assert_eq!(need(&less).cache, 1008 * 30 * 2 * 3 * 64 * 4);
     let refused = Engine::start(EngineConfig { memory_limit: Some(300 << 20), ..base.clone() }).unwrap_err();
     assert!(matches!(refused, EngineError::Memory { limit_mib: 300, .. }), "{refused}");
     for (bad, text) in [
         (EngineConfig { slots: 0, ..base.clone() }, "slots is 0, allowed are 1 to 64"),
+        (EngineConfig { scorers: 9, ..base.clone() }, "scorers is 9, allowed are 0 to 8"),
         (EngineConfig { threads: 1000, ..base.clone() }, "threads is 1000"),
         (EngineConfig { max_context: 9000, ..base.clone() }, "max_context is 9000"),
         (EngineConfig { cache_tokens: Some(0), ..base.clone() }, "cache_tokens is 0"),
