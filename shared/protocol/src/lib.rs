@@ -4,6 +4,7 @@
 //! | section | module |
 //! |---|---|
 //! | 1 identities | [`identity`], [`registry`] |
+//! | 2 admission | [`admission`] |
 //! | 3 request | [`request`], [`grammar`] |
 //! | 4 assignment | [`assignment`] |
 //! | 5 generation | [`sampling`], [`mask`], [`fingerprint`] |
@@ -13,6 +14,7 @@
 //! | 1, 6, 10 what contracts check | [`typed`] |
 //! | 10 settlement | [`evidence`], [`receipt`], [`document`], [`merkle`], [`money`] |
 
+pub mod admission;
 pub mod agreement;
 pub mod assignment;
 pub mod bytes;
