@@ -46,6 +46,12 @@ pub struct Args {
     /// Misbehave, to test the network
     #[arg(long, value_enum)]
     pub fault: Option<Fault>,
+    /// The GGUF file that --fault other-model and wrong-weights load
+    #[arg(long, requires = "fault")]
+    pub fault_model: Option<PathBuf>,
+    /// The folder through which nodes of one owner cheat together
+    #[arg(long, requires = "fault")]
+    pub fault_share: Option<PathBuf>,
     /// Send traces to this OTLP collector (gRPC), as http://127.0.0.1:4317
     #[arg(long)]
     pub otlp: Option<String>,
