@@ -116,6 +116,24 @@ impl Fault {
         }
     }
 
+    /// The flags of `MODE`, or of `MODE:PATH` where the mode needs one.
+    ///
+    /// # Errors
+    /// In words: there is no such mode, or a path is missing or too much.
+    pub fn flags(text: &str) -> Result<Vec<String>, String> {
+        let (mode, path) = text.split_once(':').map_or((text, None), |(mode, path)| (mode, Some(path)));
+        let fault = Self::from_str(mode, false)
+            .map_err(|_| format!("no mode is called {mode}; `infera node --help` lists them"))?;
+        let mut flags = vec!["--fault".to_owned(), mode.to_owned()];
+        match (fault.needs(), path) {
+            (None, None) => {}
+            (Some(flag), Some(path)) => flags.extend([flag.to_owned(), path.to_owned()]),
+            (Some(_), None) => return Err(format!("this mode needs a path, as {mode}:PATH")),
+            (None, Some(_)) => return Err(format!("{mode} takes no path")),
+        }
+        Ok(flags)
+    }
+
     /// How its weights are rounded.
     pub(crate) fn rounding(self) -> Option<Rounding> {
         match self {

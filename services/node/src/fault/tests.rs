@@ -83,3 +83,24 @@ fn modes_name_what_they_need() {
     assert_eq!(Fault::from_str("round3bit", false), Ok(Fault::Round3Bit));
     assert_eq!(Fault::from_str("cheap-after-tie", false), Ok(Fault::CheapAfterTie));
 }
+
+#[test]
+fn a_mode_may_come_with_a_path() {
+    assert_eq!(Fault::flags("garbage").unwrap(), ["--fault", "garbage"]);
+    assert_eq!(
+        Fault::flags("collude:/tmp/a:b").unwrap(),
+        ["--fault", "collude", "--fault-share", "/tmp/a:b"]
+    );
+    assert_eq!(
+        Fault::flags("other-model:m.gguf").unwrap(),
+        ["--fault", "other-model", "--fault-model", "m.gguf"]
+    );
+    for (text, expected) in [
+        ("lazy", "no mode is called lazy"),
+        ("collude", "needs a path, as collude:PATH"),
+        ("echo:/tmp", "echo takes no path"),
+    ] {
+        let error = Fault::flags(text).unwrap_err();
+        assert!(error.contains(expected), "{error}");
+    }
+}
