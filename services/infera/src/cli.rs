@@ -84,8 +84,8 @@ pub struct UpArgs {
     /// Nodes to start, each of an operator of its own
     #[arg(long, default_value_t = 4, value_parser = clap::value_parser!(u16).range(0..=16))]
     pub nodes: u16,
-    /// Make a node misbehave: NUMBER=MODE, as 4=garbage; may be repeated
-    #[arg(long = "node-fault", value_name = "NUMBER=MODE")]
+    /// Make a node misbehave: NUMBER=MODE, as 4=garbage, or NUMBER=MODE:PATH, as 3=collude:/tmp/gang; may be repeated
+    #[arg(long = "node-fault", value_name = "NUMBER=MODE[:PATH]")]
     pub node_faults: Vec<String>,
     /// First of the ten ports that are used on 127.0.0.1
     #[arg(long, default_value_t = 8080, env = "INFERA_PORT_BASE", value_parser = clap::value_parser!(u16).range(1024..=65000))]

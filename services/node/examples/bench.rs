@@ -230,10 +230,12 @@ fn serve(args: Args) -> Result<(), String> {
         model_path: args.model,
         class: args.class,
         slots: args.slots,
+        scorers: 1,
         threads: args.threads,
         max_context: args.context,
         cache_tokens: Some(args.cache),
         memory_limit: None,
+        rounding: None,
     };
     let (base, loading) = (status("VmRSS")?, Instant::now());
     let prompt = Prompt::load(&config.model_path).map_err(|e| e.to_string())?;

@@ -25,13 +25,16 @@ pub struct Args {
     /// Requests at once
     #[arg(long, default_value_t = 4, value_parser = clap::value_parser!(u8).range(1..=64))]
     pub slots: u8,
+    /// Others' answers to check at once, beside the requests: work that is paid too
+    #[arg(long, default_value_t = 1, value_parser = clap::value_parser!(u8).range(1..=8))]
+    pub scorers: u8,
     /// Threads; more than free cores makes it slower
     #[arg(long, default_value_t = 1, value_parser = clap::value_parser!(u8).range(1..))]
     pub threads: u8,
     /// Most tokens of a request, prompt and answer together
     #[arg(long, default_value_t = 2048, value_parser = clap::value_parser!(u32).range(1..=131_072))]
     pub max_context: u32,
-    /// Tokens whose keys and values are kept, of running requests and of earlier prompts; default: max-context for each slot
+    /// Tokens whose keys and values are kept, of running requests and of earlier prompts; default: max-context for each slot and scorer
     #[arg(long, value_parser = clap::value_parser!(u32).range(1..=16_777_216))]
     pub cache_tokens: Option<u32>,
     /// Most memory that the model may need, MiB; default: no limit
@@ -43,6 +46,12 @@ pub struct Args {
     /// Misbehave, to test the network
     #[arg(long, value_enum)]
     pub fault: Option<Fault>,
+    /// The GGUF file that --fault other-model and wrong-weights load
+    #[arg(long, requires = "fault")]
+    pub fault_model: Option<PathBuf>,
+    /// The folder through which nodes of one owner cheat together
+    #[arg(long, requires = "fault")]
+    pub fault_share: Option<PathBuf>,
     /// Send traces to this OTLP collector (gRPC), as http://127.0.0.1:4317
     #[arg(long)]
     pub otlp: Option<String>,

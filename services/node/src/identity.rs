@@ -62,6 +62,11 @@ impl Identity {
         })
     }
 
+    /// For tests of the network: declares an executable that nobody has.
+    pub fn forge_release(&mut self) {
+        self.release_hash = Hash32(rand::random());
+    }
+
     pub fn node(&self) -> NodeId {
         self.binding.node
     }

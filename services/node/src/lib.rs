@@ -5,6 +5,8 @@
 //!             <─deltas──         <─tokens─
 //!             <─commit── after the journal has it on disk
 //!             ──reveal?─> the journal's bytes
+//!             ──answers to check──> engine ──signed scores──>
+//!             ──ranges?─> slices of the weights file
 //! ```
 //!
 //! Promises:
@@ -12,6 +14,8 @@
 //!   connection the same bytes are sent again. A node that keeps this can't be caught equivocating.
 //! - One process per data folder: a second one would answer the same slots.
 //! - A lease that can't be served is declined, signed, at once.
+//! - The weights that it declares are the ones that it has: ranges of the file are proved whenever the dispatcher asks.
+//! - Others' answers are scored beside its own work, in places of their own.
 //! - A node whose engine has ended declines what it holds and ends with an error, for its supervisor to see.
 //! - Gone at once when its owner wants the machine: a pause (SIGUSR1, or `infera pause`) ends all jobs within one step of
 //!   the engine, gives weights and cache back, answers what is committed already, and leaves the dispatcher; SIGUSR2
@@ -28,6 +32,7 @@ mod journal;
 mod pause;
 mod session;
 mod slots;
+mod weights;
 
 use std::{
     fs::{File, TryLockError},
@@ -38,7 +43,7 @@ use std::{
     time::Duration,
 };
 
-use infera_protocol::{bytes::Hash32, registry::Manifest};
+use infera_protocol::registry::Manifest;
 use infera_runtime::{CancellationToken, shutdown, telemetry};
 
 use tokio::{
@@ -49,10 +54,13 @@ use tokio::{
 pub use args::Args;
 pub use fault::Fault;
 pub use pause::{pause, resume};
+pub use weights::weights_root;
 
 use engine::{Engine, EngineConfig};
+use fault::Faults;
 use identity::Identity;
 use slots::Slots;
+use weights::Weights;
 
 /// Pause before the first reconnect, and the longest one.
 const FIRST_PAUSE: Duration = Duration::from_millis(200);
@@ -77,16 +85,6 @@ pub enum Error {
     NotRunning { data: String },
     #[error("cannot start: {0}")]
     Start(String),
-}
-
-/// BLAKE3 of a weights file, as the registry lists it.
-///
-/// # Errors
-/// The file can't be read.
-pub fn weights_root(path: &Path) -> io::Result<Hash32> {
-    let mut hasher = blake3::Hasher::new();
-    hasher.update_reader(std::fs::File::open(path)?)?;
-    Ok(Hash32(*hasher.finalize().as_bytes()))
 }
 
 /// Runs a node until a signal; 0 after a clean drain.
@@ -126,31 +124,24 @@ pub async fn run(
     shutdown: CancellationToken,
     pauses: watch::Receiver<bool>,
 ) -> Result<(), Error> {
+    fault::check(&args)?;
     let manifest = read_manifest(&args.manifest)?;
     let _lock = lock(&args.data)?;
-    let identity = Identity::load_or_create(&args, &manifest)?;
-    let weights = args.model.clone();
-    let root = blocking(move || weights_root(&weights)).await?.map_err(|e| Error::File {
-        what: "the model",
-        path: args.model.display().to_string(),
-        reason: e.to_string(),
-    })?;
-    let config = EngineConfig {
-        model_path: args.model.clone(),
-        class: args.class,
-        slots: usize::from(args.slots),
-        threads: usize::from(args.threads),
-        max_context: args.max_context as usize,
-        cache_tokens: args.cache_tokens.map(|tokens| tokens as usize),
-        memory_limit: args.memory_limit_mib.map(|mib| mib.saturating_mul(1024 * 1024)),
-    };
-    let end_tokens = engine::prompt(&config)?.end_tokens().to_vec();
+    let mut identity = Identity::load_or_create(&args, &manifest)?;
+    if args.fault.is_some_and(Fault::forges_release) {
+        identity.forge_release();
+    }
+    let config = config(&args);
+    let (for_weights, for_engine, loaded) = (args.clone(), args.clone(), config.clone());
+    let weights = blocking(move || read_weights(&for_weights)).await??;
     let engine = blocking(move || Engine::start(config)).await??;
+    let end_tokens = end_tokens(&args, &engine)?;
+    let faults = blocking(move || faults(&for_engine, &loaded)).await??;
     let journal = journal::Journal::open(&args.data.join("slots")).map_err(Error::Journal)?;
     tracing::info!(
         node = %identity.node(),
         operator = %identity.operator(),
-        model = %root,
+        model = %weights.root(),
         class = args.class.name(),
         slots = args.slots,
         "node is ready"
@@ -159,7 +150,7 @@ pub async fn run(
         engine,
         identity,
         journal,
-        slots::Setting { model_root: root, end_tokens, fault: args.fault },
+        slots::Setting { weights, end_tokens, scorers: usize::from(args.scorers), faults },
     );
     let slots = Arc::new(slots.map_err(Error::Journal)?);
     tokio::select! {
@@ -169,6 +160,59 @@ pub async fn run(
         }
         () = broken(&slots) => Err(engine::EngineError::Thread("it has ended; start the node again".into()).into()),
     }
+}
+
+fn config(args: &Args) -> EngineConfig {
+    EngineConfig {
+        model_path: loaded(args).to_owned(),
+        class: args.class,
+        slots: usize::from(args.slots),
+        scorers: usize::from(args.scorers),
+        threads: usize::from(args.threads),
+        max_context: args.max_context as usize,
+        cache_tokens: args.cache_tokens.map(|tokens| tokens as usize),
+        memory_limit: args.memory_limit_mib.map(|mib| mib.saturating_mul(1024 * 1024)),
+        rounding: args.fault.and_then(Fault::rounding),
+    }
+}
+
+/// The file that computes: the declared one, unless a fault says otherwise.
+fn loaded(args: &Args) -> &Path {
+    match (args.fault, &args.fault_model) {
+        (Some(fault), Some(other)) if fault.loads_another() => other,
+        _ => &args.model,
+    }
+}
+
+/// The declared model's; a fault's other model may be one without a chat template, which has its own.
+fn end_tokens(args: &Args, engine: &Engine) -> Result<Vec<u32>, Error> {
+    if args.fault.is_some_and(Fault::loads_another) {
+        return Ok(engine.tokenizer().end_tokens().to_vec());
+    }
+    Ok(engine::prompt(&config(args))?.end_tokens().to_vec())
+}
+
+fn read_weights(args: &Args) -> Result<Weights, Error> {
+    let read = |path: &Path| {
+        Weights::read(path).map_err(|e| Error::File {
+            what: "the model",
+            path: path.display().to_string(),
+            reason: e.to_string(),
+        })
+    };
+    let declared = read(&args.model)?;
+    match args.fault {
+        Some(Fault::WrongWeights) => Ok(read(loaded(args))?.declared_as(declared.root())),
+        _ => Ok(declared),
+    }
+}
+
+fn faults(args: &Args, loaded: &EngineConfig) -> Result<Option<Faults>, Error> {
+    if args.fault.is_none() {
+        return Ok(None);
+    }
+    let declared = EngineConfig { model_path: args.model.clone(), ..loaded.clone() };
+    Faults::new(args, &engine::prompt(&declared)?, loaded)
 }
 
 /// One session after the other, until `shutdown`.

@@ -88,7 +88,7 @@ async fn session(
     }
 }
 
-async fn handshake<S, R>(args: &Args, slots: &Slots, sink: &mut S, stream: &mut R) -> Result<u32, Ended>
+async fn handshake<S, R>(args: &Args, slots: &Arc<Slots>, sink: &mut S, stream: &mut R) -> Result<u32, Ended>
 where
     S: Sink<Message, Error = WsError> + Unpin,
     R: Stream<Item = Result<Message, WsError>> + Unpin,
@@ -105,12 +105,19 @@ where
     let nonce = <[u8; 32]>::try_from(challenge.nonce.as_slice())
         .map_err(|_| WireError::invalid("challenge.nonce", "expected 32 bytes"))?;
     let hello =
-        slots.identity.hello(&nonce, slots.setting.model_root, args.class.name(), u32::from(args.slots));
+        slots.identity.hello(&nonce, slots.setting.weights.root(), args.class.name(), u32::from(args.slots));
     send(sink, v1::from_node::Message::Hello(hello)).await?;
-    match next_frame(stream).await? {
-        Frame::Welcome(welcome) => Ok(welcome.heartbeat_secs),
-        Frame::Refused(v1::Refused { code, reason }) => Err(Ended::Refused { code, reason }),
-        _ => Err(WireError::Missing { field: "welcome" }.into()),
+    loop {
+        match next_frame(stream).await? {
+            Frame::Welcome(welcome) => return Ok(welcome.heartbeat_secs),
+            Frame::Refused(v1::Refused { code, reason }) => return Err(Ended::Refused { code, reason }),
+            Frame::RangeChallenge(challenge) => {
+                if let Some(proof) = slots.proof(challenge).await {
+                    send(sink, v1::from_node::Message::RangeProof(proof)).await?;
+                }
+            }
+            _ => return Err(WireError::Missing { field: "welcome" }.into()),
+        }
     }
 }
 
@@ -188,12 +195,15 @@ fn act(slots: &Arc<Slots>, frame: v1::from_dispatcher::Message, draining: bool) 
     match frame {
         Frame::Lease(lease) => slots.lease(&lease, draining),
         Frame::RevealRequest(asked) => {
-            slots.reveal(key("reveal_request.request_id", &asked.request_id, asked.attempt)?);
+            let key = key("reveal_request.request_id", &asked.request_id, asked.attempt)?;
+            slots.reveal(key, asked.reveal_deadline_ms);
         }
         Frame::Cancel(cancel) => slots.cancel(key("cancel.request_id", &cancel.request_id, cancel.attempt)?),
         Frame::Released(done) => slots.release(key("released.request_id", &done.request_id, done.attempt)?),
         Frame::Refused(v1::Refused { code, reason }) => return Err(Ended::Refused { code, reason }),
-        Frame::Challenge(_) | Frame::Welcome(_) | Frame::RefereeLease(_) | Frame::RangeChallenge(_) => {
+        Frame::RefereeLease(lease) => slots.referee(&lease, draining),
+        Frame::RangeChallenge(challenge) => slots.prove(challenge),
+        Frame::Challenge(_) | Frame::Welcome(_) => {
             return Err(WireError::invalid("message", "not expected here").into());
         }
     }

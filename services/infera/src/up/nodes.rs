@@ -2,6 +2,8 @@
 
 use std::collections::BTreeMap;
 
+use infera_node::Fault;
+
 use super::children::ChildSpec;
 use crate::{
     cli::UpArgs,
@@ -30,7 +32,7 @@ pub fn specs(setting: &Setting<'_>, args: &UpArgs) -> Result<Vec<ChildSpec>, Str
                 "exact".to_owned(),
             ];
             if let Some(fault) = faults.get(&number) {
-                arguments.extend(["--fault".to_owned(), fault.clone()]);
+                arguments.extend(fault.iter().cloned());
             }
             if let Some(otlp) = setting.otlp {
                 arguments.extend(["--otlp".to_owned(), otlp.to_owned()]);
@@ -47,18 +49,18 @@ pub fn specs(setting: &Setting<'_>, args: &UpArgs) -> Result<Vec<ChildSpec>, Str
         .collect()
 }
 
-fn faults(list: &[String], nodes: usize) -> Result<BTreeMap<usize, String>, String> {
+/// The flags of each node that misbehaves.
+fn faults(list: &[String], nodes: usize) -> Result<BTreeMap<usize, Vec<String>>, String> {
     list.iter()
         .map(|entry| {
             let (number, mode) = entry
                 .split_once('=')
                 .and_then(|(number, mode)| Some((number.parse::<usize>().ok()?, mode)))
                 .ok_or_else(|| format!("--node-fault {entry}: expected NUMBER=MODE, as 4=garbage"))?;
-            if (1..=nodes).contains(&number) {
-                Ok((number, mode.to_owned()))
-            } else {
-                Err(format!("--node-fault {entry}: there are nodes 1 to {nodes}"))
+            if !(1..=nodes).contains(&number) {
+                return Err(format!("--node-fault {entry}: there are nodes 1 to {nodes}"));
             }
+            Ok((number, Fault::flags(mode).map_err(|reason| format!("--node-fault {entry}: {reason}"))?))
         })
         .collect()
 }

@@ -8,16 +8,16 @@ use std::path::Path;
 use infera_kernels::{Aligned, Cpu, Gate, Isa, KvElement, KvPool, Matrix, Precision, Quants, Queries};
 use infera_prompt::gguf::GgmlType;
 
-use super::Class;
 use super::error::EngineError;
 use super::quant::{GROUP, Raw, is_four_bit};
 use super::shape::{Activation, Shape};
 use super::source::{Name, Part, Source};
+use super::{Class, MAX_SCORERS, MAX_SLOTS};
 
 /// Rows of a step at most.
 pub(super) const STEP_ROWS: usize = 256;
-/// Rows of a step whose logits are computed at most.
-pub(super) const LOGIT_ROWS: usize = 64;
+/// Rows of a step whose logits are computed at most: one for each sequence at least.
+pub(super) const LOGIT_ROWS: usize = MAX_SLOTS + MAX_SCORERS;
 
 /// Matrices that share their inputs, their outputs side by side.
 #[derive(Debug)]
@@ -240,46 +240,47 @@ fn normalise(cpu: &mut Cpu, (x, stride): (&[f32], usize), weight: &[f32], eps: f
     });
 }
 
-/// `x += w y`, normalised before it is added if the layer does so.
+/// `x += w y`, normalised before it is added if the layer does so; `more` and `normed` are memory for that.
 fn add(
     cpu: &mut Cpu,
     (w, precision): (&Matrix, Precision),
     y: &[f32],
     x: &mut [f32],
     norm: Option<(&[f32], f64)>,
-    more: &mut Aligned<f32>,
+    (more, normed): (&mut Aligned<f32>, &mut [f32]),
 ) {
     let Some((weight, eps)) = norm else { return cpu.linear(w, y, x, true, precision) };
     let stride = w.padded_rows();
     more.grow(x.len());
     let more = &mut more[..x.len()];
     cpu.linear(w, y, more, false, precision);
-    let (isa, more, width) = (cpu.isa(), &*more, weight.len());
+    normalise(cpu, (more, stride), weight, eps, normed);
+    let (normed, width) = (&*normed, weight.len());
     cpu.each_row(x, stride, &|row, x| {
-        let mut normed = vec![0f32; width];
-        infera_kernels::norm(isa, &more[row * stride..][..width], weight, eps as f32, &mut normed);
-        x.iter_mut().zip(normed).for_each(|(x, y)| *x += y);
+        x.iter_mut().zip(&normed[row * width..][..width]).for_each(|(x, y)| *x += y);
     });
 }
 
 /// One row of queries and keys, as attention takes them: with bias, normalised, turned, queries scaled.
 fn prepare(isa: Isa, s: &Shape, layer: &Layer, (cos, sin): (&[f32], &[f32]), row: &mut [f32]) {
     row.iter_mut().zip(&layer.qkv_bias).for_each(|(x, b)| *x += b);
+    let heads = &mut row[..s.query_width() + s.kv_width()];
+    if let Some(norms) = &layer.qk_norm {
+        normalise_heads(isa, s, norms, heads);
+    }
+    for (h, x) in heads.chunks_exact_mut(s.head).enumerate() {
+        infera_kernels::rotate(isa, x, cos, sin, if h < s.heads { s.attention_scale } else { 1.0 });
+    }
+}
+
+/// Each head of a row of queries and keys.
+fn normalise_heads(isa: Isa, s: &Shape, (of_queries, of_keys): &(Vec<f32>, Vec<f32>), row: &mut [f32]) {
     let mut plain = [0f32; 1 << 10];
-    for (h, x) in row[..s.query_width() + s.kv_width()].chunks_exact_mut(s.head).enumerate() {
-        let is_query = h < s.heads;
-        if let Some((of_queries, of_keys)) = &layer.qk_norm {
-            let plain = &mut plain[..s.head];
-            plain.copy_from_slice(x);
-            infera_kernels::norm(
-                isa,
-                plain,
-                if is_query { of_queries } else { of_keys },
-                s.norm_eps as f32,
-                x,
-            );
-        }
-        infera_kernels::rotate(isa, x, cos, sin, if is_query { s.attention_scale } else { 1.0 });
+    let plain = &mut plain[..s.head];
+    for (h, x) in row.chunks_exact_mut(s.head).enumerate() {
+        plain.copy_from_slice(x);
+        let weight = if h < s.heads { of_queries } else { of_keys };
+        infera_kernels::norm(isa, plain, weight, s.norm_eps as f32, x);
     }
 }
 
@@ -399,7 +400,7 @@ impl Model {
         let seen = &mut b.seen[..rows * q_width];
         cpu.attend(&self.kv, i, queries, s.heads, (qkv, qkv_width), seen);
         let norm = layer.post_attention_norm.as_deref().map(|w| (w, s.norm_eps));
-        add(cpu, (&layer.output, self.precision), seen, x, norm, &mut b.more);
+        add(cpu, (&layer.output, self.precision), seen, x, norm, (&mut b.more, normed));
     }
 
     fn feed_forward(&mut self, i: usize, rows: usize) {
@@ -420,7 +421,7 @@ impl Model {
             infera_kernels::gate(isa, kind, &both[row * both_width..][..2 * ffn], out);
         });
         let norm = layer.post_ffn_norm.as_deref().map(|w| (w, s.norm_eps));
-        add(cpu, (&layer.down, self.precision), gated, x, norm, &mut b.more);
+        add(cpu, (&layer.down, self.precision), gated, x, norm, (&mut b.more, normed));
     }
 
     fn head(&mut self, spans: &[Span<'_>]) {

@@ -79,6 +79,12 @@ pub enum Busy {
         /// How many there are.
         slots: usize,
     },
+    /// As many answers are scored as may be at once.
+    #[error("all {scorers} places for scoring are taken")]
+    Scoring {
+        /// How many there are.
+        scorers: usize,
+    },
     /// A job with this id runs already.
     #[error("job {0} runs already")]
     Duplicate(Uuid),

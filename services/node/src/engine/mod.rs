@@ -17,9 +17,11 @@
 mod cpu;
 mod error;
 mod gate;
+mod job;
 mod kv;
 mod quant;
 mod reference;
+mod rounding;
 mod sequence;
 mod shape;
 mod source;
@@ -32,9 +34,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{SyncSender, sync_channel};
 use std::thread::JoinHandle;
 
-use infera_grammar::Matcher;
 use infera_prompt::{Prompt, Tokenizer};
-use infera_protocol::fingerprint::Fingerprint;
 pub use infera_protocol::request::Finish;
 use infera_protocol::sampling::SamplingParams;
 use infera_runtime::CancellationToken;
@@ -46,8 +46,10 @@ use uuid::Uuid;
 #[doc(hidden)]
 pub use cpu::engine_logits;
 pub use error::{Busy, DrawError, EngineError};
+pub use job::{Event, Job, Score, ScoreJob};
 #[doc(hidden)]
 pub use reference::reference_logits;
+pub use rounding::Rounding;
 pub use shape::MemoryNeed;
 
 use gate::Gate;
@@ -55,8 +57,10 @@ use sequence::Start;
 use shape::Shape;
 use source::Source;
 
-/// Most sequences at once.
+/// Most generations at once.
 pub const MAX_SLOTS: usize = 64;
+/// Most answers that are scored at once.
+pub const MAX_SCORERS: usize = 8;
 /// Most threads.
 pub const MAX_THREADS: usize = 256;
 
@@ -89,17 +93,21 @@ pub struct EngineConfig {
     pub model_path: PathBuf,
     /// Numerics.
     pub class: Class,
-    /// Sequences at once, 1 to [`MAX_SLOTS`].
+    /// Generations at once, 1 to [`MAX_SLOTS`].
     pub slots: usize,
+    /// Answers that are scored at once, beside the generations, 0 to [`MAX_SCORERS`].
+    pub scorers: usize,
     /// Threads, 1 to [`MAX_THREADS`]; more than free cores makes everything slower.
     pub threads: usize,
     /// Most tokens of a sequence, prompt and answer together; at most the model's context length.
     pub max_context: usize,
     /// Tokens whose keys and values are kept, running jobs' and cached beginnings' together; `None`: `max_context` for
-    /// every slot. With less, jobs wait for each other's memory.
+    /// every slot and every scorer. With less, jobs wait for each other's memory.
     pub cache_tokens: Option<usize>,
     /// Most bytes that the engine may need; `None` for no limit.
     pub memory_limit: Option<u64>,
+    /// Cheaper weights than the file's, to test the network; `None` for honest work.
+    pub rounding: Option<Rounding>,
 }
 
 impl EngineConfig {
@@ -107,85 +115,9 @@ impl EngineConfig {
     fn blocks(&self) -> usize {
         match self.cache_tokens {
             Some(tokens) => tokens.div_ceil(kv::BLOCK),
-            None => self.slots * self.max_context.div_ceil(kv::BLOCK),
+            None => (self.slots + self.scorers) * self.max_context.div_ceil(kv::BLOCK),
         }
     }
-}
-
-/// One generation.
-#[derive(Debug, Clone)]
-pub struct Job {
-    /// Names it in [`Engine::cancel`].
-    pub id: Uuid,
-    /// Token ids of the rendered prompt.
-    pub prompt: Vec<u32>,
-    /// Parameters of the draw.
-    pub params: SamplingParams,
-    /// At least 1.
-    pub max_tokens: u32,
-    /// Stop strings.
-    pub stop: Vec<String>,
-    /// Seed of the draw.
-    pub seed: u64,
-    /// Tokens that end the generation: the model registry's.
-    pub end_tokens: Vec<u32>,
-    /// What the answer must look like, at its beginning; made for the same end tokens.
-    pub grammar: Option<Matcher>,
-}
-
-/// What a job's receiver gets: tokens, then exactly one `Finished` or `Failed`. A cancelled job's channel just closes.
-#[derive(Debug, Clone, PartialEq)]
-pub enum Event {
-    /// The next token. The end token and the token that completes a stop string are tokens like any other.
-    Token {
-        /// Its id.
-        token: u32,
-        /// What the engine saw when it drew it.
-        fingerprint: Fingerprint,
-    },
-    /// The generation is complete.
-    Finished {
-        /// Why it ended.
-        finish: Finish,
-    },
-    /// The generation broke off for a reason of the engine's.
-    Failed {
-        /// In words.
-        reason: String,
-    },
-}
-
-/// An answer to be scored.
-#[derive(Debug, Clone)]
-pub struct ScoreJob {
-    /// Names it in [`Engine::cancel`].
-    pub id: Uuid,
-    /// Token ids of the rendered prompt.
-    pub prompt: Vec<u32>,
-    /// The answer's tokens, at least one.
-    pub tokens: Vec<u32>,
-    /// Parameters of the draw that the answer claims.
-    pub params: SamplingParams,
-    /// Seed of that draw.
-    pub seed: u64,
-    /// The grammar of that draw, at its beginning. A token that it does not allow is no candidate, its margin is
-    /// infinite, and what follows it is scored without the grammar.
-    pub grammar: Option<Matcher>,
-}
-
-/// How one token of an answer looks to the scorer.
-#[derive(Debug, Clone, PartialEq)]
-pub struct Score {
-    /// The answer's token.
-    pub token: u32,
-    /// Its place among the candidates by `z + T g`, 0 for the one that the scorer draws; `None`: no candidate.
-    pub rank: Option<u32>,
-    /// The best candidate's `z + T g` minus the token's, in logits: 0 where the scorer draws the same.
-    pub margin: f64,
-    /// Log-softmax of the model's logits at the token.
-    pub raw_logprob: f32,
-    /// What the scorer saw at this place.
-    pub fingerprint: Fingerprint,
 }
 
 /// Why a job failed that was running when the engine was paused.
@@ -201,7 +133,21 @@ impl Drop for Ends {
     }
 }
 
-type Active = Arc<Mutex<HashMap<Uuid, Arc<AtomicBool>>>>;
+/// Whose places a job takes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Lane {
+    Generate,
+    Score,
+}
+
+/// A job that was taken and has not ended.
+#[derive(Debug)]
+struct Taken {
+    lane: Lane,
+    cancelled: Arc<AtomicBool>,
+}
+
+type Active = Arc<Mutex<HashMap<Uuid, Taken>>>;
 
 /// A running engine. Dropping it ends the thread after the current step; jobs that still run are closed.
 #[derive(Debug)]
@@ -211,6 +157,7 @@ pub struct Engine {
     gate: Arc<Gate>,
     active: Active,
     slots: usize,
+    scorers: usize,
     max_context: usize,
     vocabulary: usize,
     need: MemoryNeed,
@@ -225,6 +172,9 @@ fn in_range(field: &'static str, range: &'static str, got: usize, most: usize) -
 
 fn read_shape(config: &EngineConfig) -> Result<(Source, Shape), EngineError> {
     in_range("slots", "1 to 64", config.slots, MAX_SLOTS)?;
+    if config.scorers > 0 {
+        in_range("scorers", "0 to 8", config.scorers, MAX_SCORERS)?;
+    }
     in_range("threads", "1 to 256", config.threads, MAX_THREADS)?;
     let source = Source::open(&config.model_path)?;
     let shape = source.shape();
@@ -261,11 +211,11 @@ impl Engine {
                 Prompt::load(folder)?.into_tokenizer()
             }
         });
-        // A slot has one job at a time, so that a start always finds room; and one call to wake up.
-        let (starts, inbox) = sync_channel(config.slots + 1);
+        // A place has one job at a time, so that a start always finds room; and one call to wake up.
+        let (starts, inbox) = sync_channel(config.slots + config.scorers + 1);
         let (active, gate): (Active, _) = (Arc::default(), Arc::new(Gate::new()));
         let (ready, loaded) = oneshot::channel();
-        let (slots, vocabulary) = (config.slots, shape.vocabulary);
+        let (slots, scorers, vocabulary) = (config.slots, config.scorers, shape.vocabulary);
         let max_context = config.max_context.min(config.blocks() * kv::BLOCK);
         let ended = CancellationToken::new();
         let ends = Ends(gate.clone(), ended.clone());
@@ -283,6 +233,7 @@ impl Engine {
             gate,
             active,
             slots,
+            scorers,
             max_context,
             vocabulary,
             need,
@@ -299,11 +250,12 @@ impl Engine {
     pub fn generate(&self, job: Job) -> Result<mpsc::Receiver<Event>, Busy> {
         self.check(&job.prompt, job.max_tokens as usize, "max_tokens", &job.params)?;
         let (events, receiver) = mpsc::channel(job.max_tokens as usize + 1);
-        self.submit(job.id, |cancelled| Start::generate(job, events, cancelled))?;
+        self.submit(job.id, Lane::Generate, |cancelled| Start::generate(job, events, cancelled))?;
         Ok(receiver)
     }
 
-    /// Scores an answer in one pass over it, which shares its steps with running generations. The receiver gets one score
+    /// Scores an answer in one pass over it, which shares its steps with running generations and takes none of their
+    /// slots. The receiver gets one score
     /// for each token of the answer, or the reason why there are none; a cancelled job's is closed.
     ///
     /// # Errors
@@ -312,11 +264,11 @@ impl Engine {
         self.check(&job.prompt, job.tokens.len(), "tokens", &job.params)?;
         self.in_vocabulary("tokens", &job.tokens)?;
         let (reply, receiver) = oneshot::channel();
-        self.submit(job.id, |cancelled| Start::score(job, reply, cancelled))?;
+        self.submit(job.id, Lane::Score, |cancelled| Start::score(job, reply, cancelled))?;
         Ok(receiver)
     }
 
-    fn submit(&self, id: Uuid, make: impl FnOnce(Arc<AtomicBool>) -> Start) -> Result<(), Busy> {
+    fn submit(&self, id: Uuid, lane: Lane, make: impl FnOnce(Arc<AtomicBool>) -> Start) -> Result<(), Busy> {
         let starts = self.starts.as_ref().ok_or(Busy::Stopped)?;
         if !self.gate.is_open() {
             return Err(Busy::Paused);
@@ -327,10 +279,12 @@ impl Engine {
             if active.contains_key(&id) {
                 return Err(Busy::Duplicate(id));
             }
-            if active.len() >= self.slots {
-                return Err(Busy::Full { slots: self.slots });
-            }
-            active.insert(id, cancelled.clone());
+            let taken = active.values().filter(|job| job.lane == lane).count();
+            match lane {
+                Lane::Generate if taken >= self.slots => return Err(Busy::Full { slots: self.slots }),
+                Lane::Score if taken >= self.scorers => return Err(Busy::Scoring { scorers: self.scorers }),
+                _ => active.insert(id, Taken { lane, cancelled: cancelled.clone() }),
+            };
         }
         if starts.try_send(Some(make(cancelled))).is_err() {
             self.active.lock().remove(&id);
@@ -371,8 +325,8 @@ impl Engine {
 
     /// Ends a job before its next token; its channel closes. Unknown ids are ignored.
     pub fn cancel(&self, id: Uuid) {
-        if let Some(flag) = self.active.lock().get(&id) {
-            flag.store(true, Ordering::Relaxed);
+        if let Some(job) = self.active.lock().get(&id) {
+            job.cancelled.store(true, Ordering::Relaxed);
         }
     }
 
@@ -408,10 +362,11 @@ impl Engine {
         self.ended.clone()
     }
 
-    /// Slots without a job.
+    /// Slots without a generation.
     #[must_use]
     pub fn free_slots(&self) -> usize {
-        self.slots.saturating_sub(self.active.lock().len())
+        let generating = self.active.lock().values().filter(|job| job.lane == Lane::Generate).count();
+        self.slots.saturating_sub(generating)
     }
 
     /// Tokens that the model knows.
@@ -436,8 +391,8 @@ impl Engine {
 impl Drop for Engine {
     fn drop(&mut self) {
         self.starts = None;
-        for flag in self.active.lock().values() {
-            flag.store(true, Ordering::Relaxed);
+        for job in self.active.lock().values() {
+            job.cancelled.store(true, Ordering::Relaxed);
         }
         if let Some(thread) = self.thread.take() {
             // A panic of the thread has closed every job's channel already.

@@ -26,18 +26,10 @@ pub(super) enum Purpose {
 }
 
 pub(super) struct Sequence {
-    id: Uuid,
-    cancelled: Arc<AtomicBool>,
+    /// Its tokens grow with the answer, its grammar goes along.
+    job: Start,
     pub table: Table,
-    /// Prompt and answer so far.
-    tokens: Vec<u32>,
-    prompt: usize,
-    params: SamplingParams,
-    seed: u64,
     counts: Counts,
-    /// Where the answer stands in its grammar.
-    grammar: Option<Matcher>,
-    purpose: Purpose,
     /// What the step computes: tokens that follow those in the cache.
     step: Vec<u32>,
     /// Rows of logits that the step gives.
@@ -55,14 +47,17 @@ pub(super) enum End {
     Scored,
 }
 
-/// A job with nothing computed.
+/// A job; at first with nothing computed.
 pub(super) struct Start {
     pub id: Uuid,
-    pub cancelled: Arc<AtomicBool>,
+    cancelled: Arc<AtomicBool>,
+    /// Prompt and answer so far.
     tokens: Vec<u32>,
+    /// Tokens of the prompt.
     prompt: usize,
     params: SamplingParams,
     seed: u64,
+    /// Where the answer stands in its grammar.
     grammar: Option<Matcher>,
     /// Tokens whose keys and values will be in the cache at the end.
     pub capacity: usize,
@@ -145,51 +140,36 @@ impl Purpose {
 }
 
 impl Sequence {
-    pub fn new(start: Start, table: Table) -> Self {
-        Self {
-            id: start.id,
-            cancelled: start.cancelled,
-            table,
-            tokens: start.tokens,
-            prompt: start.prompt,
-            params: start.params,
-            seed: start.seed,
-            counts: Counts::new(),
-            grammar: start.grammar,
-            purpose: start.purpose,
-            step: Vec::new(),
-            logits: 0,
-            guessed: 0,
-            guesses: (0, 0),
-        }
+    pub fn new(job: Start, table: Table) -> Self {
+        Self { job, table, counts: Counts::new(), step: Vec::new(), logits: 0, guessed: 0, guesses: (0, 0) }
     }
 
     pub fn id(&self) -> Uuid {
-        self.id
+        self.job.id
     }
 
     pub fn token(&self, i: usize) -> u32 {
-        self.tokens[i]
+        self.job.tokens[i]
     }
 
     /// Nobody wants the rest.
     pub fn is_abandoned(&self) -> bool {
-        self.cancelled.load(Ordering::Relaxed) || self.purpose.is_closed()
+        self.job.is_abandoned()
     }
 
     /// Tokens that are known and not in the cache.
     fn pending(&self) -> usize {
-        let known = match self.purpose {
-            Purpose::Generate { .. } => self.tokens.len(),
+        let known = match self.job.purpose {
+            Purpose::Generate { .. } => self.job.tokens.len(),
             // Nothing follows the last one.
-            Purpose::Score { .. } => self.tokens.len() - 1,
+            Purpose::Score { .. } => self.job.tokens.len() - 1,
         };
         known - self.table.length
     }
 
     /// Whether it only waits for its next token; otherwise a prompt or an answer has to be read first.
     pub fn is_decoding(&self) -> bool {
-        matches!(self.purpose, Purpose::Generate { .. }) && self.pending() == 1
+        matches!(self.job.purpose, Purpose::Generate { .. }) && self.pending() == 1
     }
 
     /// Plans a step of at most `rows` tokens with at most `logits` rows of logits; gives both counts.
@@ -197,13 +177,13 @@ impl Sequence {
         let start = self.table.length;
         let mut count = self.pending().min(rows);
         // Rows from this one on say something about a token of the answer.
-        let first = match self.purpose {
-            Purpose::Generate { .. } => self.tokens.len() - 1,
-            Purpose::Score { .. } => self.prompt - 1,
+        let first = match self.job.purpose {
+            Purpose::Generate { .. } => self.job.tokens.len() - 1,
+            Purpose::Score { .. } => self.job.prompt - 1,
         };
         count = count.min(first.max(start) + logits - start);
         self.step.clear();
-        self.step.extend_from_slice(&self.tokens[start..start + count]);
+        self.step.extend_from_slice(&self.job.tokens[start..start + count]);
         self.logits = (start + count).saturating_sub(first.max(start));
         self.guessed = 0;
         (count, self.logits)
@@ -212,17 +192,17 @@ impl Sequence {
     /// Adds a guess of the token after the next one: what followed the last time that the same tokens stood here. A wrong
     /// one costs a row, a right one saves a step; the drawn tokens are the same either way.
     pub fn guess(&mut self) {
-        let Purpose::Generate { max_tokens, .. } = self.purpose else { return };
+        let Purpose::Generate { max_tokens, .. } = self.job.purpose else { return };
         let (right, all) = self.guesses;
-        let left = (self.prompt + max_tokens as usize).saturating_sub(self.tokens.len());
+        let left = (self.job.prompt + max_tokens as usize).saturating_sub(self.job.tokens.len());
         if !self.is_decoding() || left < 2 || (all >= 8 && right * 4 < all) {
             return;
         }
-        let end = self.tokens.len();
+        let end = self.job.tokens.len();
         let found = (2..=NGRAM).rev().find_map(|n| {
-            let last = self.tokens.get(end.checked_sub(n)?..)?;
-            let before = &self.tokens[..end - 1];
-            before.windows(n).rposition(|w| w == last).map(|at| self.tokens[at + n])
+            let last = self.job.tokens.get(end.checked_sub(n)?..)?;
+            let before = &self.job.tokens[..end - 1];
+            before.windows(n).rposition(|w| w == last).map(|at| self.job.tokens[at + n])
         });
         if let Some(token) = found {
             self.step.push(token);
@@ -252,7 +232,7 @@ impl Sequence {
         first: usize,
         tokenizer: &Tokenizer,
     ) -> Result<Option<End>, DrawError> {
-        if matches!(self.purpose, Purpose::Score { .. }) {
+        if matches!(self.job.purpose, Purpose::Score { .. }) {
             let start = self.table.length;
             self.table.length += self.step.len();
             for i in 0..self.logits {
@@ -285,19 +265,19 @@ impl Sequence {
 
     /// Draws the next token and sends it; gives the reason if it was the last one.
     fn draw(&mut self, logits: &[f32], tokenizer: &Tokenizer) -> Result<(u32, Option<Finish>), DrawError> {
-        let generated = self.tokens.len() - self.prompt;
+        let generated = self.job.tokens.len() - self.job.prompt;
         let found = self.candidates(logits)?;
-        let choice = choose(&found, self.params.temperature, self.seed, generated as u32)?;
+        let choice = choose(&found, self.job.params.temperature, self.job.seed, generated as u32)?;
         let token = choice.token;
-        self.tokens.push(token);
+        self.job.tokens.push(token);
         *self.counts.entry(token).or_default() += 1;
-        let Purpose::Generate { events, max_tokens, stop, end_tokens } = &mut self.purpose else {
+        let Purpose::Generate { events, max_tokens, stop, end_tokens } = &mut self.job.purpose else {
             return Ok((token, None));
         };
         // The channel has room for every token; a closed one shows at the next step.
         let _ = events.try_send(Event::Token { token, fingerprint: Fingerprint::of(&choice) });
         let ended = end_tokens.contains(&token);
-        let only_the_end = match &mut self.grammar {
+        let only_the_end = match &mut self.job.grammar {
             Some(grammar) if !ended => grammar.push(token)?,
             _ => false,
         };
@@ -316,17 +296,17 @@ impl Sequence {
     }
 
     fn candidates(&mut self, logits: &[f32]) -> Result<Vec<Candidate>, DrawError> {
-        let mask = self.grammar.as_mut().map(Matcher::mask).transpose()?;
-        Ok(candidates(logits, &self.params, &self.counts, mask.as_ref())?)
+        let mask = self.job.grammar.as_mut().map(Matcher::mask).transpose()?;
+        Ok(candidates(logits, &self.job.params, &self.counts, mask.as_ref())?)
     }
 
     /// Scores the token at `position` of the sequence from the logits before it.
     fn score(&mut self, logits: &[f32], position: usize) -> Result<(), DrawError> {
-        let token = self.tokens[position];
-        let at = (position - self.prompt) as u32;
+        let token = self.job.tokens[position];
+        let at = (position - self.job.prompt) as u32;
         let found = self.candidates(logits)?;
         let forbidden = self.forbids(token)?;
-        let choice = choose(&found, self.params.temperature, self.seed, at)?;
+        let choice = choose(&found, self.job.params.temperature, self.job.seed, at)?;
         let rank = choice.scores.iter().position(|s| s.token == token);
         let (score, raw_logprob) = match rank {
             Some(rank) => (choice.scores[rank].score, choice.scores[rank].raw_logprob),
@@ -334,7 +314,7 @@ impl Sequence {
         };
         let best = choice.scores.first().map_or(score, |s| s.score);
         *self.counts.entry(token).or_default() += 1;
-        if let Purpose::Score { scores, .. } = &mut self.purpose {
+        if let Purpose::Score { scores, .. } = &mut self.job.purpose {
             scores.push(Score {
                 token,
                 rank: rank.map(|r| r as u32),
@@ -348,10 +328,10 @@ impl Sequence {
 
     /// Takes a token of an answer into the grammar. True if it was not allowed: from there on there is none to keep to.
     fn forbids(&mut self, token: u32) -> Result<bool, DrawError> {
-        let Some(grammar) = &mut self.grammar else { return Ok(false) };
+        let Some(grammar) = &mut self.job.grammar else { return Ok(false) };
         let allowed = grammar.allows(token)?;
         if !allowed || grammar.ends_with(token) {
-            self.grammar = None;
+            self.job.grammar = None;
         } else {
             grammar.push(token)?;
         }
@@ -361,9 +341,9 @@ impl Sequence {
     /// Score and raw log-probability of a token that is no candidate, as if it were one.
     fn outside(&self, logits: &[f32], found: &[Candidate], token: u32, at: u32) -> (f64, f32) {
         let z = logits[token as usize];
-        let penalised = self.params.adjust(token, z, self.counts.get(&token).copied().unwrap_or(0));
-        let noise = match self.params.temperature {
-            t if t > 0.0 => f64::from(t) * gumbel(self.seed, at, token),
+        let penalised = self.job.params.adjust(token, z, self.counts.get(&token).copied().unwrap_or(0));
+        let noise = match self.job.params.temperature {
+            t if t > 0.0 => f64::from(t) * gumbel(self.job.seed, at, token),
             _ => 0.0,
         };
         // Raw log-probabilities differ as raw logits do.
@@ -373,7 +353,7 @@ impl Sequence {
 
     /// Tells whoever waits.
     pub fn end(mut self, how: Result<End, String>) {
-        match (how, &mut self.purpose) {
+        match (how, &mut self.job.purpose) {
             (Ok(End::Finished(finish)), Purpose::Generate { events, .. }) => {
                 let _ = events.try_send(Event::Finished { finish });
             }

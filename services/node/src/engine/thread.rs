@@ -57,7 +57,7 @@ impl Main {
 
     fn load(&self, source: Source) -> Result<Model, EngineError> {
         let c = &self.config;
-        Model::load(&source, c.class, c.threads, c.max_context, c.blocks())
+        Model::load(&source.rounded(c.rounding), c.class, c.threads, c.max_context, c.blocks())
     }
 
     /// Until the end of a pause; false when the engine is dropped.

@@ -7,10 +7,11 @@ use clap::Parser;
 use futures::{SinkExt, StreamExt};
 use infera_node::Args;
 use infera_prompt::{Message as ChatMessage, Prompt};
-use infera_protocol::bytes::{Address, Hash32};
+use infera_protocol::bytes::{Address, Hash32, Signature};
 use infera_protocol::identity::{Domain, hello_digest, verify};
+use infera_protocol::referee::{Report, report_digest};
 use infera_protocol::registry::Manifest;
-use infera_protocol::request::Request;
+use infera_protocol::request::{Output, Request};
 use infera_protocol::sampling::SamplingParams;
 use infera_runtime::{CancellationToken, clock};
 use infera_wire::{Message as _, convert, v1};
@@ -89,7 +90,9 @@ impl Dispatcher {
         let data = self.data().join("node");
         let mut line = vec!["infera-node", "--class", "fast", "--dispatcher", &url];
         for (name, path) in [("--manifest", &manifest), ("--model", &model), ("--data", &data)] {
-            line.extend([name, path.to_str().unwrap()]);
+            if !more.contains(&name) {
+                line.extend([name, path.to_str().unwrap()]);
+            }
         }
         line.extend(more);
         let (args, stop) = (Args::parse_from(line), CancellationToken::new());
@@ -105,6 +108,13 @@ impl Dispatcher {
 
     /// A session after its handshake, with everything in the hello checked.
     pub async fn open(&self) -> Session {
+        let mut session = self.greet().await;
+        session.say(Say::Welcome(v1::Welcome { session: vec![1; 16], heartbeat_secs: 30 })).await;
+        session
+    }
+
+    /// A session up to the hello.
+    pub async fn greet(&self) -> Session {
         let mut socket = self.accept().await;
         let nonce = [7; 32];
         say(&mut socket, challenge(nonce, DOMAIN)).await;
@@ -113,7 +123,6 @@ impl Dispatcher {
         let claims = &hello.claims;
         verify(&claims.node, &hello_digest(&DOMAIN, &nonce, claims), &hello.signature).unwrap();
         claims.binding.verify(&DOMAIN, &claims.operator, &hello.binding_signature, clock::now_ms()).unwrap();
-        say(&mut socket, Say::Welcome(v1::Welcome { session: vec![1; 16], heartbeat_secs: 30 })).await;
         Session { socket, hello }
     }
 }
@@ -163,10 +172,14 @@ impl Session {
     }
 
     pub async fn lease(&mut self, request: &Request, attempt: u32) {
+        self.lease_until(request, attempt, clock::now_ms() + 120_000).await;
+    }
+
+    pub async fn lease_until(&mut self, request: &Request, attempt: u32, commit_deadline_ms: i64) {
         let lease = v1::Lease {
             request: Some(convert::request_to_wire(request)),
             attempt,
-            commit_deadline_ms: clock::now_ms() + 120_000,
+            commit_deadline_ms,
             stream: true,
             traceparent: "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01".into(),
         };
@@ -199,6 +212,62 @@ impl Session {
             Heard::Reveal(reveal) => reveal,
             other => panic!("unexpected {other:?}"),
         }
+    }
+
+    /// Asks for scores of answers.
+    pub async fn referee(&mut self, request: &Request, attempt: u32, subjects: &[(Vec<u32>, v1::Finish)]) {
+        let subject = |(tokens, finish): &(Vec<u32>, v1::Finish)| v1::Subject {
+            tokens: tokens.clone(),
+            finish: (*finish).into(),
+        };
+        let lease = v1::RefereeLease {
+            request: Some(convert::request_to_wire(request)),
+            attempt,
+            subjects: subjects.iter().map(subject).collect(),
+            deadline_ms: clock::now_ms() + 120_000,
+            traceparent: "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01".into(),
+        };
+        self.say(Say::RefereeLease(lease)).await;
+    }
+
+    /// The scores of these answers, with their signatures checked.
+    pub async fn scored(
+        &mut self,
+        request: &Request,
+        attempt: u32,
+        subjects: &[(Vec<u32>, v1::Finish)],
+    ) -> Vec<Report> {
+        self.referee(request, attempt, subjects).await;
+        let report = loop {
+            match self.hear().await {
+                Heard::RefereeReport(report) => break report,
+                Heard::Deltas(_) => {}
+                other => panic!("unexpected {other:?}"),
+            }
+        };
+        self.check_report(request, &report, subjects)
+    }
+
+    pub fn check_report(
+        &self,
+        request: &Request,
+        report: &v1::RefereeReport,
+        subjects: &[(Vec<u32>, v1::Finish)],
+    ) -> Vec<Report> {
+        assert_eq!(report.request_id, request.id.as_bytes());
+        assert_eq!(report.reports.len(), subjects.len());
+        let node = self.hello.claims.node;
+        let one = |(report, (tokens, finish)): (&v1::SubjectReport, &(Vec<u32>, v1::Finish)), attempt| {
+            let finish = convert::finish("finish", (*finish).into()).unwrap();
+            let subject = Output { tokens: tokens.clone(), fingerprints: Vec::new(), finish }.hash();
+            let digest =
+                report_digest(&DOMAIN, &request.hash(&DOMAIN), attempt, &node, &subject, &report.scores);
+            verify(&node, &digest, &Signature::try_from(report.signature.as_slice()).unwrap()).unwrap();
+            let scores = Report::decode(&report.scores).unwrap();
+            assert_eq!(scores.scores.len(), tokens.len());
+            scores
+        };
+        report.reports.iter().zip(subjects).map(|pair| one(pair, report.attempt)).collect()
     }
 
     pub async fn declined(&mut self) -> v1::Decline {

@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use infera_node::engine::{
-    Busy, Class, Engine, EngineConfig, EngineError, Event, Finish, Job, PREEMPTED, ScoreJob, reference_logits,
+    Busy, Class, Engine, EngineConfig, EngineError, Event, Finish, Job, PREEMPTED, reference_logits,
 };
 use infera_prompt::{Message, Prompt};
 use infera_protocol::fingerprint::Fingerprint;
@@ -18,10 +18,12 @@ pub fn config(class: Class, threads: usize) -> EngineConfig {
         model_path: model_path(),
         class,
         slots: 8,
+        scorers: 8,
         threads,
         max_context: 1024,
         cache_tokens: None,
         memory_limit: None,
+        rounding: None,
     }
 }
 
@@ -61,7 +63,7 @@ pub fn job(prompt: &Prompt, text: &str, temperature: f32, max_tokens: u32) -> Jo
     }
 }
 
-const QUESTIONS: [&str; 5] = [
+pub const QUESTIONS: [&str; 5] = [
     "What is the capital of France?",
     "Write a short poem about the sea.",
     "List three prime numbers.",
@@ -75,7 +77,7 @@ fn long_question() -> String {
     format!("{text}Where does the river run?")
 }
 
-fn jobs(prompt: &Prompt) -> Vec<Job> {
+pub fn jobs(prompt: &Prompt) -> Vec<Job> {
     let mut jobs: Vec<Job> = QUESTIONS
         .iter()
         .enumerate()
@@ -279,52 +281,6 @@ fn jobs_wait_for_memory_in_turn() {
     assert!(refused.contains("exceed the context of 160"), "{refused}");
 }
 
-/// What the scorer sees is what the generator saw: ranks 0, no margin, the same fingerprints, in company too.
-#[test]
-fn scores_of_an_answer_are_its_own_fingerprints() {
-    let _one = ONE_AT_A_TIME.blocking_lock();
-    let prompt = Prompt::load(&model_path()).unwrap();
-    for class in [Class::Exact, Class::Fast] {
-        let engine = Engine::start(config(class, 2)).unwrap();
-        let asked = jobs(&prompt);
-        let answers = alone(&engine, &asked);
-        let score = |job: &Job, tokens: &[u32]| ScoreJob {
-            id: Uuid::now_v7(),
-            prompt: job.prompt.clone(),
-            tokens: tokens.to_vec(),
-            params: job.params.clone(),
-            seed: job.seed,
-            grammar: None,
-        };
-        let noise = engine.generate(job(&prompt, QUESTIONS[1], 1.0, 100)).unwrap();
-        let running: Vec<_> = asked
-            .iter()
-            .zip(&answers)
-            .map(|(job, answer)| engine.score(score(job, &answer.tokens)).unwrap())
-            .collect();
-        for (receiver, answer) in running.into_iter().zip(&answers) {
-            let scores = receiver.blocking_recv().unwrap().unwrap();
-            assert_eq!(scores.len(), answer.tokens.len());
-            for (score, (token, fingerprint)) in
-                scores.iter().zip(answer.tokens.iter().zip(&answer.fingerprints))
-            {
-                assert_eq!((score.token, score.rank, score.margin), (*token, Some(0), 0.0));
-                assert_eq!(&score.fingerprint, fingerprint);
-                assert!(score.raw_logprob <= 0.0);
-            }
-        }
-        collect(noise);
-        // Another prompt's answer is far from what would have been drawn.
-        let scores = engine.score(score(&asked[0], &answers[1].tokens)).unwrap().blocking_recv().unwrap();
-        let worst = scores.unwrap().iter().map(|s| s.margin).fold(0.0, f64::max);
-        assert!(worst > 3.0, "{class:?}: {worst}");
-        let empty = engine.score(score(&asked[0], &[])).unwrap_err().to_string();
-        assert!(empty.contains("tokens must not be empty"), "{empty}");
-        let foreign = engine.score(score(&asked[0], &[60_000])).unwrap_err().to_string();
-        assert!(foreign.contains("tokens has token 60000"), "{foreign}");
-    }
-}
-
 /// The kernels against libtorch: another program, another order of sums.
 #[test]
 fn fingerprints_are_those_of_libtorch_up_to_rounding() {
@@ -462,7 +418,7 @@ fn impossible_jobs_are_refused_in_words() {
 
 #[test]
 fn memory_is_stated_and_limited_before_loading() {
-    let base = config(Class::Exact, 1);
+    let base = EngineConfig { scorers: 0, ..config(Class::Exact, 1) };
     let need = |config: &EngineConfig| infera_node::engine::memory_need(config).unwrap();
     let (exact, fast) = (need(&base), need(&EngineConfig { class: Class::Fast, ..base.clone() }));
     let file = std::fs::metadata(model_path()).unwrap().len();
@@ -470,12 +426,15 @@ fn memory_is_stated_and_limited_before_loading() {
     assert_eq!(fast.weights, exact.weights);
     assert_eq!(exact.cache, 8 * 1024 * 30 * 2 * 3 * 64 * 4);
     assert_eq!(fast.cache, exact.cache / 2);
+    let scoring = need(&EngineConfig { scorers: 1, ..base.clone() });
+    assert_eq!(scoring.cache, exact.cache / 8 * 9, "a place for scoring has a whole context of its own");
     let less = EngineConfig { cache_tokens: Some(1000), ..base.clone() };
     assert_eq!(need(&less).cache, 1008 * 30 * 2 * 3 * 64 * 4);
     let refused = Engine::start(EngineConfig { memory_limit: Some(300 << 20), ..base.clone() }).unwrap_err();
     assert!(matches!(refused, EngineError::Memory { limit_mib: 300, .. }), "{refused}");
     for (bad, text) in [
         (EngineConfig { slots: 0, ..base.clone() }, "slots is 0, allowed are 1 to 64"),
+        (EngineConfig { scorers: 9, ..base.clone() }, "scorers is 9, allowed are 0 to 8"),
         (EngineConfig { threads: 1000, ..base.clone() }, "threads is 1000"),
         (EngineConfig { max_context: 9000, ..base.clone() }, "max_context is 9000"),
         (EngineConfig { cache_tokens: Some(0), ..base.clone() }, "cache_tokens is 0"),

@@ -169,10 +169,12 @@ fn real_models_continue_a_sentence_as_transformers_does() {
                 model_path: model_path.clone(),
                 class,
                 slots: 1,
+                scorers: 1,
                 threads: 2,
                 max_context: 64,
                 cache_tokens: None,
                 memory_limit: None,
+                rounding: None,
             };
             let engine = Engine::start(config).unwrap();
             let job = Job {

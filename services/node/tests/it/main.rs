@@ -3,7 +3,11 @@
 mod dispatcher;
 mod engine;
 mod families;
+mod faults;
 mod grammar;
+mod proofs;
+mod referee;
+mod scoring;
 mod session;
 mod shapes;
 

@@ -21,26 +21,26 @@ fn slot(session: &Session, request: &Request, attempt: u32) -> Slot {
     Slot { request_hash: request.hash(&DOMAIN), attempt, node: session.hello.claims.node }
 }
 
-fn check_commitment(session: &Session, request: &Request, commit: &v1::Commit, reveal: &v1::Reveal) {
+pub fn check_commitment(session: &Session, request: &Request, commit: &v1::Commit, reveal: &v1::Reveal) {
     let (signed, opened) = (convert::commitment(commit).unwrap(), convert::reveal(reveal).unwrap());
     verify(&session.hello.claims.node, &signed.digest, &signed.signature).unwrap();
     let place = slot(session, request, commit.attempt);
     assert_eq!(commitment(&DOMAIN, &place, &opened.output, &opened.salt), signed.digest);
 }
 
-async fn expect_decline(session: &mut Session, request: &Request, reason: &str) {
+pub async fn expect_decline(session: &mut Session, request: &Request, reason: &str) {
     let decline = session.declined().await;
     check_decline(session, request, &decline, reason);
 }
 
-fn check_decline(session: &Session, request: &Request, decline: &v1::Decline, reason: &str) {
+pub fn check_decline(session: &Session, request: &Request, decline: &v1::Decline, reason: &str) {
     assert_eq!(decline.reason, reason);
     let digest = decline_digest(&DOMAIN, &slot(session, request, decline.attempt), reason);
     let signature = Signature::try_from(decline.signature.as_slice()).unwrap();
     verify(&session.hello.claims.node, &digest, &signature).unwrap();
 }
 
-fn key(request: &Request) -> Vec<u8> {
+pub fn key(request: &Request) -> Vec<u8> {
     request.id.as_bytes().to_vec()
 }
 
@@ -310,24 +310,4 @@ async fn a_bad_dispatcher_ends_the_session_and_not_the_node() {
     assert!(session.closed().await);
     dispatcher.open().await;
     node.end().await;
-}
-
-#[tokio::test(flavor = "multi_thread")]
-async fn faults_misbehave_as_they_say() {
-    let _one = ONE_AT_A_TIME.lock().await;
-    let asked = request(QUESTION, 16);
-    for (fault, echo) in [("garbage", false), ("echo", true)] {
-        let dispatcher = Dispatcher::new().await;
-        let node = dispatcher.node(&["--fault", fault]);
-        let mut session = dispatcher.open().await;
-        session.lease(&asked, 1).await;
-        let (streamed, commit) = session.committed().await;
-        let reveal = session.revealed(&asked, 1).await;
-        // Wrong, but well formed: only a comparison of answers can tell.
-        check_commitment(&session, &asked, &commit, &reveal);
-        assert_eq!(reveal.tokens, streamed);
-        assert_eq!(reveal.tokens == asked.prompt[..16], echo, "{fault}");
-        session.say(Say::Released(v1::Released { request_id: key(&asked), attempt: 1 })).await;
-        node.end().await;
-    }
 }

@@ -30,7 +30,7 @@ pub(super) fn open(path: &Path) -> Result<Source, EngineError> {
         (name.clone(), Tensor { file: 0, kind, dims, start: info.start, bytes: info.bytes })
     });
     let tensors = tensors.collect();
-    Ok(Source { shape, family, files: vec![file], tensors, gguf: Some(gguf) })
+    Ok(Source { shape, family, files: vec![file], tensors, gguf: Some(gguf), rounding: None })
 }
 
 struct Metadata<'a> {

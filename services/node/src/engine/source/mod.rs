@@ -20,7 +20,8 @@ use infera_prompt::gguf::{GgmlType, Gguf};
 
 use super::cpu::packed_bytes;
 use super::error::EngineError;
-use super::quant::Raw;
+use super::quant::{GROUP, Raw};
+use super::rounding::Rounding;
 use super::shape::{Scaling, Shape, unsupported};
 use family::Family;
 pub(super) use family::{Name, Part};
@@ -55,6 +56,7 @@ pub(super) struct Source {
     files: Vec<File>,
     tensors: BTreeMap<String, Tensor>,
     gguf: Option<Gguf>,
+    rounding: Option<Rounding>,
 }
 
 fn broken<T>(text: String) -> Result<T, EngineError> {
@@ -91,6 +93,11 @@ impl Source {
         source.check()?;
         source.shape.packed = source.count()?;
         Ok(source)
+    }
+
+    /// The same model with cheaper matrices in its layers.
+    pub fn rounded(self, rounding: Option<Rounding>) -> Self {
+        Self { rounding, ..self }
     }
 
     /// The numbers of the model.
@@ -159,6 +166,17 @@ impl Source {
     /// # Errors
     /// It is not in the file in this shape, or reading fails.
     pub fn matrix(&self, name: Name, rows: usize, cols: usize) -> Result<Raw, EngineError> {
+        let raw = self.stored(name, rows, cols)?;
+        Ok(match (self.rounding, name) {
+            (Some(rounding), Name::Layer(..)) if rows > 1 && cols.is_multiple_of(GROUP) => {
+                raw.rounded(rounding)
+            }
+            _ => raw,
+        })
+    }
+
+    /// As the file has it.
+    fn stored(&self, name: Name, rows: usize, cols: usize) -> Result<Raw, EngineError> {
         let (tensor, kind) = self.find(name, rows, cols)?;
         let mut bytes = vec![0u8; tensor.bytes as usize];
         self.files[tensor.file].read_exact_at(&mut bytes, tensor.start)?;

@@ -36,7 +36,7 @@ pub(super) fn open(path: &Path) -> Result<Source, EngineError> {
     let family = config.family()?;
     let shape = config.shape(family)?;
     let (files, tensors) = if path.is_dir() { of_folder(path)? } else { single(path)? };
-    Ok(Source { shape, family, files, tensors, gguf: None })
+    Ok(Source { shape, family, files, tensors, gguf: None, rounding: None })
 }
 
 /// All of a small file.
