@@ -161,6 +161,9 @@ pub struct VerifyArgs {
     /// Print the checks as JSON
     #[arg(long)]
     pub json: bool,
+    /// Also say why these nodes: the draw repeated, and what only the dispatcher's word stands for
+    #[arg(long, conflicts_with = "json")]
+    pub allocation: bool,
 }
 
 #[derive(Debug, Args)]

@@ -4,6 +4,7 @@ use std::{fs, io::Read, path::Path, process::ExitCode};
 
 use alloy::primitives::{Address, B256};
 use infera_protocol::{
+    assignment::{beta, draw, eligible_root, of_class, operators},
     document::{Check, MAX_DOCUMENT_BYTES, Outcome, Report, check},
     registry::Manifest,
 };
@@ -63,6 +64,9 @@ fn checked(args: &VerifyArgs) -> Result<ExitCode, String> {
         }
     };
     print(&report, args.json)?;
+    if args.allocation {
+        allocation(&report);
+    }
     if let (Some(message), false) = (unreachable, report.failed()) {
         return Err(message);
     }
@@ -117,6 +121,45 @@ async fn on_chain(report: &Report, manifest: &Manifest, rpc: &str) -> Result<Opt
         None => Outcome::Failed(format!("batch {} is not on the chain", anchor.sequence)),
     };
     Ok(Some(outcome))
+}
+
+/// Why these nodes: everybody who could be drawn, in the order that the proof gives, and what came of it.
+fn allocation(report: &Report) {
+    let Some(evidence) = report.document.as_ref().and_then(|document| document.evidence.as_ref()) else {
+        return say("allocation: the document has no evidence, fetch it with the API key of the account that asked");
+    };
+    let members: Vec<_> = of_class(&evidence.eligible, &evidence.class).collect();
+    say(format_args!(
+        "allocation: {} nodes of {} operators in class {} could be drawn in epoch {} (set {})",
+        members.len(),
+        operators(members.iter().copied()),
+        evidence.class,
+        evidence.epoch,
+        eligible_root(&evidence.eligible)
+    ));
+    let drawn = draw(&beta(&evidence.assign_proof), members);
+    for (place, (eligible, slot)) in drawn.iter().zip(&evidence.slots).enumerate() {
+        let stands = if slot.outcome.is_unproven() { "unproven: the dispatcher says so" } else { "signed" };
+        say(format_args!(
+            "  {:>2}. {} of {}, weight {}: {} ({stands})",
+            place + 1,
+            eligible.node,
+            eligible.operator,
+            eligible.weight,
+            text(&slot.outcome),
+        ));
+    }
+    for (place, referee) in evidence.referees.iter().enumerate() {
+        let (node, outcome) = (referee.node, text(&referee.outcome));
+        say(format_args!("  referee {}. {node} of {}: {outcome}", place + 1, referee.operator));
+    }
+    let unproven = evidence.slots.iter().filter(|slot| slot.outcome.is_unproven()).count();
+    say(format_args!("  {} slots, {unproven} of them unproven", evidence.slots.len()));
+}
+
+/// A name as the document writes it.
+fn text(name: &impl serde::Serialize) -> String {
+    serde_json::to_value(name).ok().and_then(|name| name.as_str().map(str::to_owned)).unwrap_or_default()
 }
 
 fn print_checks(checks: &[Check], json: bool) -> Result<(), String> {

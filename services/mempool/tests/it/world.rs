@@ -65,7 +65,7 @@ impl World {
         let closes = bus.subscribe(queues::VERIFIER_CLOSE, 256).await.unwrap();
         let dead = bus.subscribe(DEAD_LETTERS, 64).await.unwrap();
         // On the in-process bus a verdict is confirmed when every queue has acked it.
-        for queue in [queues::SETTLEMENT_VERDICT, queues::GATEWAY_VERDICT] {
+        for queue in [queues::SETTLEMENT_VERDICT, queues::GATEWAY_VERDICT, queues::DISPATCHER_CONDUCT] {
             let mut other = bus.subscribe(queue, 64).await.unwrap();
             tokio::spawn(async move {
                 while let Some(delivery) = other.next().await {

@@ -371,9 +371,10 @@ async fn garbage_is_dead_lettered_and_stops_nothing(mut world: World) {
         (collected(&|w| w.round = 0), "rounds count from 1"),
         (other_price.encode_to_vec(), "the registry says 2"),
         (
-            Case { model: "smollm2".into(), reply_to: "a.b".into(), ..good.clone() }
-                .collected()
-                .encode_to_vec(),
+            collected(&|w| {
+                let funded = w.funded.as_mut().unwrap();
+                funded.submitted.as_mut().unwrap().reply_to = "a.b".into();
+            }),
             "reply_to",
         ),
     ];
