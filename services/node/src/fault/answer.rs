@@ -92,69 +92,69 @@ impl Faults {
         work: &Work,
         patience: Duration,
     ) -> Result<Output, Reason> {
-        let request = &work.request;
-        // Of the request, or of another one, as the model has it.
-        let compute = async |request: Request, stream: bool| {
-            slots.compute(&Work { request, stream, ..work.clone() }, patience).await
-        };
-        let honest = async || compute(request.clone(), false).await;
+        if self.fault.answers_as_it_computes() {
+            return slots.compute(work, patience).await;
+        }
+        let quiet = Work { request: self.instead(slots, &work.request), stream: false, ..work.clone() };
+        let computed = async || slots.compute(&quiet, patience).await;
         let output = match self.fault {
-            Fault::Garbage => {
-                let random = |_| rand::random_range(0..self.vocabulary);
-                self.made_up(request, (0..GARBAGE_TOKENS).map(random).collect())
-            }
-            Fault::Echo => self.made_up(request, request.prompt.clone()),
-            Fault::OtherPrompt => {
-                compute(Request { prompt: self.other_question.clone(), ..request.clone() }, false).await?
-            }
-            Fault::WrongSeed => compute(Request { seed: !request.seed, ..request.clone() }, false).await?,
-            Fault::WrongTemperature => {
-                let mut other = request.clone();
-                other.sampling.temperature = if request.sampling.temperature > 0.0 { 0.0 } else { 0.8 };
-                compute(other, false).await?
-            }
-            Fault::Truncated => {
-                let tokens = honest().await?.tokens;
-                self.forged(slots, request, tokens[..tokens.len().div_ceil(2)].to_vec()).await?
-            }
-            Fault::PlantedNot => {
-                let mut tokens = honest().await?.tokens;
-                let middle = tokens.len() / 2;
-                tokens[middle] = if tokens[middle] == self.not { self.own_text[0] } else { self.not };
-                self.forged(slots, request, tokens).await?
-            }
-            Fault::PrefillForged => self.forged(slots, request, self.own_text.clone()).await?,
-            Fault::CheapAfterTie => self.cheap_after_tie(request, honest().await?).await?,
             Fault::StaleCache => {
-                let fresh = honest().await?;
+                let fresh = computed().await?;
                 match self.last.lock().replace(fresh.clone()) {
-                    Some(last) if check_output(request, &last).is_ok() => last,
-                    Some(last) => self.made_up(request, last.tokens),
+                    Some(last) if check_output(&work.request, &last).is_ok() => last,
+                    Some(last) => self.made_up(&work.request, last.tokens),
                     None => fresh,
                 }
             }
-            Fault::Share | Fault::ShareSeeds | Fault::CopyPeer => self.shared(slots, work, patience).await?,
-            Fault::Collude => self.forged(slots, request, self.wrong(request)).await?,
-            Fault::OtherModel | Fault::WrongWeights => {
-                let known = u32::try_from(slots.engine.vocabulary()).unwrap_or(u32::MAX);
-                let prompt = request.prompt.iter().map(|token| token % known).collect();
-                self.translated(&compute(Request { prompt, ..request.clone() }, false).await?)
+            Fault::CheapAfterTie => self.cheap_after_tie(&work.request, computed().await?).await?,
+            Fault::Share | Fault::ShareSeeds | Fault::CopyPeer => {
+                self.shared(slots, &quiet, patience).await?
             }
-            // Their answers are what the engine gives, streamed as it comes.
-            Fault::Round3Bit
-            | Fault::Round2Bit
-            | Fault::ForgedRelease
-            | Fault::Slow
-            | Fault::Silent
-            | Fault::Crash
-            | Fault::Declining
-            | Fault::Equivocating
-            | Fault::LateReveal
-            | Fault::LazyReferee
-            | Fault::LyingReferee => return compute(request.clone(), work.stream).await,
+            Fault::OtherModel | Fault::WrongWeights => self.translated(&computed().await?),
+            Fault::OtherPrompt | Fault::WrongSeed | Fault::WrongTemperature => computed().await?,
+            Fault::Truncated | Fault::PlantedNot => {
+                let tokens = self.edited(computed().await?.tokens);
+                self.forged(slots, &work.request, tokens).await?
+            }
+            Fault::PrefillForged => self.forged(slots, &work.request, self.own_text.clone()).await?,
+            Fault::Collude => self.forged(slots, &work.request, self.wrong(&work.request)).await?,
+            Fault::Echo => self.made_up(&work.request, work.request.prompt.clone()),
+            _ => {
+                let random = |_| rand::random_range(0..self.vocabulary);
+                self.made_up(&work.request, (0..GARBAGE_TOKENS).map(random).collect())
+            }
         };
         slots.deltas(work, 0, &output.tokens);
         Ok(output)
+    }
+
+    /// What the model is asked instead of what the node was asked.
+    fn instead(&self, slots: &Slots, request: &Request) -> Request {
+        let mut other = request.clone();
+        match self.fault {
+            Fault::OtherPrompt => other.prompt = self.other_question.clone(),
+            Fault::WrongSeed => other.seed = !request.seed,
+            Fault::WrongTemperature => {
+                other.sampling.temperature = if request.sampling.temperature > 0.0 { 0.0 } else { 0.8 };
+            }
+            Fault::OtherModel | Fault::WrongWeights => {
+                let known = u32::try_from(slots.engine.vocabulary()).unwrap_or(u32::MAX);
+                other.prompt.iter_mut().for_each(|token| *token %= known);
+            }
+            _ => {}
+        }
+        other
+    }
+
+    /// An honest answer, cut or turned into its contrary.
+    fn edited(&self, mut tokens: Vec<u32>) -> Vec<u32> {
+        let half = tokens.len().div_ceil(2);
+        if self.fault == Fault::Truncated {
+            tokens.truncate(half);
+        } else if let Some(token) = tokens.get_mut(half) {
+            *token = self.not;
+        }
+        tokens
     }
 
     fn made_up(&self, request: &Request, tokens: Vec<u32>) -> Output {
@@ -234,8 +234,7 @@ impl Faults {
         if !is_first {
             return share.wait(&name, work.commit_deadline_ms).await.ok_or("engine");
         }
-        let quiet = Work { stream: false, ..work.clone() };
-        let output = slots.compute(&quiet, patience).await?;
+        let output = slots.compute(work, patience).await?;
         share.put(&name, &output).map_err(|_| "engine")?;
         Ok(output)
     }

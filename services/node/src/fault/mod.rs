@@ -148,6 +148,24 @@ impl Fault {
         self.needs() == Some("--fault-model")
     }
 
+    /// Whether its answers are what its engine gives, streamed as it comes.
+    fn answers_as_it_computes(self) -> bool {
+        matches!(
+            self,
+            Self::Round3Bit
+                | Self::Round2Bit
+                | Self::ForgedRelease
+                | Self::Slow
+                | Self::Silent
+                | Self::Crash
+                | Self::Declining
+                | Self::Equivocating
+                | Self::LateReveal
+                | Self::LazyReferee
+                | Self::LyingReferee
+        )
+    }
+
     pub(crate) fn forges_release(self) -> bool {
         self == Self::ForgedRelease
     }

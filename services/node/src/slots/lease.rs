@@ -60,7 +60,8 @@ impl Slots {
                 return self.decline(&request, key, "journal");
             }
         }
-        if let Some(reason) = self.cannot(&request, draining) {
+        let disliked = || self.setting.faults.as_ref().and_then(|faults| faults.declines(&request));
+        if let Some(reason) = self.unfit(&request, draining).or_else(disliked) {
             return self.decline(&request, key, reason);
         }
         let patience = if self.supersede(key) { SUPERSEDE } else { Duration::ZERO };
@@ -82,15 +83,12 @@ impl Slots {
         tokio::spawn(async move { slots.work(work, patience).await }.instrument(span));
     }
 
-    /// Why a lease is declined without a look at the engine.
-    fn cannot(&self, request: &Request, draining: bool) -> Option<&'static str> {
+    /// Why this node can't work on a request, whatever it is asked to do with it.
+    pub(super) fn unfit(&self, request: &Request, draining: bool) -> Option<&'static str> {
         if draining {
             return Some("draining");
         }
-        if request.model_root != self.setting.weights.root() {
-            return Some("model");
-        }
-        self.setting.faults.as_ref().and_then(|faults| faults.declines(request))
+        (request.model_root != self.setting.weights.root()).then_some("model")
     }
 
     /// Earlier attempts of a request are wanted by nobody once there is a later one. True if one was computed.

@@ -118,27 +118,16 @@ impl Slots {
         };
         let task: Task = (lease.key, lease.subjects.iter().map(Output::hash).collect());
         let cancelled = CancellationToken::new();
-        let refused = {
+        {
             let mut running = self.referees.running.lock();
             if running.contains_key(&task) {
                 return;
             }
-            let refused = if draining {
-                Some("draining")
-            } else if lease.request.model_root != self.setting.weights.root() {
-                Some("model")
-            } else if running.len() >= MOST_LEASES || !self.outgoing.takes_large() {
-                Some("full")
-            } else {
-                None
-            };
-            if refused.is_none() {
-                running.insert(task.clone(), Running { cancelled: cancelled.clone(), until_ms });
+            let full = running.len() >= MOST_LEASES || !self.outgoing.takes_large();
+            if let Some(reason) = self.unfit(&lease.request, draining).or(full.then_some("full")) {
+                return self.decline(&lease.request, lease.key, reason);
             }
-            refused
-        };
-        if let Some(reason) = refused {
-            return self.decline(&lease.request, lease.key, reason);
+            running.insert(task.clone(), Running { cancelled: cancelled.clone(), until_ms });
         }
         let span = tracing::info_span!(
             "node referee",

@@ -107,7 +107,7 @@ async fn what_cannot_be_scored_is_declined_and_signed() {
     session.say(Say::RefereeLease(v1::RefereeLease::default())).await;
     // More than may wait: each is answered, the last ones at once.
     let crowd: Vec<Request> = (0..40).map(|_| Request { id: Uuid::now_v7(), ..asked.clone() }).collect();
-    let subjects = vec![(vec![100; 200], Finish::Length); 8];
+    let subjects = vec![(vec![100; 60], Finish::Length); 8];
     for request in &crowd {
         session.referee(request, 1, &subjects).await;
     }
