@@ -131,7 +131,9 @@ impl Deed {
             Finding::Missed => {}
             Finding::Bad(reason) => events.extend([Event::Completed, Event::Bad(reason)]),
         }
-        Self { operator: conduct.operator, node: conduct.node, request, events, mean: conduct.mean }
+        // What is a fault already is not one more by its mean.
+        let mean = conduct.mean.filter(|_| !matches!(conduct.finding, Finding::Bad(_)));
+        Self { operator: conduct.operator, node: conduct.node, request, events, mean }
     }
 
     /// A fault outside the verdicts.

@@ -126,7 +126,9 @@ async fn on_chain(report: &Report, manifest: &Manifest, rpc: &str) -> Result<Opt
 /// Why these nodes: everybody who could be drawn, in the order that the proof gives, and what came of it.
 fn allocation(report: &Report) {
     let Some(evidence) = report.document.as_ref().and_then(|document| document.evidence.as_ref()) else {
-        return say("allocation: the document has no evidence, fetch it with the API key of the account that asked");
+        return say(
+            "allocation: the document has no evidence, fetch it with the API key of the account that asked",
+        );
     };
     let members: Vec<_> = of_class(&evidence.eligible, &evidence.class).collect();
     say(format_args!(

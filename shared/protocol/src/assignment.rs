@@ -148,7 +148,7 @@ pub fn draw_referees<'a>(
         .filter(|e| e.weight > 0 && !excluded(&e.operator))
         .map(|e| (expand(&beta, &e.node.0), e))
         .collect();
-    scored.sort_by(|a, b| (a.0, a.1.node).cmp(&(b.0, b.1.node)));
+    scored.sort_by_key(|(score, eligible)| (*score, eligible.node));
     let mut operators = BTreeSet::new();
     scored.into_iter().map(|(_, e)| e).filter(|e| operators.insert(e.operator)).collect()
 }

@@ -449,11 +449,9 @@ impl Player {
                             let proof = self.node.prove(&challenge);
                             self.socket.send(from_node::Message::RangeProof(proof)).await;
                         }
-                        from_dispatcher::Message::RefereeLease(lease) => {
-                            if self.behaviour != Behaviour::Silent {
-                                let report = self.node.report(&lease);
-                                self.socket.send(from_node::Message::RefereeReport(report)).await;
-                            }
+                        from_dispatcher::Message::RefereeLease(lease) if self.behaviour != Behaviour::Silent => {
+                            let report = self.node.report(&lease);
+                            self.socket.send(from_node::Message::RefereeReport(report)).await;
                         }
                         _ => {}
                     }

@@ -44,20 +44,40 @@ fn operators(document: &Value, list: &str, which: impl Fn(&Value) -> bool) -> Ve
 const FRANCE: &str = "What is the capital of France?";
 const PARIS: &str = "The capital of France is Paris.";
 
+/// The receipts of three times four requests, four at once, so that nobody's places run out. While all operators are
+/// equally new, three of five are drawn: that the first four miss one of them has the probability (2/5)^4 = 2.6%, and of
+/// the others the next eight.
+async fn twelve_answers(network: &Network, name: &str) -> Vec<Value> {
+    let mut documents = Vec::new();
+    for batch in 0..3 {
+        let asked = (0..4).map(|i| async move { network.ask(FRANCE, &format!("{name}-{batch}-{i}")).await });
+        for answer in futures::future::join_all(asked).await {
+            let answer = answer.unwrap();
+            assert_eq!(answer["choices"][0]["message"]["content"], PARIS, "{answer}");
+            documents.push(receipt(network, &answer).await);
+        }
+    }
+    documents
+}
+
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_garbage_node_is_an_outlier_and_is_not_paid() {
     let network = Network::start("embedded", &["--nodes", "5", "--node-fault", "5=garbage"]);
     let (mut outliers, mut paid) = (HashSet::new(), HashSet::new());
-    for round in 0..8 {
-        let answer = network.ask(FRANCE, &format!("garbage-{round}")).await.unwrap();
-        assert_eq!(answer["choices"][0]["message"]["content"], PARIS, "{answer}");
-        let document = receipt(&network, &answer).await;
+    for document in twelve_answers(&network, "garbage").await {
         outliers.extend(operators(&document, "unpaid", |row| row["reason"] == "outlier"));
         paid.extend(operators(&document, "payments", |_| true));
     }
-    // Three of five are drawn: that 8 requests miss the garbage node has the probability (2/5)^8 = 0.07%.
     assert_eq!(outliers.len(), 1, "the garbage node, and no other: {outliers:?}");
     assert!(paid.is_disjoint(&outliers), "{paid:?} {outliers:?}");
+    // Referees denied it: its operator is not drawn any more, and can see why.
+    let operator = outliers.into_iter().next().unwrap();
+    let url = format!("{}/v1/operators/{}", network.url("dispatcher_url"), operator.trim_matches('"'));
+    let standing = network.get(&url).await;
+    assert_eq!(
+        (&standing["eligible"], &standing["last_faults"][0]["reason"]),
+        (&false.into(), &"answer".into())
+    );
     the_books_balance(&network).await;
 }
 
@@ -66,10 +86,7 @@ async fn a_node_that_dies_in_mid_answer_is_replaced_and_is_not_paid() {
     // It dies after three tokens of every answer, and is started again.
     let network = Network::start("embedded", &["--nodes", "5", "--node-fault", "5=crash"]);
     let (mut died, mut paid) = (HashSet::new(), HashSet::new());
-    for round in 0..8 {
-        let answer = network.ask(FRANCE, &format!("crash-{round}")).await.unwrap();
-        assert_eq!(answer["choices"][0]["message"]["content"], PARIS, "{answer}");
-        let document = receipt(&network, &answer).await;
+    for document in twelve_answers(&network, "crash").await {
         assert_eq!(operators(&document, "verified", |_| true).len(), 3, "{document}");
         died.extend(operators(&document, "unpaid", |_| true));
         paid.extend(operators(&document, "payments", |_| true));
