@@ -49,10 +49,6 @@ impl Answer {
         let fingerprints = self.prints.iter().flat_map(Fingerprint::encode).collect();
         Output { tokens: self.tokens.clone(), fingerprints, finish: self.finish }
     }
-
-    pub fn says_what(&self, other: &Self) -> bool {
-        self.tokens == other.tokens && self.finish == other.finish
-    }
 }
 
 #[derive(Serialize, Deserialize)]
@@ -71,7 +67,8 @@ struct File {
 impl Setup {
     pub fn new(model: &Path, list: &str, most: usize, max_tokens: u32) -> Result<Self, String> {
         let prompt = Prompt::load(model).map_err(|e| e.to_string())?;
-        let texts: Vec<String> = list.lines().filter(|l| !l.is_empty()).take(most).map(str::to_owned).collect();
+        let texts: Vec<String> =
+            list.lines().filter(|l| !l.is_empty()).take(most).map(str::to_owned).collect();
         let render = |text: &String| prompt.render(&[Message::new("user", text)]).map_err(|e| e.to_string());
         let prompts = texts.iter().map(render).collect::<Result<Vec<_>, _>>()?;
         let words = |text: &String| prompt.tokenizer().encode(text).map_err(|e| e.to_string());
@@ -82,6 +79,11 @@ impl Setup {
         }
         let key = format!("{} {max_tokens} {MODES}", hasher.finalize().to_hex());
         Ok(Self { prompt, prompts, words, texts, max_tokens, key })
+    }
+
+    /// Tokens that two answers share at their beginning.
+    pub fn parting(a: &[u32], b: &[u32]) -> usize {
+        a.iter().zip(b).take_while(|(x, y)| x == y).count()
     }
 
     pub fn end_tokens(&self) -> &[u32] {
@@ -125,7 +127,10 @@ impl Setup {
 
     /// Every request of `modes`, prompt by prompt.
     pub fn jobs(&self, modes: std::ops::Range<usize>) -> Vec<Job> {
-        (0..self.prompts.len()).flat_map(|p| modes.clone().map(move |m| (p, m))).map(|(p, m)| self.job(p, m)).collect()
+        (0..self.prompts.len())
+            .flat_map(|p| modes.clone().map(move |m| (p, m)))
+            .map(|(p, m)| self.job(p, m))
+            .collect()
     }
 }
 

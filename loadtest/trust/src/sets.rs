@@ -49,13 +49,8 @@ impl Sets {
         other: &Path,
         engines: &Engines,
     ) -> Result<Self, String> {
-        let timed = |name: &str, make: &dyn Fn() -> Result<Vec<Answer>, String>| {
-            let began = Instant::now();
-            let answers = set(folder, setup, name, make)?;
-            let tokens: usize = answers.iter().map(|a| a.tokens.len()).sum();
-            say(&format!("{name}: {} answers, {tokens} tokens, {:.0} s", answers.len(), began.elapsed().as_secs_f64()));
-            Ok::<_, String>(answers)
-        };
+        let timed =
+            |name: &str, make: Make<'_>| timed(folder, setup, name, make);
         let fast = timed("fast", &|| generate(&engines.fast, setup.jobs(0..MODES)))?;
         let exact = timed("exact", &|| generate(&engines.exact, setup.jobs(0..MODES)))?;
         let hotter = timed("hotter", &|| {
@@ -71,6 +66,27 @@ impl Sets {
         let other = timed("other", &|| other_model(setup, other))?;
         Ok(Self { exact, fast, round3, round2, stale, hotter, other, after_tie })
     }
+}
+
+/// Generates a set.
+pub type Make<'a> = &'a dyn Fn() -> Result<Vec<Answer>, String>;
+
+/// A set from its file or its engine, with the time that it took.
+pub fn timed(
+    folder: &Path,
+    setup: &Setup,
+    name: &str,
+    make: Make<'_>,
+) -> Result<Vec<Answer>, String> {
+    let began = Instant::now();
+    let answers = set(folder, setup, name, make)?;
+    let tokens: usize = answers.iter().map(|a| a.tokens.len()).sum();
+    say(&format!(
+        "{name}: {} answers, {tokens} tokens, {:.0} s",
+        answers.len(),
+        began.elapsed().as_secs_f64()
+    ));
+    Ok(answers)
 }
 
 /// A block in the middle of the cache holds another prompt.
@@ -108,8 +124,9 @@ pub fn greedy_gap(print: &Fingerprint) -> Option<f64> {
 
 fn after_tie(setup: &Setup, cheap: &Engine, fast: &[Answer]) -> Result<Vec<Answer>, String> {
     let count = setup.prompts.len();
-    let places: Vec<Option<(usize, u32)>> =
-        (0..count).map(|p| closest(&fast[p * MODES], |_, print| greedy_gap(print)).first().copied()).collect();
+    let places: Vec<Option<(usize, u32)>> = (0..count)
+        .map(|p| closest(&fast[p * MODES], |_, print| greedy_gap(print)).first().copied())
+        .collect();
     let mut jobs = Vec::new();
     for (p, place) in places.iter().enumerate() {
         if let Some((at, token)) = place {
@@ -164,14 +181,21 @@ fn other_model(setup: &Setup, model: &Path) -> Result<Vec<Answer>, String> {
             job.end_tokens = tokenizer.end_tokens().to_vec();
             // Its tokens are other ones, perhaps fewer.
             job.max_tokens += 8;
-            job.params = SamplingParams { temperature: if mode == 0 { 0.0 } else { WARM }, ..SamplingParams::default() };
+            job.params = SamplingParams {
+                temperature: if mode == 0 { 0.0 } else { WARM },
+                ..SamplingParams::default()
+            };
             jobs.push(job);
         }
     }
     let end = *setup.end_tokens().last().ok_or("the model has no end token")?;
     let most = setup.max_tokens as usize;
     let answers = generate(&engine, jobs)?.into_iter().map(|answer| {
-        let mut tokens = setup.prompt.tokenizer().encode(tokenizer.decode(&answer.tokens).trim_start()).map_err(|e| e.to_string())?;
+        let mut tokens = setup
+            .prompt
+            .tokenizer()
+            .encode(tokenizer.decode(&answer.tokens).trim_start())
+            .map_err(|e| e.to_string())?;
         if answer.finish == Finish::Eos && tokens.len() < most {
             tokens.push(end);
         }
