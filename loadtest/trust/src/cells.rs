@@ -17,9 +17,9 @@ use crate::{
 };
 
 /// Answers of an attack whose similarity is computed.
-const SIMILARITIES: usize = 400;
+const SIMILARITIES: usize = 300;
 /// Answers of a cheaper model that are scored over their whole length.
-const SCORED: usize = 600;
+const SCORED: usize = 300;
 /// Operators that are simulated, and the answers that each gets to give.
 const OPERATORS: u32 = 3_000;
 const REQUESTS: u32 = 20;

@@ -15,6 +15,9 @@ use crate::{
     stats::Share,
 };
 
+/// Answers that a referee of the same class scores over their whole length.
+const SCORED: usize = 200;
+
 /// The same requests once more, in other company: each prompt in one mode, in reverse order.
 pub struct Again {
     pub requests: Vec<(usize, usize)>,
@@ -27,11 +30,7 @@ impl Again {
         (0..setup.prompts.len()).rev().map(|p| (p, p % MODES)).collect()
     }
 
-    pub fn record(
-        setup: &Setup,
-        engines: &Engines,
-        folder: &Path,
-    ) -> Result<Self, String> {
+    pub fn record(setup: &Setup, engines: &Engines, folder: &Path) -> Result<Self, String> {
         let timed = |name: &str, make: Make<'_>| timed(folder, setup, name, make);
         let requests = Self::jobs(setup);
         let jobs = || requests.iter().map(|(p, m)| setup.job(*p, *m)).collect();
@@ -68,7 +67,8 @@ impl Margins {
         let mut margins: Vec<Vec<f64>> = own.iter().map(|a| vec![0.0; a.tokens.len()]).collect();
         let mut parted: Vec<usize> = (0..own.len()).filter(|i| own[*i].tokens != other[*i].tokens).collect();
         // Some that did not part, to see that their margins are 0 indeed.
-        parted.extend((0..own.len()).step_by(13));
+        parted.extend((0..own.len()).step_by(26));
+        parted.sort_unstable();
         parted.dedup();
         let cases: Vec<Case> = parted.iter().map(|i| case_of(i / MODES, i % MODES, &own[*i])).collect();
         let scored = court.scores(referee, &cases.iter().collect::<Vec<_>>())?;
@@ -109,7 +109,8 @@ pub fn calibrate(
         };
         let cases: Vec<Case> =
             again.requests.iter().zip(second).map(|((p, m), answer)| case_of(*p, *m, answer)).collect();
-        let scored = court.scores(class, &cases.iter().collect::<Vec<_>>())?;
+        let mut scored = court.scores(class, &cases.iter().take(SCORED).collect::<Vec<_>>())?;
+        scored.resize(cases.len(), Vec::new());
         let pairs: Vec<Pair<'_>> = again
             .requests
             .iter()

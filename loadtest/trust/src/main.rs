@@ -58,6 +58,9 @@ struct Network {
     missed_ppm: u32,
     #[arg(long, default_value_t = 1)]
     seed: u64,
+    /// Runs of each strategy of a colluding third, each with a seed of its own
+    #[arg(long, default_value_t = 3, value_parser = clap::value_parser!(u32).range(1..=100))]
+    seeds: u32,
     /// The report; its metrics are also put into bench-trust.json beside it, where there is one
     #[arg(long, default_value = "target/reports/bench-sim.json")]
     out: PathBuf,
@@ -115,6 +118,7 @@ fn network(args: &Network) -> Result<(), String> {
         requests: args.requests,
         missed_ppm: args.missed_ppm,
         seed: args.seed,
+        seeds: args.seeds,
     };
     let (runs, metrics) = simulate::all(&setting);
     report::json(&args.out, &runs)?;

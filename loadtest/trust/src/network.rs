@@ -3,7 +3,7 @@
 //! gives the same run.
 
 use infera_protocol::{
-    request::{MAX_REPLICAS, MIN_REPLICAS},
+    request::MIN_REPLICAS,
     sampling::noise_bits,
     trust::{Alarm, Event, Reason, Record, Rules},
 };
@@ -42,6 +42,8 @@ pub struct Scenario {
     pub cheaters: f64,
     pub strategy: Strategy,
     pub referees: bool,
+    /// Only trusted operators referee, as long as there are enough; otherwise all eligible ones do.
+    pub trusted_judges: bool,
     /// Everybody starts trusted: the cheaters slept long before.
     pub aged: bool,
     pub rules: Rules,
@@ -218,7 +220,9 @@ impl Network {
     fn weigh(&mut self, at: usize) {
         let operator = &mut self.operators[at];
         operator.weight = operator.record.weight(&self.scenario.rules, 1, self.now_ms);
-        operator.judges = operator.record.referee_weight(&self.scenario.rules, 1, self.now_ms);
+        let trusted = || operator.record.is_trusted(&self.scenario.rules, self.now_ms);
+        let may_judge = operator.weight > 0 && (!self.scenario.trusted_judges || trusted());
+        operator.judges = u32::from(may_judge);
         let (weight, judges) = (operator.weight, operator.judges);
         self.weights.set(at, weight);
         self.judges.set(at, judges);
@@ -248,7 +252,7 @@ impl Network {
         drawn
     }
 
-    /// Referees, from the trusted operators; who is missing comes from all.
+    /// Referees: from those who may, every one as likely as another. Where they are too few, from all eligible ones.
     fn draw_judges(&mut self, count: usize, taken: &mut Vec<usize>) -> Vec<usize> {
         let mut drawn = Vec::new();
         taken.iter().for_each(|at| self.judges.set(*at, 0));
@@ -260,6 +264,8 @@ impl Network {
         }
         taken.extend(&drawn);
         taken.iter().for_each(|at| self.judges.set(*at, self.operators[*at].judges));
+        let missing = count - drawn.len();
+        drawn.extend(self.draw(missing, taken));
         drawn
     }
 
@@ -337,12 +343,14 @@ impl Network {
         replicas.iter().map(|at| (*at, self.output(*at, attacked))).collect()
     }
 
-    /// Hears what the referees have not said yet.
-    fn ask(&mut self, referees: &mut Referees, results: &[(usize, Output)], attacked: bool) {
-        for (at, output) in referees.open(results) {
-            self.outcome.scored += 1;
-            let word = self.confirms(at, output, attacked);
-            referees.hear(at, output, word);
+    /// Has the drawn referees score these outputs.
+    fn ask(&mut self, referees: &mut Referees, drawn: &[usize], outputs: &[Output], attacked: bool) {
+        for at in drawn {
+            for output in outputs {
+                self.outcome.scored += 1;
+                let word = self.confirms(*at, *output, attacked);
+                referees.reports.push((*at, *output, word));
+            }
         }
     }
 
@@ -355,66 +363,50 @@ impl Network {
         self.outcome.attacks += u32::from(attacked);
         self.outcome.alarmed += u32::from(self.alarm.is_on(&self.scenario.rules, self.now_ms));
         let mut referees = Referees::default();
+        let mut exhausted = false;
         loop {
             let results = self.results(&replicas, attacked);
-            let round = settle(&results, self.scenario.referees, audited, &referees);
-            match round {
-                Round::Referees(count) => {
-                    let mut drawn = self.draw_judges(count, &mut taken);
-                    drawn.extend(self.draw(count - drawn.len(), &mut taken));
+            let with_referees = self.scenario.referees;
+            match settle(&results, with_referees, audited, &referees, exhausted) {
+                Round::Referees(count, outputs) => {
+                    self.outcome.refereed += u32::from(referees.reports.is_empty());
+                    let drawn = self.draw_judges(count, &mut taken);
                     if drawn.len() < count {
                         self.outcome.failed += 1;
                         return;
                     }
-                    self.outcome.refereed += u32::from(referees.reports.is_empty());
-                    for at in drawn {
-                        referees.ask(at);
-                    }
-                    self.ask(&mut referees, &results, attacked);
+                    self.ask(&mut referees, &drawn, &outputs, attacked);
                 }
-                Round::Nodes if replicas.len() < MAX_REPLICAS as usize => {
-                    let more = self.draw(2.min(MAX_REPLICAS as usize - replicas.len()), &mut taken);
-                    if more.is_empty() {
-                        return self.close(&replicas, &results, None, &referees);
-                    }
+                Round::Nodes(count) => {
+                    let more = self.draw(count, &mut taken);
+                    exhausted = more.is_empty();
                     replicas.extend(more);
-                    let results = self.results(&replicas, attacked);
-                    self.ask(&mut referees, &results, attacked);
                 }
-                Round::Nodes => return self.close(&replicas, &results, None, &referees),
-                Round::Verified(output) => return self.close(&replicas, &results, Some(output), &referees),
+                Round::NoQuorum => return self.close(&results, None, &referees),
+                Round::Verified(output) => return self.close(&results, Some(output), &referees),
             }
         }
     }
 
-    fn close(
-        &mut self,
-        replicas: &[usize],
-        results: &[(usize, Output)],
-        verified: Option<Output>,
-        referees: &Referees,
-    ) {
-        self.outcome.generated += replicas.len() as u64;
+    fn close(&mut self, results: &[(usize, Output)], verified: Option<Output>, referees: &Referees) {
+        self.outcome.generated += results.len() as u64;
         match verified {
             None => self.outcome.failed += 1,
             Some(Output::Wrong(_)) => self.outcome.wrong += 1,
             Some(Output::Right) => {}
         }
-        for at in replicas {
+        let (rules, now) = (self.scenario.rules, self.now_ms);
+        for (at, _) in results {
             for event in [Event::Offered, Event::Completed] {
-                let (rules, now) = (self.scenario.rules, self.now_ms);
                 self.operators[*at].record.apply(&rules, now, event);
             }
         }
-        let first: Vec<Output> = results.iter().take(MIN_REPLICAS as usize).map(|r| r.1).collect();
-        let majority =
-            first.iter().copied().find(|o| 2 * first.iter().filter(|p| *p == o).count() > first.len());
-        if majority.is_some_and(|output| referees.rejected(output)) {
+        if referees.overturned(results) {
             self.outcome.overturned += 1;
-            self.alarm.raise(self.now_ms);
+            self.alarm.raise(now);
         }
         for (at, output) in results {
-            if referees.rejected(*output) {
+            if referees.refuted(*output) {
                 self.event(*at, Event::Bad(Reason::Answer));
             } else if verified == Some(*output) {
                 self.event(*at, Event::Verified);
@@ -444,6 +436,7 @@ mod tests {
             cheaters,
             strategy: Strategy { attack, ..HONEST },
             referees: true,
+            trusted_judges: false,
             aged: false,
             rules: Rules::default(),
             per_day: 1_000,

@@ -49,8 +49,7 @@ impl Sets {
         other: &Path,
         engines: &Engines,
     ) -> Result<Self, String> {
-        let timed =
-            |name: &str, make: Make<'_>| timed(folder, setup, name, make);
+        let timed = |name: &str, make: Make<'_>| timed(folder, setup, name, make);
         let fast = timed("fast", &|| generate(&engines.fast, setup.jobs(0..MODES)))?;
         let exact = timed("exact", &|| generate(&engines.exact, setup.jobs(0..MODES)))?;
         let hotter = timed("hotter", &|| {
@@ -72,12 +71,7 @@ impl Sets {
 pub type Make<'a> = &'a dyn Fn() -> Result<Vec<Answer>, String>;
 
 /// A set from its file or its engine, with the time that it took.
-pub fn timed(
-    folder: &Path,
-    setup: &Setup,
-    name: &str,
-    make: Make<'_>,
-) -> Result<Vec<Answer>, String> {
+pub fn timed(folder: &Path, setup: &Setup, name: &str, make: Make<'_>) -> Result<Vec<Answer>, String> {
     let began = Instant::now();
     let answers = set(folder, setup, name, make)?;
     let tokens: usize = answers.iter().map(|a| a.tokens.len()).sum();
@@ -179,8 +173,6 @@ fn other_model(setup: &Setup, model: &Path) -> Result<Vec<Answer>, String> {
             job.prompt = tokenizer.leading_bos().into_iter().collect();
             job.prompt.extend(tokenizer.encode(&question).map_err(|e| e.to_string())?);
             job.end_tokens = tokenizer.end_tokens().to_vec();
-            // Its tokens are other ones, perhaps fewer.
-            job.max_tokens += 8;
             job.params = SamplingParams {
                 temperature: if mode == 0 { 0.0 } else { WARM },
                 ..SamplingParams::default()

@@ -21,9 +21,28 @@ const STRATEGIES: [Strategy; 9] = [
     Strategy { name: "unanimous_reenter", attack: Attack::Unanimous, sleeps: false, reenters: true },
     Strategy { name: "unanimous_sleep_reenter", attack: Attack::Unanimous, sleeps: true, reenters: true },
 ];
-/// Runs of each strategy of a third.
-const SEEDS: u64 = 5;
 const ALONE: Strategy = Strategy { name: "alone", attack: Attack::Alone, sleeps: false, reenters: false };
+
+/// Who referees.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Judges {
+    None,
+    /// All eligible operators.
+    All,
+    /// Trusted ones, as long as there are enough.
+    Trusted,
+}
+
+impl Judges {
+    fn name(self) -> &'static str {
+        match self {
+            Self::None => "without referees",
+            Self::All => "all referee",
+            Self::Trusted => "the trusted referee",
+        }
+    }
+}
 
 /// A run as it is published.
 #[derive(Debug, Clone, Serialize)]
@@ -31,7 +50,7 @@ pub struct Run {
     pub strategy: &'static str,
     pub operators: usize,
     pub cheaters: f64,
-    pub referees: bool,
+    pub referees: Judges,
     pub aged: bool,
     pub seed: u64,
     pub requests: u32,
@@ -57,15 +76,19 @@ pub struct Setting {
     pub requests: u32,
     pub missed_ppm: u32,
     pub seed: u64,
+    /// Runs of each strategy of a third.
+    pub seeds: u32,
 }
 
 impl Setting {
-    fn run(&self, strategy: Strategy, cheaters: f64, referees: bool, aged: bool) -> Run {
+    fn run(&self, strategy: Strategy, cheaters: f64, judges: Judges, aged: bool) -> Run {
+        let referees = judges != Judges::None;
         let scenario = Scenario {
             operators: self.operators,
             cheaters,
             strategy,
             referees,
+            trusted_judges: judges == Judges::Trusted,
             aged,
             rules: Rules::default(),
             per_day: self.per_day,
@@ -74,12 +97,12 @@ impl Setting {
             missed_ppm: self.missed_ppm,
             seed: self.seed,
         };
-        let run = published(&scenario, &run(scenario));
+        let run = published(&scenario, judges, &run(scenario));
         say(&format!(
             "{} {:.2} {}{}: {:.4} % wrong, {} expelled, {:.1} % scored",
             run.strategy,
             cheaters,
-            if referees { "with referees" } else { "without referees" },
+            judges.name(),
             if aged { ", aged" } else { "" },
             run.wrong_delivered_pct,
             run.expelled,
@@ -89,14 +112,14 @@ impl Setting {
     }
 }
 
-fn published(s: &Scenario, o: &Outcome) -> Run {
+fn published(s: &Scenario, judges: Judges, o: &Outcome) -> Run {
     let pct = |part: f64, whole: f64| (1e6 * part / whole.max(1.0)).round() / 1e4;
     let requests = f64::from(o.requests);
     Run {
         strategy: s.strategy.name,
         operators: s.operators,
         cheaters: s.cheaters,
-        referees: s.referees,
+        referees: judges,
         aged: s.aged,
         seed: s.seed,
         requests: o.requests,
@@ -120,22 +143,26 @@ pub fn all(setting: &Setting) -> (Vec<Run>, Vec<Metric>) {
     // Shares of cheaters, colluding or not.
     for tenths in 0..=4 {
         for strategy in [ALONE, STRATEGIES[2], STRATEGIES[5]] {
-            for referees in [true, false] {
+            for referees in [Judges::Trusted, Judges::None] {
                 runs.push(setting.run(strategy, f64::from(tenths) / 10.0, referees, false));
             }
         }
     }
     let third = third(setting);
     let mut metrics = thirds_best(&third);
-    let honest = setting.run(ALONE, 0.0, true, true);
+    let honest = setting.run(ALONE, 0.0, Judges::Trusted, true);
     metrics.push(Metric::new("referee_share_pct", honest.referee_share_pct, "%"));
     metrics.push(Metric::new("mean_replicas", honest.mean_replicas, "replicas"));
     let young = &runs[0];
     metrics.push(Metric::new("referee_share_young_network_pct", young.referee_share_pct, "%"));
-    let punished: u32 =
-        runs.iter().filter(|r| r.referees && r.cheaters == 0.0).map(|r| r.honest_punished).sum();
+    let punished: u32 = runs
+        .iter()
+        .filter(|r| r.referees != Judges::None && r.cheaters == 0.0)
+        .map(|r| r.honest_punished)
+        .sum();
     metrics.push(Metric::new("honest_punished", f64::from(punished + honest.honest_punished), "operators"));
-    let framed = third.iter().filter(|r| r.referees).map(|r| r.honest_punished).max().unwrap_or(0);
+    let framed =
+        third.iter().filter(|r| r.referees == Judges::Trusted).map(|r| r.honest_punished).max().unwrap_or(0);
     runs.extend(third);
     metrics.push(Metric::new("honest_punished_by_colluding_third", f64::from(framed), "verdicts"));
     runs.push(honest);
@@ -146,57 +173,78 @@ pub fn all(setting: &Setting) -> (Vec<Run>, Vec<Metric>) {
 /// A third of all colludes, by every strategy and several seeds.
 fn third(setting: &Setting) -> Vec<Run> {
     let mut runs = Vec::new();
-    for seed in setting.seed..setting.seed + SEEDS {
+    for seed in setting.seed..setting.seed + u64::from(setting.seeds) {
         let setting = Setting { seed, ..*setting };
         for strategy in STRATEGIES {
-            for aged in [false, true] {
-                runs.push(setting.run(strategy, 1.0 / 3.0, true, aged));
+            for (judges, aged) in KINDS {
+                runs.push(setting.run(strategy, 1.0 / 3.0, judges, aged));
             }
-            runs.push(setting.run(strategy, 1.0 / 3.0, false, false));
         }
     }
     runs
 }
 
+/// Networks that a third is tried on.
+const KINDS: [(Judges, bool); 5] = [
+    (Judges::Trusted, false),
+    (Judges::Trusted, true),
+    (Judges::All, false),
+    (Judges::All, true),
+    (Judges::None, false),
+];
+
 /// Mean over the seeds, and the largest, of a strategy's share of wrong answers.
-fn wrong(runs: &[Run], strategy: &str, referees: bool, aged: bool) -> (f64, f64) {
-    let of = runs.iter().filter(|r| r.strategy == strategy && r.referees == referees && r.aged == aged);
+fn wrong(runs: &[Run], strategy: &str, judges: Judges, aged: bool) -> (f64, f64) {
+    let of = runs.iter().filter(|r| r.strategy == strategy && r.referees == judges && r.aged == aged);
     let shares: Vec<f64> = of.map(|r| r.wrong_delivered_pct).collect();
     let most = shares.iter().copied().fold(0.0, f64::max);
     (shares.iter().sum::<f64>() / shares.len().max(1) as f64, most)
 }
 
-/// What the best strategy of a colluding third gets: the highest mean over the seeds.
-fn thirds_best(runs: &[Run]) -> Vec<Metric> {
-    let mut metrics = Vec::new();
-    let (mut best, mut bare, mut most) = ((0.0, STRATEGIES[0], false), 0.0_f64, 0.0_f64);
+/// The best of all strategies against such referees: the highest mean over the seeds, the highest of all, and whose.
+fn best(runs: &[Run], judges: Judges) -> (f64, f64, &'static str, bool) {
+    let mut best = (0.0, 0.0_f64, "", false);
     for strategy in STRATEGIES {
-        bare = bare.max(wrong(runs, strategy.name, false, false).0);
+        for (_, aged) in KINDS.iter().filter(|kind| kind.0 == judges) {
+            let (mean, most) = wrong(runs, strategy.name, judges, *aged);
+            let highest = best.1.max(most);
+            best = if mean > best.0 {
+                (mean, highest, strategy.name, *aged)
+            } else {
+                (best.0, highest, best.2, best.3)
+            };
+        }
+    }
+    best
+}
+
+/// What the best strategy of a colluding third gets, and each one.
+fn thirds_best(runs: &[Run]) -> Vec<Metric> {
+    let (bare, ..) = best(runs, Judges::None);
+    let (mean, most, name, aged) = best(runs, Judges::Trusted);
+    let (all, ..) = best(runs, Judges::All);
+    say(&format!("the best that a third can do: {name}, aged: {aged}"));
+    let expelled = |strategy: &str, aged: bool| {
+        let same = |r: &&Run| r.referees == Judges::Trusted && r.strategy == strategy && r.aged == aged;
+        let counts: Vec<f64> = runs.iter().filter(same).map(|r| f64::from(r.expelled)).collect();
+        counts.iter().sum::<f64>() / counts.len().max(1) as f64
+    };
+    let mut metrics = vec![
+        Metric::new("collusion_third_wrong_delivered_pct", round(mean), "%").beside(round(bare)),
+        Metric::new("collusion_third_wrong_delivered_most_pct", round(most), "%"),
+        Metric::new("collusion_third_wrong_delivered_all_referee_pct", round(all), "%"),
+        Metric::new("collusion_third_wrong_delivered_without_referees_pct", round(bare), "%"),
+        Metric::new("collusion_third_expelled", expelled(name, aged), "operators"),
+        Metric::new("collusion_third_majority_expelled", expelled("majority", false), "operators"),
+    ];
+    for strategy in STRATEGIES {
         for aged in [false, true] {
-            let (mean, largest) = wrong(runs, strategy.name, true, aged);
-            most = most.max(largest);
-            best = if mean > best.0 { (mean, strategy, aged) } else { best };
+            let (mean, _) = wrong(runs, strategy.name, Judges::Trusted, aged);
             let name = if aged { "_aged" } else { "" };
             let metric = format!("collusion_third_{}{name}_wrong_delivered_pct", strategy.name);
             metrics.push(Metric::new(metric, round(mean), "%"));
         }
     }
-    let (mean, strategy, aged) = best;
-    let same = |r: &&Run| r.referees && r.strategy == strategy.name && r.aged == aged;
-    let expelled = runs.iter().filter(same).map(|r| f64::from(r.expelled)).sum::<f64>() / SEEDS as f64;
-    say(&format!("the best that a third can do: {}, aged: {aged}", strategy.name));
-    metrics.splice(
-        0..0,
-        [
-            Metric::new("collusion_third_wrong_delivered_pct", round(mean), "%").beside(round(bare)),
-            Metric::new("collusion_third_wrong_delivered_most_pct", round(most), "%"),
-            Metric::new("collusion_third_wrong_delivered_without_referees_pct", round(bare), "%"),
-            Metric::new("collusion_third_expelled", expelled, "operators"),
-        ],
-    );
-    let always = runs.iter().filter(|r| r.referees && r.strategy == "majority" && !r.aged);
-    let expelled = always.map(|r| f64::from(r.expelled)).sum::<f64>() / SEEDS as f64;
-    metrics.push(Metric::new("collusion_third_majority_expelled", expelled, "operators"));
     metrics
 }
 
