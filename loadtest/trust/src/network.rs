@@ -470,7 +470,13 @@ mod tests {
         let eligible: Vec<Eligible> = weights
             .iter()
             .zip(1..)
-            .map(|(w, i)| Eligible { node: NodeId([i; 32]), operator: Address([i; 20]), weight: *w })
+            .map(|(w, i)| Eligible {
+                node: NodeId([i; 32]),
+                operator: Address([i; 20]),
+                class: "exact".into(),
+                weight: *w,
+                audit_ppm: 0,
+            })
             .collect();
         let mut network = Network::new(Scenario { operators: 4, ..scenario(0.0, Attack::Alone) });
         for (at, weight) in weights.iter().enumerate() {
