@@ -3,7 +3,7 @@ PROFILE ?= embedded
 DETACH  ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help up down test check audit bench-up bench-load bench-node docs clean-data
+.PHONY: help up down test check audit bench-up bench-load bench-node bench-trust bench-sim docs clean-data
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | awk -F'\t' '{ printf "%-16s %s\n", $$1, $$2 }'
@@ -31,6 +31,12 @@ bench-load: ## answers and first tokens at 1 and at 8 clients -> target/reports/
 
 bench-node: ## the engine beside llama.cpp, which it compiles on first use -> target/reports/bench-node.json, .svg
 	@exec deploy/bench-node
+
+bench-trust: ## honest and cheating answers before every layer -> target/reports/bench-trust.json, .svg (QUICK=1: few prompts)
+	@exec deploy/bench-trust
+
+bench-sim: ## a network of thousands with cheaters -> target/reports/bench-sim.json (QUICK=1: a small one)
+	@exec deploy/bench-sim
 
 docs: ## build docs/book with mdBook, which it installs on first use
 	@exec deploy/docs

@@ -54,7 +54,7 @@ impl Default for Rules {
             trusted_ppm: 950_000,
             eligible_ppm: 900_000,
             audit_ppm: 50_000,
-            alarm_days: 7,
+            alarm_days: 30,
         }
     }
 }
@@ -284,6 +284,13 @@ impl Record {
         u32::try_from(product / u128::from(ONE * 1_000)).unwrap_or(u32::MAX).max(1)
     }
 
+    /// The weight in the draw of referees: that of the draw, for trusted operators alone, so that nobody who was found
+    /// out comes back as a judge. Where fewer than three trusted ones are left, all eligible ones are drawn from.
+    #[must_use]
+    pub fn referee_weight(&self, rules: &Rules, slots: u32, now_ms: i64) -> u32 {
+        if self.is_trusted(rules, now_ms) { self.weight(rules, slots, now_ms) } else { 0 }
+    }
+
     /// What it would take to be trusted.
     #[must_use]
     pub fn recovery(&self, rules: &Rules, now_ms: i64) -> Recovery {
@@ -335,6 +342,10 @@ fn score(rules: &Rules, verified_micro: u64, bad_micro: u64) -> u32 {
 
 /// Where the Beta(a, b) distribution, a and b at least 1, has the share `p` below it: by bisection.
 fn beta_quantile(a: f64, b: f64, p: f64) -> f64 {
+    if b <= 1.0 {
+        // I_x(a, 1) = x^a.
+        return libm::pow(p, 1.0 / a);
+    }
     let (mut low, mut high) = (0.0, 1.0);
     // 2^-40 is a millionth of the score's unit.
     for _ in 0..40 {
