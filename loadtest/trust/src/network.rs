@@ -476,6 +476,7 @@ mod tests {
                 class: "exact".into(),
                 weight: *w,
                 audit_ppm: 0,
+                trusted: true,
             })
             .collect();
         let mut network = Network::new(Scenario { operators: 4, ..scenario(0.0, Attack::Alone) });

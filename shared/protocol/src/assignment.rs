@@ -42,6 +42,8 @@ pub struct Eligible {
     pub weight: u32,
     /// How often an answer that this operator helped to verify is refereed, parts per million (section 8).
     pub audit_ppm: u32,
+    /// Its operator is trusted: it referees before those that are not (section 8).
+    pub trusted: bool,
 }
 
 /// Sorts by node id, which is the canonical order of an eligible set.
@@ -62,6 +64,7 @@ pub fn eligible_root(set: &[Eligible]) -> Hash32 {
                 .bytes(e.class.as_bytes())
                 .u32(e.weight)
                 .u32(e.audit_ppm)
+                .u8(u8::from(e.trusted))
                 .keccak();
             keccak(&[&inner.0])
         })
@@ -136,21 +139,23 @@ pub fn draw<'a>(beta: &Hash32, set: impl IntoIterator<Item = &'a Eligible>) -> V
 }
 
 /// The order in which referees are asked (section 8): drawn by `beta2` from all classes, without the operators that
-/// `excluded` names. Weights do not count: a referee's word must not be easier to get for who has more slots.
+/// `excluded` names. Trusted operators come first: drawn from all, a ring that comes back under ever new addresses outvotes
+/// honest referees (`make bench-sim`). Weights do not count: a referee's word must not be easier to get for who has more
+/// slots.
 pub fn draw_referees<'a>(
     beta2: &Hash32,
     set: &'a [Eligible],
     excluded: impl Fn(&Address) -> bool,
 ) -> Vec<&'a Eligible> {
     let beta = keccak(&[b"infera.referees.v1", &beta2.0]);
-    let mut scored: Vec<([u8; 8], &Eligible)> = set
+    let mut scored: Vec<(bool, [u8; 8], &Eligible)> = set
         .iter()
         .filter(|e| e.weight > 0 && !excluded(&e.operator))
-        .map(|e| (expand(&beta, &e.node.0), e))
+        .map(|e| (!e.trusted, expand(&beta, &e.node.0), e))
         .collect();
-    scored.sort_by_key(|(score, eligible)| (*score, eligible.node));
+    scored.sort_by_key(|(newcomer, score, eligible)| (*newcomer, *score, eligible.node));
     let mut operators = BTreeSet::new();
-    scored.into_iter().map(|(_, e)| e).filter(|e| operators.insert(e.operator)).collect()
+    scored.into_iter().map(|(.., e)| e).filter(|e| operators.insert(e.operator)).collect()
 }
 
 /// Whether an event of `ppm` parts per million happens by `beta2`; `what` names it.
@@ -200,6 +205,7 @@ mod tests {
             class: if n.is_multiple_of(2) { "exact" } else { "fast" }.into(),
             weight,
             audit_ppm: 50_000,
+            trusted: true,
         }
     }
 
@@ -220,6 +226,12 @@ mod tests {
         let second = (0..4_000).filter(|i| first(*i) == NodeId([2; 32])).count();
         // Expected 2,000; 5 standard deviations are 158.
         assert!((1_842..=2_158).contains(&second), "{second}");
+        // Who is not trusted comes last.
+        let newcomer = [Eligible { trusted: false, ..node(1, 1, 1) }, node(2, 2, 1), node(3, 3, 1)];
+        for i in 0..100_u32 {
+            let order = draw_referees(&keccak(&[&i.to_be_bytes()]), &newcomer, |_| false);
+            assert_eq!(order.last(), Some(&&newcomer[0]));
+        }
         let without = draw_referees(&Hash32::ZERO, &set, |operator| *operator == Address([2; 20]));
         assert_eq!(without, [&set[0]]);
     }
@@ -254,12 +266,13 @@ mod tests {
     fn every_field_of_a_member_is_in_the_root() {
         let set = [node(1, 1, 1), node(2, 2, 1)];
         let root = eligible_root(&set);
-        let changes: [fn(&mut Eligible); 5] = [
+        let changes: [fn(&mut Eligible); 6] = [
             |e| e.node.0[0] ^= 1,
             |e| e.operator.0[0] ^= 1,
             |e| e.class.push('x'),
             |e| e.weight += 1,
             |e| e.audit_ppm += 1,
+            |e| e.trusted = !e.trusted,
         ];
         for change in changes {
             let mut other = set.clone();

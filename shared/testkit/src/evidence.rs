@@ -276,6 +276,7 @@ impl Case {
             class: self.class.clone(),
             weight: u32::from(n % 3) + 1,
             audit_ppm: self.audit_ppm,
+            trusted: false,
         });
         assignment::freeze(nodes.collect())
     }

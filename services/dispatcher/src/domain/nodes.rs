@@ -136,6 +136,7 @@ impl Nodes {
                 class: entry.info.class.clone(),
                 weight: trust.weight(&entry.info.operator, entry.info.slots),
                 audit_ppm: trust.audit_ppm(&entry.info.operator),
+                trusted: trust.is_trusted(&entry.info.operator),
             })
             .filter(|eligible| eligible.weight > 0)
             .take(MAX_ELIGIBLE)

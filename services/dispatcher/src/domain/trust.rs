@@ -20,6 +20,7 @@ struct Standing {
     /// Weight of a node with [`MANY_SLOTS`]; 0: it may not be drawn.
     weight: u32,
     audit_ppm: u32,
+    trusted: bool,
 }
 
 impl Ledger {
@@ -27,6 +28,7 @@ impl Ledger {
         let standing = |record: &Record| Standing {
             weight: record.weight(rules, MANY_SLOTS, now),
             audit_ppm: record.audit_ppm(rules, alarm, now),
+            trusted: record.is_trusted(rules, now),
         };
         Self {
             newcomer: standing(&Record::default()),
@@ -52,6 +54,11 @@ impl Ledger {
     /// How often what the operator helps to verify is refereed, 10^-6.
     pub fn audit_ppm(&self, operator: &Address) -> u32 {
         self.standing(operator).audit_ppm
+    }
+
+    /// Whether the operator referees before others.
+    pub fn is_trusted(&self, operator: &Address) -> bool {
+        self.standing(operator).trusted
     }
 }
 

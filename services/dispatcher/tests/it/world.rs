@@ -183,6 +183,7 @@ impl World {
                     class: n.class.clone(),
                     weight: ledger.weight(&n.operator(), n.slots),
                     audit_ppm: ledger.audit_ppm(&n.operator()),
+                    trusted: ledger.is_trusted(&n.operator()),
                 })
                 .collect(),
         );

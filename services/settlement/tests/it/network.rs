@@ -117,6 +117,7 @@ impl Network {
                     class: "exact".into(),
                     weight: 4,
                     audit_ppm: 0,
+                    trusted: false,
                 })
                 .collect(),
         );

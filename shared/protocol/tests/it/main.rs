@@ -104,6 +104,7 @@ fn evidence_of(k: u32, epoch: u64, max_tokens: u32, outlier: Option<usize>, audi
                 class: "exact".into(),
                 weight: 1,
                 audit_ppm,
+                trusted: false,
             })
             .collect(),
     );

@@ -167,6 +167,7 @@ pub fn eligible(wire: &v1::Eligible) -> Result<Eligible, WireError> {
         class: name("eligible.class", &wire.class)?,
         weight: wire.weight,
         audit_ppm: wire.audit_ppm,
+        trusted: wire.trusted,
     })
 }
 
@@ -177,6 +178,7 @@ pub fn eligible_to_wire(eligible: &Eligible) -> v1::Eligible {
         class: eligible.class.clone(),
         weight: eligible.weight,
         audit_ppm: eligible.audit_ppm,
+        trusted: eligible.trusted,
     }
 }
 

@@ -107,6 +107,7 @@ fn collected() -> v1::ResultsCollected {
                 weight: 1,
                 class: "exact".into(),
                 audit_ppm: 50_000,
+                trusted: true,
             })
             .collect(),
         dispatcher: vec![0xd; 32],
