@@ -17,7 +17,7 @@ use infera_wire::{Message, v1};
 use uuid::Uuid;
 
 use crate::{
-    chain::{DEPLOYER, SETTLER, SETTLER_ADDRESS},
+    chain::SETTLER,
     network::Network,
     service::{Column, DEADLINE, Place, Service},
 };
@@ -25,8 +25,7 @@ use crate::{
 const CHAIN: u64 = 31_337;
 
 async fn deploy(rpc: &str) -> Address {
-    let contract = Chain::deploy(rpc, DEPLOYER, SETTLER_ADDRESS.parse().unwrap()).await.unwrap();
-    Address(contract.into())
+    Address(crate::chain::contracts(rpc).await.settlement.into())
 }
 
 /// A place whose service anchors on the chain at `rpc`.
@@ -39,7 +38,7 @@ async fn place(column: Column, rpc: &str, contract: Address) -> Place {
 }
 
 /// Submits and decides `count` requests; returns their ids.
-fn decided(place: &Place, count: usize) -> Vec<Uuid> {
+pub fn decided(place: &Place, count: usize) -> Vec<Uuid> {
     (0..count)
         .map(|_| {
             let submitted = place.network.submitted("alice");
@@ -50,7 +49,7 @@ fn decided(place: &Place, count: usize) -> Vec<Uuid> {
         .collect()
 }
 
-async fn document(service: &Service, place: &Place, id: Uuid) -> Option<(Document, Vec<u8>)> {
+pub async fn document(service: &Service, place: &Place, id: Uuid) -> Option<(Document, Vec<u8>)> {
     let (status, body) = service.get(&format!("/v1/receipts/{id}"), Some(&place.key("alice"))).await;
     (status == 200).then(|| (serde_json::from_slice(&body).unwrap(), body))
 }
