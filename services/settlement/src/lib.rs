@@ -29,6 +29,7 @@ pub mod holds;
 pub mod http;
 pub mod ledger;
 pub mod metrics;
+pub mod operators;
 pub mod store;
 
 use std::{net::SocketAddr, sync::Arc};
