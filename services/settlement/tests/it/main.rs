@@ -3,6 +3,7 @@
 
 mod anvil_world;
 mod batches;
+mod books;
 mod chain;
 mod contracts;
 mod crash;
