@@ -72,6 +72,9 @@ impl Session {
         })?;
         let chain = Operator::connect(&rpc, &key, contracts).await.map_err(|e| e.to_string())?;
         let treasury = folder.join("keys/treasury.key");
+        if contracts.chain_id == DEVNET {
+            chain.devnet_pass(0).await.map_err(|e| e.to_string())?;
+        }
         Ok(Self { chain, contracts, settlement, treasury })
     }
 

@@ -21,6 +21,8 @@ mod form;
 mod rewards;
 mod send;
 
+pub use form::fill;
+
 use std::{
     collections::{HashMap, HashSet},
     sync::Arc,

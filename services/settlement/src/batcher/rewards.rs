@@ -1,6 +1,8 @@
 //! Queueing reward roots, so that operators can claim. A root goes along with its batch where that is possible, or by
 //! itself when no batch follows.
 
+use infera_runtime::clock;
+
 use super::{Batcher, StepError, Work};
 use crate::{
     chain::{Call, Head, Link, Port, Rewards},
@@ -62,7 +64,10 @@ impl<L: Link<Port: Clone>> Batcher<L> {
             return Ok(None);
         }
         let sequence = unsigned("batches.sequence", row.sequence)?;
-        let rewards = port.rewards().await?;
+        let mut rewards = port.rewards().await?;
+        // A chain without transactions makes no blocks, and its time stands still.
+        let wall_secs = u64::try_from(clock::now_ms() / 1_000).unwrap_or(0);
+        rewards.now_secs = rewards.now_secs.max(wall_secs);
         let waits = may_queue(&rewards, sequence, total, self.config.rewards.interval_secs);
         self.metrics.unqueued(total.saturating_sub(rewards.last_total));
         match waits {

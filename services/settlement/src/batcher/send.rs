@@ -151,6 +151,7 @@ impl<L: Link<Port: Clone>> Batcher<L> {
             }
             Err(error) => return Err(error.into()),
         }
+        work.sent.retain(|_, sent| sent.elapsed() < pause);
         work.sent.insert(variant.hash, Instant::now());
         self.metrics.batches("sent", 1);
         tracing::info!(?job, nonce = variant.nonce, tx = %variant.hash, "sent");

@@ -166,6 +166,25 @@ impl Operator {
         .await
     }
 
+    /// Lets time pass on an anvil and makes a block: without transactions a devnet's time stands still, and with it every
+    /// delay. With 0 seconds its time becomes the time of day.
+    ///
+    /// # Errors
+    /// [`ChainError::Refused`] by any other chain.
+    pub async fn devnet_pass(&self, secs: u64) -> Result<(), ChainError> {
+        let provider = self.reader.provider();
+        if secs > 0 {
+            let passed: Result<serde_json::Value, _> = call("evm_increaseTime", async {
+                provider.raw_request("evm_increaseTime".into(), (secs,)).await
+            })
+            .await;
+            passed?;
+        }
+        let mined: Result<String, _> =
+            call("evm_mine", async { provider.raw_request("evm_mine".into(), ()).await }).await;
+        mined.map(drop)
+    }
+
     async fn transact(
         &self,
         what: &'static str,
