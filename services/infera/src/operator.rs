@@ -58,9 +58,11 @@ impl Session {
         })?;
         let rpc = match &who.rpc {
             Some(rpc) => rpc.clone(),
-            None => network::manifest(&folder.join("network.json"))
-                .map_err(|e| format!("{e}; name the chain's endpoint with --rpc"))?
-                .rpc_url,
+            None => {
+                network::manifest(&folder.join("network.json"))
+                    .map_err(|e| format!("{e}; name the chain's endpoint with --rpc"))?
+                    .rpc_url
+            }
         };
         let layout = Layout::existing(folder).ok();
         let settlement = who.settlement.clone().or_else(|| {
@@ -68,7 +70,10 @@ impl Session {
         });
         let key_path = key_path(who);
         let key = fs::read_to_string(&key_path).map_err(|e| {
-            format!("cannot read the operator's key {}: {e}; name it with --key or --node", key_path.display())
+            format!(
+                "cannot read the operator's key {}: {e}; name it with --key or --node",
+                key_path.display()
+            )
         })?;
         let chain = Operator::connect(&rpc, &key, contracts).await.map_err(|e| e.to_string())?;
         let treasury = folder.join("keys/treasury.key");
@@ -87,7 +92,8 @@ impl Session {
             "no network runs on the data folder: name the settlement service with --settlement http://HOST:PORT",
         )?;
         let json = get(&format!("{base}/v1/operators/{}{path}", self.address()), &[]).await?;
-        serde_json::from_value(json).map_err(|e| format!("the settlement service answers something else: {e}"))
+        serde_json::from_value(json)
+            .map_err(|e| format!("the settlement service answers something else: {e}"))
     }
 
     /// The operator's leaf in the newest root that pays; `None` if none does or the operator is not in it.
@@ -142,7 +148,8 @@ fn read_json<T: DeserializeOwned>(path: &Path) -> Result<T, String> {
 
 /// INFER with up to six decimals, as 10^-6 INFER.
 fn amount(text: &str) -> Result<u128, String> {
-    let wrong = || format!("the amount `{text}` is none: write INFER with up to six decimals, as 1000 or 0.25");
+    let wrong =
+        || format!("the amount `{text}` is none: write INFER with up to six decimals, as 1000 or 0.25");
     let (whole, part) = text.split_once('.').unwrap_or((text, ""));
     let digits = |text: &str| text.bytes().all(|byte| byte.is_ascii_digit());
     if whole.is_empty() || part.len() > 6 || !digits(whole) || !digits(part) || text.ends_with('.') {
@@ -317,10 +324,13 @@ mod tests {
 
     #[test]
     fn amounts_are_infer_with_six_decimals() {
-        for (text, micro) in [("1", 1_000_000), ("0.25", 250_000), ("1000.000001", 1_000_000_001), ("007", 7_000_000)] {
+        for (text, micro) in
+            [("1", 1_000_000), ("0.25", 250_000), ("1000.000001", 1_000_000_001), ("007", 7_000_000)]
+        {
             assert_eq!(amount(text).unwrap(), micro, "{text}");
         }
-        for text in ["", ".5", "1.", "1.0000001", "-1", "1e3", "0", "0.0", "1 000", "99999999999999999999999"] {
+        for text in ["", ".5", "1.", "1.0000001", "-1", "1e3", "0", "0.0", "1 000", "99999999999999999999999"]
+        {
             let error = amount(text).unwrap_err();
             assert!(error.contains(&format!("`{text}`")), "{error}");
         }

@@ -148,7 +148,9 @@ impl Config {
             ));
         }
         if self.exposure.check_ms < 10 || ledger::amount(self.exposure.cap_micro).is_err() {
-            return wrong("`exposure.check_ms` must be at least 10, `exposure.cap_micro` at most 10^18".into());
+            return wrong(
+                "`exposure.check_ms` must be at least 10, `exposure.cap_micro` at most 10^18".into(),
+            );
         }
         if self.batch.size == 0 || self.batch.limit < self.batch.size || self.batch.limit > 65_536 {
             return wrong("`batch.size` must be at least 1 and `batch.limit` between it and 65536".into());

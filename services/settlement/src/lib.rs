@@ -87,8 +87,7 @@ pub async fn run(config: Config, deps: Deps, shutdown: CancellationToken) -> Res
     // Without a settler nothing is ever final.
     let cap_micro = if config.chain.settler_key.is_empty() { 0 } else { config.exposure.cap_micro };
     let exposure = exposure::Exposure::new(ledger::amount(cap_micro)?);
-    let handlers =
-        consumer::Consumer { manifest, registry, metrics, exposure: exposure.clone(), written };
+    let handlers = consumer::Consumer { manifest, registry, metrics, exposure: exposure.clone(), written };
     let spec = |queue| ConsumerSpec {
         bus: deps.bus.clone(),
         db: db.clone(),

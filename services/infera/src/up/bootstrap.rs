@@ -88,7 +88,8 @@ fn load_or_create_secret(path: &Path) -> Result<String, String> {
 pub async fn chain(layout: &Layout, keys: &Keys, rpc_url: &str) -> Result<(), String> {
     let wanted: Registry = serde_json::from_str(MODELS).map_err(|e| format!("deploy/models.json: {e}"))?;
     let former = read_manifest(layout)?;
-    let address = |name, key: &str| Ok::<_, String>(parse_key(name, key).map_err(|e| e.to_string())?.address());
+    let address =
+        |name, key: &str| Ok::<_, String>(parse_key(name, key).map_err(|e| e.to_string())?.address());
     let settler = address("settler key", &keys.settler)?;
     let guardian = address("guardian key", &keys.guardian)?;
     fund(rpc_url, &[settler, guardian, address("treasury key", &keys.treasury)?]).await?;

@@ -82,8 +82,7 @@ pub async fn the_books_balance(network: &Network) {
 
 /// `infera` with the network's folder: exit status and what it printed.
 fn command(network: &Network, arguments: &[&str]) -> (Option<i32>, String) {
-    let output =
-        Command::new(infera()).args(arguments).arg("--data").arg(network.data()).output().unwrap();
+    let output = Command::new(infera()).args(arguments).arg("--data").arg(network.data()).output().unwrap();
     (output.status.code(), text(&output))
 }
 
@@ -103,7 +102,8 @@ async fn operators_are_paid(network: &Network) {
     let node = ["1", "2"].into_iter().find(|node| micro(&earnings(node), "earned_micro") > 0).unwrap();
     let claimable = eventually(Duration::from_secs(60), async || {
         // The challenge delay, without the waiting.
-        let pass = serde_json::json!({"jsonrpc": "2.0", "id": 1, "method": "evm_increaseTime", "params": [31]});
+        let pass =
+            serde_json::json!({"jsonrpc": "2.0", "id": 1, "method": "evm_increaseTime", "params": [31]});
         network.http.post(network.url("rpc_url")).json(&pass).send().await.unwrap();
         let earnings = earnings(node);
         let parts = ["pending_micro", "verified_micro", "claimable_micro", "paid_micro"];
@@ -118,7 +118,10 @@ async fn operators_are_paid(network: &Network) {
     let (status, printed) = command(network, &["operator", "claim", "--node", node]);
     assert!(status == Some(0) && printed.contains("nothing new"), "{printed}");
     let (_, printed) = command(network, &["operator", "earnings", "--node", node]);
-    assert!(["pending", "verified", "claimable", "paid"].iter().all(|word| printed.contains(word)), "{printed}");
+    assert!(
+        ["pending", "verified", "claimable", "paid"].iter().all(|word| printed.contains(word)),
+        "{printed}"
+    );
 
     let (status, printed) = command(network, &["operator", "stake", "1500", "--node", node]);
     assert!(status == Some(1) && printed.contains("--faucet"), "{printed}");

@@ -235,8 +235,7 @@ pub(super) async fn gas(
     // The nonce is left out and the block is named: an estimate asks what happens on top of the newest block, whatever
     // waits in the pool, such as the transaction that this one replaces.
     let latest = BlockNumberOrTag::Latest.into();
-    let gas =
-        call("eth_estimateGas", async { provider.estimate_gas(request).block(latest).await }).await?;
+    let gas = call("eth_estimateGas", async { provider.estimate_gas(request).block(latest).await }).await?;
     Ok(gas + gas / 5)
 }
 

@@ -194,14 +194,16 @@ fn calls(script: &mut Script, contracts: &Contracts, registry: &Registry, wanted
     script.call(contracts.registry, &ModelRegistry::transferOwnershipCall { newOwner: contracts.timelock });
     if wanted.pool_micro > 0 {
         let amount = U256::from(wanted.pool_micro);
-        script.call(contracts.token, &InferToken::approveCall { spender: contracts.settlement, value: amount });
+        script
+            .call(contracts.token, &InferToken::approveCall { spender: contracts.settlement, value: amount });
         script.call(contracts.settlement, &InferaSettlement::fundCall { amount });
     }
     for role in ["PROPOSER_ROLE", "CANCELLER_ROLE"] {
         let role = keccak256(role);
         script.call(contracts.timelock, &InferaTimelock::grantRoleCall { role, account: contracts.governor });
     }
-    let renounced = InferaTimelock::renounceRoleCall { role: B256::ZERO, callerConfirmation: script.deployer };
+    let renounced =
+        InferaTimelock::renounceRoleCall { role: B256::ZERO, callerConfirmation: script.deployer };
     script.call(contracts.timelock, &renounced);
 }
 

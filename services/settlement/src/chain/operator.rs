@@ -68,8 +68,7 @@ impl Operator {
         cumulative: u128,
         proof: Vec<B256>,
     ) -> Result<B256, ChainError> {
-        let claim =
-            InferaSettlement::claimCall { id, operator, cumulative: U256::from(cumulative), proof };
+        let claim = InferaSettlement::claimCall { id, operator, cumulative: U256::from(cumulative), proof };
         self.transact("claim", self.contracts.settlement, &claim).await
     }
 

@@ -73,7 +73,9 @@ impl MigrationName for Variants {
 #[async_trait::async_trait]
 impl MigrationTrait for Variants {
     async fn up(&self, manager: &SchemaManager) -> Result<(), DbErr> {
-        use {batch_txs::Column as T, batches::Column as B, reward_history::Column as H, unpaid::Column as U};
+        use {
+            batch_txs::Column as T, batches::Column as B, reward_history::Column as H, unpaid::Column as U,
+        };
         let transactions = vec![
             bytes(T::Hash),
             int(T::Sequence),

@@ -98,11 +98,7 @@ pub async fn as_of<C: ConnectionTrait>(db: &C, sequence: u64) -> Result<Vec<(Add
 ///
 /// # Errors
 /// The database's.
-pub async fn cumulative<C: ConnectionTrait>(
-    db: &C,
-    operator: &Address,
-    sequence: u64,
-) -> Result<u64, DbErr> {
+pub async fn cumulative<C: ConnectionTrait>(db: &C, operator: &Address, sequence: u64) -> Result<u64, DbErr> {
     let most: Option<i64> = reward_history::Entity::find()
         .select_only()
         .column_as(reward_history::Column::CumulativeMicro.max(), "cumulative")
@@ -138,8 +134,7 @@ pub async fn note_unpaid<C: ConnectionTrait>(
             at_ms: Set(now_ms),
         }
     });
-    let insert =
-        unpaid::Entity::insert_many(rows).on_conflict(OnConflict::new().do_nothing().to_owned());
+    let insert = unpaid::Entity::insert_many(rows).on_conflict(OnConflict::new().do_nothing().to_owned());
     tx.execute(&insert.into_query()).await.map(drop)
 }
 

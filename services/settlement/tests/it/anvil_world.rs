@@ -118,7 +118,7 @@ async fn play_on_anvil(seeds: impl Iterator<Item = u64>) -> Outcome {
         let db = db::connect(&sqlite_url(&dir), None).await.unwrap();
         db::migrate::<Migrator>(&db).await.unwrap();
         let chain = Chain::start().await;
-        let outcome = schedules::play(db, chain.network(), &chain, Terms::of(seed)).await;
+        let outcome = Box::pin(schedules::play(db, chain.network(), &chain, Terms::of(seed))).await;
         sum.settled += outcome.settled;
         sum.batches += outcome.batches;
     }

@@ -36,13 +36,28 @@ const CHILD: &str = "INFERA_TEST_BOOKS";
 
 #[derive(Debug, Clone, Copy)]
 enum Op {
-    Credit { account: u64, micro: u64 },
-    Hold { account: u64, micro: u64 },
+    Credit {
+        account: u64,
+        micro: u64,
+    },
+    Hold {
+        account: u64,
+        micro: u64,
+    },
     /// Settles the hold of an earlier operation: charged in thousandths of it, perhaps more than all.
-    Settle { request: u64, permille: u64, operators: u64 },
-    Release { request: u64 },
+    Settle {
+        request: u64,
+        permille: u64,
+        operators: u64,
+    },
+    Release {
+        request: u64,
+    },
     /// Everything is written and rolled back.
-    Abandon { account: u64, micro: u64 },
+    Abandon {
+        account: u64,
+        micro: u64,
+    },
 }
 
 /// Operation `index` of a seed.
@@ -254,9 +269,8 @@ fn run_child(seed: u64, from: u64, to: u64, url: &str, schema: &str, patience: u
 /// `count` operations by `seed`, killed about every `patience` operations; then the books against the model.
 fn keep(seed: u64, count: u64, patience: u64, url: &str, schema: &str) {
     let runtime = runtime();
-    let connect = || async {
-        db::connect(url, Some(schema).filter(|schema| !schema.is_empty())).await.unwrap()
-    };
+    let connect =
+        || async { db::connect(url, Some(schema).filter(|schema| !schema.is_empty())).await.unwrap() };
     runtime.block_on(async {
         let db = connect().await;
         db::migrate::<Migrator>(&db).await.unwrap();

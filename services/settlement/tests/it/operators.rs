@@ -31,8 +31,7 @@ impl World {
     async fn new() -> Self {
         let anvil = Anvil::start().await;
         let contracts = crate::chain::contracts(anvil.url()).await;
-        let mut place =
-            place(Column::Embedded, anvil.url(), Address(contracts.settlement.into())).await;
+        let mut place = place(Column::Embedded, anvil.url(), Address(contracts.settlement.into())).await;
         place.config.rewards.interval_secs = 1;
         let service = place.start().await;
         Self { anvil, contracts, place, service }

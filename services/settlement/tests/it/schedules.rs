@@ -78,7 +78,8 @@ impl Terms {
     pub fn of(seed: u64) -> Self {
         let mut random = Random::new(seed ^ 0x7e57);
         let reorg = 1 + random.below(12);
-        let confirmations = if random.percent(75) { reorg + 1 + random.below(3) } else { 1 + random.below(reorg) };
+        let confirmations =
+            if random.percent(75) { reorg + 1 + random.below(3) } else { 1 + random.below(reorg) };
         Self { seed, requests: 3 + random.below(8), confirmations, reorg, steps: 40 + random.below(60) }
     }
 
@@ -335,8 +336,7 @@ async fn check<W: World>(parts: &Parts<W>, requests: &[Request], terms: &Terms) 
         assert_eq!(posted.batch.reward_root.0, reward_root(&earned).0);
     }
 
-    let said =
-        number(db, "SELECT COUNT(*) AS value FROM outbox WHERE kind = 'batch.anchored'").await;
+    let said = number(db, "SELECT COUNT(*) AS value FROM outbox WHERE kind = 'batch.anchored'").await;
     let receipts = number(db, "SELECT COUNT(*) AS value FROM outbox WHERE kind = 'receipt'").await;
     assert_eq!(receipts, i64::try_from(settled.len()).unwrap());
     if terms.never_taken_back() {

@@ -87,7 +87,11 @@ impl SimWorld {
                 return Err(ChainError::Unreachable("planned outage".into()));
             }
             let answer = of(&mut sim);
-            if sim.answers_lost { Err(ChainError::Unreachable("planned loss of the answer".into())) } else { answer }
+            if sim.answers_lost {
+                Err(ChainError::Unreachable("planned loss of the answer".into()))
+            } else {
+                answer
+            }
         };
         tokio::task::yield_now().await;
         answer
