@@ -44,8 +44,9 @@ pub struct Report(Vec<Metric>);
 impl Report {
     pub fn add(&mut self, metric: &'static str, unit: &'static str, value: f64, baseline: Option<f64>) {
         let ratio = baseline.map(|baseline| value / baseline);
-        let (show, over) = (baseline.map_or("-".into(), |b| format!("{b:.0}")), ratio.unwrap_or(f64::NAN));
-        eprintln!("{metric:34} {value:12.2} {unit:18} {show:>10} {over:7.2}");
+        let shown = |number: Option<f64>| number.map_or_else(|| "-".to_owned(), |n| format!("{n:.2}"));
+        let (goal, over) = (shown(baseline), shown(ratio));
+        eprintln!("{metric:34} {value:12.2} {unit:18} {goal:>10} {over:>7}");
         self.0.push(Metric { metric, value, unit, baseline, ratio, command: "make bench-settle" });
     }
 }

@@ -121,6 +121,7 @@ async fn play_on_anvil(seeds: impl Iterator<Item = u64>) -> Outcome {
         let outcome = Box::pin(schedules::play(db, chain.network(), &chain, Terms::of(seed))).await;
         sum.settled += outcome.settled;
         sum.batches += outcome.batches;
+        sum.taken_back += outcome.taken_back;
     }
     sum
 }

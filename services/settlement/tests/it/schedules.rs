@@ -80,7 +80,7 @@ impl Terms {
         let reorg = 1 + random.below(12);
         let confirmations =
             if random.percent(75) { reorg + 1 + random.below(3) } else { 1 + random.below(reorg) };
-        Self { seed, requests: 3 + random.below(8), confirmations, reorg, steps: 40 + random.below(60) }
+        Self { seed, requests: 3 + random.below(8), confirmations, reorg, steps: 60 + random.below(80) }
     }
 
     fn never_taken_back(&self) -> bool {
@@ -192,9 +192,31 @@ impl<W: World> Parts<W> {
         }
     }
 
+    /// After a look at the chain no batch that it does not have is said to be anchored.
+    async fn nothing_is_claimed_of_what_is_gone(&self) {
+        // The endpoint may be away.
+        let Ok(port) = self.world.link().connect().await else { return };
+        let Ok(head) = port.head().await else { return };
+        let sql = format!(
+            "SELECT COUNT(*) AS value FROM batches WHERE state = 'anchored' AND sequence > {}",
+            head.sequence
+        );
+        assert_eq!(
+            number(&self.db, &sql).await,
+            0,
+            "anchored, and behind the chain's head {}",
+            head.sequence
+        );
+    }
+
     async fn step(&mut self, polls: Option<u64>) -> bool {
         match cut(self.batcher.step(&mut self.work), polls).await {
-            Some(Ok(next)) => next == Next::Idle,
+            Some(Ok(next)) => {
+                if next == Next::Poll {
+                    self.nothing_is_claimed_of_what_is_gone().await;
+                }
+                next == Next::Idle
+            }
             Some(Err(infera_settlement::batcher::StepError::Conflict(reason))) => panic!("{reason}"),
             Some(Err(_)) => {
                 self.work.reconnect();
@@ -215,8 +237,8 @@ fn event(terms: &Terms, random: &mut Random) -> Event {
         5 => Event::Reorg { depth: 1 + random.below(terms.reorg), lose: random.percent(50) },
         6 => Event::DropPool,
         7 => Event::Foreign,
-        8 => Event::Down(random.percent(50)),
-        9 => Event::LoseAnswers(random.percent(30)),
+        8 => Event::Down(random.percent(25)),
+        9 => Event::LoseAnswers(random.percent(25)),
         _ => Event::BaseFee([1, 3, 20, 100][usize::try_from(random.below(4)).unwrap()]),
     }
 }
@@ -226,6 +248,8 @@ fn event(terms: &Terms, random: &mut Random) -> Event {
 pub struct Outcome {
     pub settled: u64,
     pub batches: u64,
+    /// Batches that were anchored again, because a reorganisation went deeper than finality.
+    pub taken_back: u64,
 }
 
 /// Plays a schedule; panics with what is wrong.
@@ -255,6 +279,12 @@ pub async fn play<W: World>(db: DatabaseConnection, network: Network, world: W, 
         }
     }
     finish(&mut parts, &requests).await;
+    if !terms.never_taken_back() {
+        // What was said to be anchored is gone.
+        let lose = random.percent(50);
+        parts.world.event(Event::Reorg { depth: terms.reorg, lose }).await;
+        finish(&mut parts, &requests).await;
+    }
     check(&parts, &requests, &terms).await
 }
 
@@ -344,7 +374,8 @@ async fn check<W: World>(parts: &Parts<W>, requests: &[Request], terms: &Terms) 
     } else {
         assert!(said >= last, "{said} of {last} batches were said");
     }
-    Outcome { settled: settled.len() as u64, batches: head.sequence }
+    let taken_back = u64::try_from(said - last).unwrap();
+    Outcome { settled: settled.len() as u64, batches: head.sequence, taken_back }
 }
 
 /// A folder in memory where there is one: schedules end with their process.
@@ -380,6 +411,7 @@ async fn play_simulated(seeds: impl Iterator<Item = u64>) -> Outcome {
         }
         sum.settled += outcome.settled;
         sum.batches += outcome.batches;
+        sum.taken_back += outcome.taken_back;
     }
     sum
 }
@@ -397,7 +429,7 @@ pub fn setting(name: &str, default: u64) -> u64 {
 #[tokio::test]
 async fn random_faults_lose_nothing_and_pay_nothing_twice() {
     let outcome = play_simulated(1..=60).await;
-    assert!(outcome.settled > 100 && outcome.batches > 60, "{outcome:?}");
+    assert!(outcome.settled > 100 && outcome.batches > 60 && outcome.taken_back > 5, "{outcome:?}");
 }
 
 #[tokio::test]
