@@ -404,7 +404,8 @@ async fn play_simulated(seeds: impl Iterator<Item = u64>) -> Outcome {
         let path = dir.path().join(format!("{seed}.sqlite"));
         std::fs::write(&path, &template).unwrap();
         let db = db::connect(&format!("sqlite://{}?mode=rwc", path.display()), None).await.unwrap();
-        let outcome = play(db.clone(), Network::offline(), SimWorld::new(), Terms::of(seed)).await;
+        let played = play(db.clone(), Network::offline(), SimWorld::new(), Terms::of(seed));
+        let outcome = Box::pin(played).await;
         db.close().await.unwrap();
         for end in ["", "-wal", "-shm"] {
             let _ = std::fs::remove_file(dir.path().join(format!("{seed}.sqlite{end}")));
@@ -437,7 +438,7 @@ async fn random_faults_lose_nothing_on_postgres() {
     for seed in 1_001..=1_004 {
         let db = db::connect(&cluster().pg_url, Some(&unique("schedule"))).await.unwrap();
         db::migrate::<Migrator>(&db).await.unwrap();
-        play(db, Network::offline(), SimWorld::new(), Terms::of(seed)).await;
+        Box::pin(play(db, Network::offline(), SimWorld::new(), Terms::of(seed))).await;
     }
 }
 
