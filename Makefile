@@ -3,7 +3,7 @@ PROFILE ?= embedded
 DETACH  ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help up down test check audit bench-up bench-load bench-node bench-trust bench-sim docs clean-data
+.PHONY: help up down test check audit soak bench-up bench-load bench-node bench-settle bench-trust bench-sim docs clean-data
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | awk -F'\t' '{ printf "%-16s %s\n", $$1, $$2 }'
@@ -23,6 +23,9 @@ test: ## everything: format, clippy, unit, property, integration and end-to-end 
 audit: ## licences, sources and banned crates (cargo-deny); lint and breaking changes of proto/ (buf)
 	@exec deploy/audit
 
+soak: ## settlement under random faults by seed -> target/reports/chaos-settlement.json (SEED, SCHEDULES, ANVIL, OPERATIONS)
+	@exec deploy/soak
+
 bench-up: ## measure start and first answer -> target/reports/bench-up.json (COLD=1: from an empty machine's state)
 	@exec deploy/bench-up
 
@@ -37,6 +40,9 @@ bench-trust: ## honest and cheating answers before every layer -> target/reports
 
 bench-sim: ## a network of thousands with cheaters -> target/reports/bench-sim.json (QUICK=1: a small one)
 	@exec deploy/bench-sim
+
+bench-settle: ## receipts, ledger postings and gas -> target/reports/bench-settle.json
+	@exec deploy/bench-settle
 
 docs: ## build docs/book with mdBook, which it installs on first use
 	@exec deploy/docs

@@ -39,6 +39,10 @@ pub enum Command {
     Dead(DeadArgs),
     /// Look at money held for requests whose verdict was lost, or give it back
     Holds(HoldsArgs),
+    /// Prove that the books balance
+    Ledger(LedgerArgs),
+    /// What a node's operator earned, and its stake: look, claim, stake, unstake
+    Operator(OperatorArgs),
     /// Show the configuration that a service runs with; secrets are left out
     Config(ConfigArgs),
     /// Run all services in this process (what `infera up` starts)
@@ -223,6 +227,86 @@ pub enum HoldsCommand {
         data: DataArgs,
         request: uuid::Uuid,
     },
+}
+
+#[derive(Debug, Args)]
+pub struct LedgerArgs {
+    #[command(subcommand)]
+    pub command: LedgerCommand,
+}
+
+#[derive(Debug, Subcommand)]
+pub enum LedgerCommand {
+    /// Check over all rows that every balance is the sum of its entries and that everything sums to zero; exit status 1 if not
+    Audit {
+        #[command(flatten)]
+        data: DataArgs,
+        /// Print the sums as JSON
+        #[arg(long)]
+        json: bool,
+    },
+}
+
+#[derive(Debug, Args)]
+pub struct OperatorArgs {
+    #[command(subcommand)]
+    pub command: OperatorCommand,
+}
+
+#[derive(Debug, Subcommand)]
+pub enum OperatorCommand {
+    /// Pending, verified, claimable and paid, and why something was not paid
+    Earnings {
+        #[command(flatten)]
+        who: OperatorWho,
+        /// Print it as JSON
+        #[arg(long)]
+        json: bool,
+    },
+    /// Bring what is claimable to the operator's address
+    Claim {
+        #[command(flatten)]
+        who: OperatorWho,
+    },
+    /// Lock tokens, without which a network may give no work
+    Stake {
+        #[command(flatten)]
+        who: OperatorWho,
+        /// INFER, with up to six decimals
+        amount: String,
+        /// On a devnet: take the tokens that are missing from its treasury
+        #[arg(long)]
+        faucet: bool,
+    },
+    /// Begin to take stake out; without an amount: take what has come out
+    Unstake {
+        #[command(flatten)]
+        who: OperatorWho,
+        /// INFER, with up to six decimals
+        amount: Option<String>,
+    },
+}
+
+/// Which operator, on which network.
+#[derive(Debug, Clone, Args)]
+pub struct OperatorWho {
+    #[command(flatten)]
+    pub data: DataArgs,
+    /// File of the operator's key; default: operator.key in .infera-node
+    #[arg(long, conflicts_with = "node")]
+    pub key: Option<PathBuf>,
+    /// The operator of this node of the network in the data folder, counted from 1
+    #[arg(long)]
+    pub node: Option<u16>,
+    /// JSON-RPC endpoint of the chain; default: the one that network.json in the data folder names
+    #[arg(long)]
+    pub rpc: Option<String>,
+    /// Addresses of the contracts; default: contracts.json in the data folder
+    #[arg(long)]
+    pub contracts: Option<PathBuf>,
+    /// Address of the settlement service; default: the one that runs on the data folder
+    #[arg(long)]
+    pub settlement: Option<String>,
 }
 
 #[derive(Debug, Args)]

@@ -47,6 +47,16 @@ impl Layout {
         self.root.join("network.json")
     }
 
+    /// Where the network's contracts are.
+    pub fn contracts(&self) -> PathBuf {
+        self.root.join("contracts.json")
+    }
+
+    /// The devnet's treasury: has the token's supply.
+    pub fn treasury_key(&self) -> PathBuf {
+        self.key("treasury.key")
+    }
+
     pub fn registry(&self) -> PathBuf {
         self.root.join("models.json")
     }

@@ -22,8 +22,10 @@ mod dead;
 mod holds;
 mod keys;
 mod layout;
+mod ledger;
 mod models;
 mod network;
+mod operator;
 mod services;
 mod up;
 mod verify;
@@ -48,6 +50,8 @@ pub fn main() -> ExitCode {
         Command::History(args) => client::history(&args),
         Command::Dead(args) => dead::dead(&args),
         Command::Holds(args) => holds::holds(&args),
+        Command::Ledger(args) => ledger::ledger(&args),
+        Command::Operator(args) => operator::operator(&args),
         Command::Config(args) => services::dump(&args),
         Command::Network(args) => network::network(&args),
     };

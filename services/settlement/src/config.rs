@@ -5,7 +5,13 @@ use std::{collections::BTreeSet, path::Path};
 use infera_runtime::config::{Common, ConfigError, Secret, load};
 use serde::{Deserialize, Serialize};
 
-use crate::{chain, ledger};
+use crate::{
+    chain::{
+        self,
+        port::{Finality, MIN_BUMP_PERCENT},
+    },
+    ledger,
+};
 
 /// The embedded, commented defaults.
 pub const DEFAULTS: &str = include_str!("config.default.toml");
@@ -24,6 +30,8 @@ pub struct Config {
     pub prefetch: u16,
     pub chain: ChainConfig,
     pub batch: BatchConfig,
+    pub rewards: RewardsConfig,
+    pub exposure: ExposureConfig,
     pub holds: HoldsConfig,
     #[serde(default)]
     pub prepaid_credits: Vec<Credit>,
@@ -37,11 +45,35 @@ pub struct ChainConfig {
     pub rpc_url: String,
     /// Key of the settler role; empty anchors nothing.
     pub settler_key: Secret,
-    /// Blocks, the batch's own included, after which it counts as anchored.
+    /// Which block counts as final.
+    pub finality: Finality,
+    /// Blocks, the batch's own included, after which it counts as anchored; for finality by depth.
     pub confirmations: u64,
     pub from_block: u64,
     pub poll_ms: u64,
     pub resend_ms: i64,
+    /// After so long in no block a transaction is replaced by one that pays more.
+    pub bump_ms: i64,
+    pub bump_percent: u32,
+    /// The most that is ever offered, 10^9 wei per gas.
+    pub max_fee_gwei: u64,
+}
+
+/// When reward roots are queued.
+#[derive(Debug, Clone, Copy, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct RewardsConfig {
+    pub queue: bool,
+    pub interval_secs: u32,
+}
+
+/// How much may be charged and not final on the chain.
+#[derive(Debug, Clone, Copy, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct ExposureConfig {
+    /// 10^-6 INFER; 0 for no cap.
+    pub cap_micro: u64,
+    pub check_ms: u64,
 }
 
 /// When a batch is formed.
@@ -105,6 +137,21 @@ impl Config {
                 "`chain.resend_ms` must be at least 1, `chain.poll_ms` at least 10, `batch.age_ms` not negative".into(),
             );
         }
+        if self.chain.bump_ms < 1
+            || self.chain.bump_percent < MIN_BUMP_PERCENT
+            || self.chain.bump_percent > 1_000
+            || self.chain.max_fee_gwei == 0
+        {
+            return wrong(format!(
+                "`chain.bump_ms` and `chain.max_fee_gwei` must be at least 1, `chain.bump_percent` between \
+                 {MIN_BUMP_PERCENT} and 1000"
+            ));
+        }
+        if self.exposure.check_ms < 10 || ledger::amount(self.exposure.cap_micro).is_err() {
+            return wrong(
+                "`exposure.check_ms` must be at least 10, `exposure.cap_micro` at most 10^18".into(),
+            );
+        }
         if self.batch.size == 0 || self.batch.limit < self.batch.size || self.batch.limit > 65_536 {
             return wrong("`batch.size` must be at least 1 and `batch.limit` between it and 65536".into());
         }
@@ -145,6 +192,9 @@ mod tests {
             ("prefetches = 3", "prefetches"),
             ("[chain]\nconfirmations = 0", "`chain.confirmations`"),
             ("[chain]\nsettler_key = \"0xabc\"", "chain.settler_key"),
+            ("[chain]\nbump_percent = 9", "`chain.bump_percent`"),
+            ("[chain]\nfinality = \"soon\"", "finality"),
+            ("[exposure]\ncheck_ms = 0", "`exposure.check_ms`"),
             ("[batch]\nsize = 0", "`batch.size`"),
             ("[batch]\nsize = 100\nlimit = 99", "`batch.limit`"),
             ("[holds]\ncheck_secs = 0", "`holds.check_secs`"),

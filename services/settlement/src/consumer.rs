@@ -22,11 +22,15 @@ use sea_orm::DatabaseTransaction;
 use uuid::Uuid;
 
 use crate::{
-    domain::{self, Rejection, State},
+    domain::{self, Quote, Rejection, State},
+    exposure::Exposure,
     holds,
     ledger::{self, Account, LedgerError},
     metrics::Metrics,
-    store::requests::{self, Close, NewRequest, ReceiptRow, RequestRow},
+    store::{
+        requests::{self, Close, NewRequest, ReceiptRow, RequestRow},
+        rewards,
+    },
 };
 
 /// What the handlers need.
@@ -34,6 +38,8 @@ pub struct Consumer {
     pub manifest: Manifest,
     pub registry: Registry,
     pub metrics: Metrics,
+    /// Above its cap no paid request is funded.
+    pub exposure: Exposure,
     /// Told that a receipt was written.
     pub written: std::sync::Arc<tokio::sync::Notify>,
 }
@@ -77,7 +83,7 @@ impl Consumer {
         if !requests::open(tx, &new, now_ms).await? {
             return Err(Reject::Retry("the request is being funded by somebody else".into()));
         }
-        let outcome = match quote {
+        let outcome = match quote.and_then(|quote| self.admissible(quote)) {
             Ok(quote) => hold(tx, &submitted, quote.hold_micro, now_ms).await?,
             Err(rejection) => Err(rejection),
         };
@@ -93,6 +99,14 @@ impl Consumer {
                 requests::close(tx, id, &Close::rejected(&rejection), now_ms).await?;
                 say_rejected(tx, &submitted, rejection.code, &rejection.message).await
             }
+        }
+    }
+
+    /// Paid work only below the exposure cap.
+    fn admissible(&self, quote: Quote) -> Result<Quote, Rejection> {
+        match self.exposure.rejection().filter(|_| quote.hold_micro > 0) {
+            Some(rejection) => Err(rejection),
+            None => Ok(quote),
         }
     }
 
@@ -191,9 +205,12 @@ impl Consumer {
             evidence: evidence.canonical().map_err(|error| Reject::DeadLetter(error.to_string()))?,
         };
         requests::add_receipt(tx, stored, receipt.leaf().to_vec(), now_ms).await?;
+        rewards::note_unpaid(tx, row.id, &receipt.unpaid, now_ms).await?;
         outbox::enqueue(tx, keys::RECEIPT, message_id("receipt", row.id, 0), &issued).await?;
         self.metrics.request("settled");
         self.metrics.charged(charged_micro);
+        // Early at worst: the next count corrects it.
+        self.exposure.charged(charged_micro);
         tracing::info!(request = %row.id, charged_micro, nodes = receipt.verified.len(), "request settled");
         // Early at worst: the batcher looks again soon.
         self.written.notify_one();

@@ -287,17 +287,18 @@ fn due(local: &Local, limits: &Limits, now_ms: i64) -> bool {
         || local.oldest_ms.is_some_and(|oldest| now_ms.saturating_sub(oldest) >= limits.age_ms)
 }
 
+/// A leaf of the reward tree: double keccak of `(address, uint256)`, ABI-encoded.
+pub fn reward_leaf(operator: &infera_protocol::bytes::Address, cumulative: u64) -> Hash32 {
+    let mut encoded = [0_u8; 64];
+    encoded[12..32].copy_from_slice(&operator.0);
+    encoded[56..].copy_from_slice(&cumulative.to_be_bytes());
+    keccak(&[&keccak(&[&encoded]).0])
+}
+
 /// Root over the operators' cumulative rewards: OpenZeppelin's standard tree over `(address, uint256)`. Zero for none.
 pub fn reward_root(rewards: &[(infera_protocol::bytes::Address, u64)]) -> Hash32 {
-    let leaves: Vec<Hash32> = rewards
-        .iter()
-        .map(|(operator, cumulative)| {
-            let mut encoded = [0_u8; 64];
-            encoded[12..32].copy_from_slice(&operator.0);
-            encoded[56..].copy_from_slice(&cumulative.to_be_bytes());
-            keccak(&[&keccak(&[&encoded]).0])
-        })
-        .collect();
+    let leaves: Vec<Hash32> =
+        rewards.iter().map(|(operator, cumulative)| reward_leaf(operator, *cumulative)).collect();
     MerkleTree::new(&leaves).map_or(Hash32::ZERO, |tree| tree.root())
 }
 

@@ -5,6 +5,7 @@
 //! | `GET /v1/receipts/{id}` | everybody; with an API key of the account also the evidence | the receipt document in its canonical encoding |
 //! | `GET /v1/balance` | an API key | `{account, available_micro, held_micro}` |
 //! | `GET /v1/ledger/audit` | everybody | the sums that prove the ledger's invariants, at most 2 s old; 429 while they are computed |
+//! | `GET /v1/operators/...` | everybody | see [`crate::operators`] |
 //! | `/livez`, `/readyz`, `/metrics` | | see [`infera_runtime::health`] |
 
 use std::{
@@ -35,6 +36,7 @@ use crate::{
     batcher::is_anchored,
     config::AUDIENCE,
     ledger::{self, Account, Audit},
+    operators,
     store::{batches, corrupt, hash, requests, unsigned},
 };
 
@@ -101,7 +103,9 @@ pub fn routes(state: State, health: health::Health) -> impl FnOnce(&mut ServiceC
             .app_data(web::Data::new(state))
             .route("/v1/receipts/{id}", web::get().to(receipt))
             .route("/v1/balance", web::get().to(balance))
-            .route("/v1/ledger/audit", web::get().to(audit));
+            .route("/v1/ledger/audit", web::get().to(audit))
+            .route("/v1/operators/{address}", web::get().to(operators::earned))
+            .route("/v1/operators/{address}/rewards/{sequence}", web::get().to(operators::reward));
     }
 }
 

@@ -13,7 +13,8 @@
 //! - The entries of every transfer sum to zero; a balance is the sum of its entries ([`ledger`]).
 //! - Money moves by the evidence's signatures, not by the verifier's word.
 //! - Every receipt comes into exactly one batch; a batch is posted once; signed bytes are stored before they are sent
-//!   ([`batcher`]). While the chain is away, receipts wait and everything else goes on.
+//!   ([`batcher`]). While the chain is away, receipts wait and everything else goes on, up to a cap ([`exposure`]).
+//! - What operators earned becomes claimable on the chain: the same sums as in the ledger ([`chain::operator`]).
 //!
 //! [`domain`] decides, [`consumer`] and [`batcher`] act, [`store`] keeps.
 
@@ -23,22 +24,25 @@ pub mod config;
 pub mod consumer;
 pub mod domain;
 pub mod error;
+pub mod exposure;
 pub mod holds;
 pub mod http;
 pub mod ledger;
-mod metrics;
+pub mod metrics;
+pub mod operators;
 pub mod store;
 
 use std::{net::SocketAddr, sync::Arc};
 
 use infera_bus::{Bus, ConsumerSpec, Topology, consume, outbox::Relay, watch::Watch};
-use infera_protocol::ids::message_id;
+use infera_protocol::{ids::message_id, registry::Manifest};
 use infera_runtime::{CancellationToken, clock, db, health::Health, http::serve, jwt::Verifier, network};
 use infera_wire::topology::queues;
 use sea_orm::{DatabaseConnection, TransactionTrait};
 use tokio::sync::{Notify, oneshot};
 use uuid::Uuid;
 
+use chain::client::RpcLink;
 pub use config::Config;
 pub use error::Error;
 
@@ -72,16 +76,18 @@ pub async fn run(config: Config, deps: Deps, shutdown: CancellationToken) -> Res
     let written = Arc::new(Notify::new());
     let batcher = batcher::Batcher {
         db: db.clone(),
-        relay: relay.clone(),
-        rpc_url: manifest.rpc_url.clone(),
-        domain: manifest.domain,
+        relay: Some(relay.clone()),
+        link: link(&config, &manifest),
         check: health.check("chain"),
         metrics: metrics.clone(),
         written: written.clone(),
         config: config.clone(),
     };
     let registry = registries.current().clone();
-    let handlers = consumer::Consumer { manifest, registry, metrics, written };
+    // Without a settler nothing is ever final.
+    let cap_micro = if config.chain.settler_key.is_empty() { 0 } else { config.exposure.cap_micro };
+    let exposure = exposure::Exposure::new(ledger::amount(cap_micro)?);
+    let handlers = consumer::Consumer { manifest, registry, metrics, exposure: exposure.clone(), written };
     let spec = |queue| ConsumerSpec {
         bus: deps.bus.clone(),
         db: db.clone(),
@@ -103,8 +109,15 @@ pub async fn run(config: Config, deps: Deps, shutdown: CancellationToken) -> Res
     };
     let watch = Watch::new(&health, deps.bus.clone(), db.clone(), true)?;
     let overdue = holds::watch(db.clone(), config.holds, handlers.metrics.clone(), stop.clone());
+    let exposed = exposure.watch(
+        db.clone(),
+        health.check("exposure"),
+        handlers.metrics.clone(),
+        config.exposure.check_ms,
+        stop.clone(),
+    );
     let watching = async {
-        tokio::join!(watch.run(stop.clone()), overdue);
+        tokio::join!(watch.run(stop.clone()), overdue, exposed);
         Ok(())
     };
     let result =
@@ -112,6 +125,18 @@ pub async fn run(config: Config, deps: Deps, shutdown: CancellationToken) -> Res
     stop.cancel();
     relay.stopped().await;
     result.map(drop)
+}
+
+/// The network's contract, at the configured endpoint or the manifest's.
+fn link(config: &Config, manifest: &Manifest) -> RpcLink {
+    let chain = &config.chain;
+    let rpc_url = if chain.rpc_url.is_empty() { &manifest.rpc_url } else { &chain.rpc_url };
+    RpcLink {
+        rpc_url: rpc_url.clone(),
+        settler_key: chain.settler_key.clone(),
+        contract: manifest.domain.contract.0.into(),
+        chain_id: manifest.domain.chain_id,
+    }
 }
 
 /// The two queues of this service, until `stop`.
@@ -131,7 +156,7 @@ async fn consume_both(
 }
 
 /// The batcher, until `stop`; without a settler's key receipts only wait.
-async fn anchor(batcher: batcher::Batcher, stop: &CancellationToken) -> Result<(), Error> {
+async fn anchor(batcher: batcher::Batcher<RpcLink>, stop: &CancellationToken) -> Result<(), Error> {
     if batcher.config.chain.settler_key.is_empty() {
         batcher.check.up();
         tracing::warn!("chain.settler_key is empty: receipts are not anchored");

@@ -10,6 +10,9 @@ pub struct Metrics {
     charged: IntCounter,
     batches: IntCounterVec,
     waiting: IntGauge,
+    exposure: IntGauge,
+    exposure_reached: IntGauge,
+    unqueued: IntGauge,
     overdue: IntGauge,
     overdue_micro: IntGauge,
 }
@@ -29,10 +32,22 @@ impl Metrics {
             charged: health.counter("infera_settlement_charged_micro_total", "Charged, 10^-6 INFER.")?,
             batches: health.counters(
                 "infera_settlement_batches_total",
-                "Batches by step: formed, sent, anchored, lost.",
+                "Batches by step: formed, sent, bumped, anchored, lost.",
                 &["step"],
             )?,
             waiting: health.gauge("infera_settlement_receipts_waiting", "Receipts without a batch.")?,
+            exposure: health.gauge(
+                "infera_settlement_exposure_micro",
+                "Charged and not final on the chain, 10^-6 INFER.",
+            )?,
+            exposure_reached: health.gauge(
+                "infera_settlement_exposure_reached",
+                "1 while the exposure cap keeps new paid requests out.",
+            )?,
+            unqueued: health.gauge(
+                "infera_settlement_rewards_unqueued_micro",
+                "Earned in posted batches and in no reward root of the chain, 10^-6 INFER.",
+            )?,
             overdue: health.gauge(
                 "infera_settlement_holds_overdue",
                 "Holds without a verdict long after their deadline: see `infera holds list`.",
@@ -50,8 +65,17 @@ impl Metrics {
         self.charged.inc_by(micro);
     }
 
-    pub fn batch(&self, step: &str) {
-        self.batches.with_label_values(&[step]).inc();
+    pub fn batches(&self, step: &str, count: u64) {
+        self.batches.with_label_values(&[step]).inc_by(count);
+    }
+
+    pub fn exposure(&self, micro: i64, reached: bool) {
+        self.exposure.set(micro);
+        self.exposure_reached.set(i64::from(reached));
+    }
+
+    pub fn unqueued(&self, micro: u128) {
+        self.unqueued.set(i64::try_from(micro).unwrap_or(i64::MAX));
     }
 
     pub fn overdue(&self, holds: i64, micro: i64) {

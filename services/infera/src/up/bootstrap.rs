@@ -13,7 +13,7 @@ use infera_protocol::{
     vrf::VrfSecret,
 };
 use infera_runtime::{clock, jwt::Signer};
-use infera_settlement::chain::{Chain, ChainReader, parse_key};
+use infera_settlement::chain::{ChainReader, Deployment, deploy, parse_key};
 
 use super::registry;
 use crate::{
@@ -24,8 +24,8 @@ use crate::{
 /// anvil's usual chain id.
 pub const CHAIN_ID: u64 = 31_337;
 const NETWORK: &str = "infera-devnet";
-/// Ether that the settler gets on the devnet for gas.
-const SETTLER_WEI: u128 = 1_000 * 10_u128.pow(18);
+/// Ether that settler, treasury and guardian each get on the devnet for gas.
+const GAS_WEI: u128 = 1_000 * 10_u128.pow(18);
 /// Days that the printed API key lasts; a new one is made in its last day.
 const KEY_DAYS: i64 = 30;
 /// The models of a devnet, as `infera models --inspect` computes them.
@@ -35,6 +35,10 @@ const MODELS: &str = include_str!("../../../../deploy/models.json");
 pub struct Keys {
     pub dispatcher: VrfSecret,
     pub settler: String,
+    /// Deploys the contracts and has the supply.
+    pub treasury: String,
+    /// May veto rewards and pause: another key than the settler's, as on a public network.
+    pub guardian: String,
     pub api_key: String,
 }
 
@@ -45,8 +49,10 @@ pub fn keys(layout: &Layout) -> Result<Keys, String> {
     let dispatcher =
         infera_dispatcher::load_or_create_key(&layout.key("dispatcher.key")).map_err(|e| e.to_string())?;
     let settler = load_or_create_secret(&layout.key("settler.key"))?;
+    let treasury = load_or_create_secret(&layout.treasury_key())?;
+    let guardian = load_or_create_secret(&layout.key("guardian.key"))?;
     let api_key = api_key(layout, &signer)?;
-    Ok(Keys { dispatcher, settler, api_key })
+    Ok(Keys { dispatcher, settler, treasury, guardian, api_key })
 }
 
 fn api_key(layout: &Layout, signer: &Signer) -> Result<String, String> {
@@ -74,15 +80,19 @@ fn load_or_create_secret(path: &Path) -> Result<String, String> {
     Ok(text)
 }
 
-/// Makes sure that the contract stands on the devnet, and writes manifest and registry.
+/// Makes sure that the contracts stand on the devnet, and writes manifest and registry. The contracts' addresses lie
+/// beside the manifest, in contracts.json.
 ///
 /// # Errors
 /// One sentence; also if the folder's ledger belongs to a chain that is gone.
 pub async fn chain(layout: &Layout, keys: &Keys, rpc_url: &str) -> Result<(), String> {
     let wanted: Registry = serde_json::from_str(MODELS).map_err(|e| format!("deploy/models.json: {e}"))?;
     let former = read_manifest(layout)?;
-    let settler = parse_key("settler key", &keys.settler).map_err(|e| e.to_string())?.address();
-    fund(rpc_url, settler).await?;
+    let address =
+        |name, key: &str| Ok::<_, String>(parse_key(name, key).map_err(|e| e.to_string())?.address());
+    let settler = address("settler key", &keys.settler)?;
+    let guardian = address("guardian key", &keys.guardian)?;
+    fund(rpc_url, &[settler, guardian, address("treasury key", &keys.treasury)?]).await?;
     let contract = match &former {
         Some(manifest) => {
             let contract = EvmAddress::from(manifest.domain.contract.0);
@@ -95,8 +105,11 @@ pub async fn chain(layout: &Layout, keys: &Keys, rpc_url: &str) -> Result<(), St
             manifest.domain.contract
         }
         None => {
-            let deployed = Chain::deploy(rpc_url, &keys.settler, settler).await.map_err(|e| e.to_string())?;
-            Address(deployed.into_array())
+            let terms = Deployment::devnet(settler, guardian);
+            let contracts =
+                deploy::deploy(rpc_url, &keys.treasury, &wanted, &terms).await.map_err(|e| e.to_string())?;
+            write_json(&layout.contracts(), &contracts)?;
+            Address(contracts.settlement.into_array())
         }
     };
     let registry = registry::put_in_force(layout, former.as_ref(), &wanted, clock::now_ms())?;
@@ -125,11 +138,14 @@ pub(super) fn write_json<T: serde::Serialize>(path: &Path, value: &T) -> Result<
     write_atomically(path, &bytes).map_err(|e| format!("cannot write {}: {e}", path.display()))
 }
 
-async fn fund(rpc_url: &str, settler: EvmAddress) -> Result<(), String> {
+async fn fund(rpc_url: &str, accounts: &[EvmAddress]) -> Result<(), String> {
     let url = rpc_url.parse().map_err(|e| format!("{rpc_url} is not a URL: {e}"))?;
     let provider = ProviderBuilder::new().connect_http(url);
-    provider
-        .raw_request::<_, ()>("anvil_setBalance".into(), (settler, U256::from(SETTLER_WEI)))
-        .await
-        .map_err(|e| format!("the devnet does not fund the settler: {e}"))
+    for account in accounts {
+        provider
+            .raw_request::<_, ()>("anvil_setBalance".into(), (account, U256::from(GAS_WEI)))
+            .await
+            .map_err(|e| format!("the devnet does not fund {account}: {e}"))?;
+    }
+    Ok(())
 }

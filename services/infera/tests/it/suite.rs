@@ -1,12 +1,12 @@
 //! What a network must do, on either column.
 
-use std::{collections::HashSet, time::Duration};
+use std::{collections::HashSet, process::Command, time::Duration};
 
 use infera_runtime::CancellationToken;
 use infera_testkit::{TempDir, eventually, otlp::Receiver, sqlite_url};
 use serde_json::Value;
 
-use crate::network::Network;
+use crate::network::{Network, infera, text};
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn embedded() {
@@ -32,6 +32,7 @@ async fn everything(profile: &'static str) {
     let receipt = answers["plain"]["receipt"].as_str().unwrap().to_owned();
     receipts_prove_themselves(&network, &receipt).await;
     the_books_balance(&network).await;
+    operators_are_paid(&network).await;
     history_is_there(&network, &receipt).await;
     one_trace_per_request(&network, &traces).await;
     a_second_start_goes_on(&network, &receipt).await;
@@ -77,6 +78,59 @@ pub async fn the_books_balance(network: &Network) {
     let audit = network.get(&format!("{}/v1/ledger/audit", network.url("settlement_url"))).await;
     assert_eq!(audit["ok"], true, "{audit}");
     assert_eq!(audit["sum_micro"], 0, "{audit}");
+}
+
+/// `infera` with the network's folder: exit status and what it printed.
+fn command(network: &Network, arguments: &[&str]) -> (Option<i32>, String) {
+    let output = Command::new(infera()).args(arguments).arg("--data").arg(network.data()).output().unwrap();
+    (output.status.code(), text(&output))
+}
+
+/// From the answer to tokens at the operator's address; and stake in and out.
+async fn operators_are_paid(network: &Network) {
+    let (status, printed) = command(network, &["ledger", "audit"]);
+    assert_eq!(status, Some(0), "{printed}");
+    assert!(printed.contains("the books balance"), "{printed}");
+
+    let earnings = |node: &str| -> Value {
+        let (status, printed) = command(network, &["operator", "earnings", "--json", "--node", node]);
+        assert_eq!(status, Some(0), "{printed}");
+        serde_json::from_str(&printed).unwrap_or_else(|error| panic!("{error}: {printed}"))
+    };
+    let micro = |earnings: &Value, part: &str| earnings[part].as_u64().unwrap();
+    // Four nodes, three of which answered each request: at least one of two has earned.
+    let node = ["1", "2"].into_iter().find(|node| micro(&earnings(node), "earned_micro") > 0).unwrap();
+    let claimable = eventually(Duration::from_secs(60), async || {
+        // The challenge delay, without the waiting.
+        let pass =
+            serde_json::json!({"jsonrpc": "2.0", "id": 1, "method": "evm_increaseTime", "params": [31]});
+        network.http.post(network.url("rpc_url")).json(&pass).send().await.unwrap();
+        let earnings = earnings(node);
+        let parts = ["pending_micro", "verified_micro", "claimable_micro", "paid_micro"];
+        let sum: u64 = parts.iter().map(|part| micro(&earnings, part)).sum();
+        assert_eq!(sum, micro(&earnings, "earned_micro"), "{earnings}");
+        Some(micro(&earnings, "claimable_micro")).filter(|claimable| *claimable > 0).ok_or(earnings)
+    })
+    .await;
+    let (status, printed) = command(network, &["operator", "claim", "--node", node]);
+    assert!(status == Some(0) && printed.contains("claimed "), "{printed}");
+    assert!(micro(&earnings(node), "paid_micro") >= claimable);
+    let (status, printed) = command(network, &["operator", "claim", "--node", node]);
+    assert!(status == Some(0) && printed.contains("nothing new"), "{printed}");
+    let (_, printed) = command(network, &["operator", "earnings", "--node", node]);
+    assert!(
+        ["pending", "verified", "claimable", "paid"].iter().all(|word| printed.contains(word)),
+        "{printed}"
+    );
+
+    let (status, printed) = command(network, &["operator", "stake", "1500", "--node", node]);
+    assert!(status == Some(1) && printed.contains("--faucet"), "{printed}");
+    let (status, printed) = command(network, &["operator", "stake", "1500", "--faucet", "--node", node]);
+    assert!(status == Some(0) && printed.contains("staked 1500.000000 INFER"), "{printed}");
+    let (status, printed) = command(network, &["operator", "unstake", "500", "--node", node]);
+    assert!(status == Some(0) && printed.contains("on its way out 500.000000 INFER"), "{printed}");
+    let (status, printed) = command(network, &["operator", "unstake", "--node", node]);
+    assert!(status == Some(1) && printed.contains("too early"), "{printed}");
 }
 
 async fn history_is_there(network: &Network, id: &str) {

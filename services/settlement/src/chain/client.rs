@@ -1,27 +1,21 @@
 //! Posting batches: explicit nonces, and signed bytes that are stored before they are sent.
 
-use std::time::Duration;
-
 use alloy::{
     consensus::{SignableTransaction, TxEip1559, TxEnvelope},
     eips::{BlockNumberOrTag, eip2718::Encodable2718},
     network::{TransactionBuilder, TxSignerSync},
-    primitives::{Address, B256, Bytes, TxKind, U256},
+    primitives::{Address, B256, Bytes, TxKind},
     providers::{Provider, RootProvider},
     rpc::types::TransactionRequest,
     signers::local::PrivateKeySigner,
-    sol_types::{SolCall, SolConstructor},
+    sol_types::SolCall,
 };
+use infera_runtime::config::Secret;
 
-use super::{Batch, ChainError, ChainReader, Head, InferToken, InferaSettlement, call, reader};
-
-/// How often a pending transaction is looked at.
-const POLL: Duration = Duration::from_millis(50);
-/// How long [`Chain::deploy`] waits for each of its transactions.
-const DEPLOY_TIMEOUT: Duration = Duration::from_secs(60);
-
-/// How long rewards and withdrawals wait on a devnet: long enough to be seen, short enough for a demonstration.
-const DEVNET_DELAY: Duration = Duration::from_secs(30);
+use super::{
+    Batch, ChainError, ChainReader, Head, InferaSettlement, PostedBatch, call,
+    port::{Call, Fees, Finality, Link, Port, Rewards},
+};
 
 /// The settlement contract on one chain, for a settler.
 #[derive(Debug, Clone)]
@@ -35,6 +29,7 @@ pub struct Chain {
 pub struct SignedTx {
     pub hash: B256,
     pub nonce: u64,
+    pub fees: Fees,
     /// The EIP-2718 envelope.
     pub raw: Vec<u8>,
 }
@@ -72,29 +67,6 @@ impl Chain {
         Ok(Self { reader, signer })
     }
 
-    /// Deploys a devnet's token and settlement contract and returns the latter's address. The deployer gets the whole
-    /// supply and becomes admin and guardian, `settler` may post batches; contracts/README.md has the order for a real
-    /// network, where a timelock is the admin.
-    ///
-    /// # Errors
-    /// [`ChainError`]; `Unreachable` also if a transaction is in no block after a minute.
-    pub async fn deploy(rpc_url: &str, deployer_key: &str, settler: Address) -> Result<Address, ChainError> {
-        let signer = parse_key("chain.deployer_key", deployer_key)?;
-        let provider = reader::provider(rpc_url)?;
-        let deployer = signer.address();
-        let holder = InferToken::constructorCall { holder: deployer }.abi_encode();
-        let token = create(&provider, &signer, &InferToken::BYTECODE, &holder).await?;
-        let arguments = InferaSettlement::constructorCall {
-            token,
-            admin: deployer,
-            settler,
-            guardian: deployer,
-            challengeDelay: U256::from(DEVNET_DELAY.as_secs()),
-            withdrawalDelay: U256::from(DEVNET_DELAY.as_secs()),
-        };
-        create(&provider, &signer, &InferaSettlement::BYTECODE, &arguments.abi_encode()).await
-    }
-
     pub fn reader(&self) -> &ChainReader {
         &self.reader
     }
@@ -115,22 +87,13 @@ impl Chain {
         nonce(self.reader.provider(), self.signer.address()).await
     }
 
-    /// Signs `postBatch` with the nonce given; sends nothing.
+    /// Signs `postBatch` with the nonce given and the market's fees; sends nothing.
     ///
     /// # Errors
     /// [`ChainError::Reverted`] if the contract would refuse the batch now (another sequence or predecessor).
     pub async fn sign_batch(&self, batch: &Batch, nonce: u64) -> Result<SignedTx, ChainError> {
-        let input = InferaSettlement::postBatchCall {
-            sequence: batch.sequence,
-            previousHash: batch.previous_hash,
-            receiptsRoot: batch.receipts_root,
-            count: batch.count,
-            rewardRoot: batch.reward_root,
-            total: batch.total,
-        }
-        .abi_encode();
-        let to = TxKind::Call(self.reader.contract());
-        sign(self.reader.provider(), &self.signer, to, input.into(), nonce).await
+        let fees = fees(self.reader.provider()).await?;
+        self.sign(&Call::Post(*batch), nonce, fees).await
     }
 
     /// Sends stored bytes. Sending them again is no error.
@@ -144,62 +107,155 @@ impl Chain {
     }
 }
 
-/// Deploys one contract and waits until it is in a block.
-async fn create(
-    provider: &RootProvider,
-    signer: &PrivateKeySigner,
-    bytecode: &Bytes,
-    arguments: &[u8],
-) -> Result<Address, ChainError> {
-    let code = [bytecode.as_ref(), arguments].concat();
-    let nonce = nonce(provider, signer.address()).await?;
-    let signed = sign(provider, signer, TxKind::Create, code.into(), nonce).await?;
-    send(provider, &signed.raw).await?;
-    let deadline = tokio::time::Instant::now() + DEPLOY_TIMEOUT;
-    loop {
-        match status(provider, signed.hash).await? {
-            TxStatus::Included { .. } => return Ok(signer.address().create(nonce)),
-            TxStatus::Failed { .. } => {
-                return Err(ChainError::Reverted {
-                    what: "deploy",
-                    reason: "the constructor failed".to_string(),
-                });
-            }
-            TxStatus::Unknown if tokio::time::Instant::now() >= deadline => {
-                return Err(ChainError::Unreachable("deploy: not in a block after 60 s".to_string()));
-            }
-            TxStatus::Unknown => tokio::time::sleep(POLL).await,
+/// The settlement contract at an endpoint, as the settler's configuration names it.
+#[derive(Debug, Clone)]
+pub struct RpcLink {
+    pub rpc_url: String,
+    pub settler_key: Secret,
+    pub contract: Address,
+    pub chain_id: u64,
+}
+
+impl Link for RpcLink {
+    type Port = Chain;
+
+    async fn connect(&self) -> Result<Chain, ChainError> {
+        let chain = Chain::connect(&self.rpc_url, self.settler_key.expose(), self.contract).await?;
+        let actual = chain.reader.chain_id();
+        if actual == self.chain_id {
+            return Ok(chain);
+        }
+        Err(ChainError::Setting {
+            field: "chain.rpc_url",
+            message: format!("the endpoint serves chain {actual}, the manifest names {}", self.chain_id),
+        })
+    }
+}
+
+impl Port for Chain {
+    async fn head(&self) -> Result<Head, ChainError> {
+        self.reader.head().await
+    }
+
+    async fn batch_root(&self, sequence: u64) -> Result<Option<B256>, ChainError> {
+        self.reader.batch(sequence).await
+    }
+
+    async fn next_nonce(&self) -> Result<u64, ChainError> {
+        Self::next_nonce(self).await
+    }
+
+    async fn fees(&self) -> Result<Fees, ChainError> {
+        fees(self.reader.provider()).await
+    }
+
+    async fn sign(&self, call: &Call, nonce: u64, fees: Fees) -> Result<SignedTx, ChainError> {
+        let to = TxKind::Call(self.reader.contract());
+        let input = input(call);
+        let gas = gas(self.reader.provider(), self.signer.address(), to, &input).await?;
+        sign(&self.signer, self.reader.chain_id(), Draft { to, input, nonce, gas, fees })
+    }
+
+    async fn send_raw(&self, raw: &[u8]) -> Result<(), ChainError> {
+        Self::send_raw(self, raw).await
+    }
+
+    async fn status(&self, tx: B256) -> Result<TxStatus, ChainError> {
+        Self::status(self, tx).await
+    }
+
+    async fn posted(&self, sequence: u64, from_block: u64) -> Result<Option<PostedBatch>, ChainError> {
+        self.reader.posted(sequence, from_block).await
+    }
+
+    async fn final_block(&self, finality: Finality, confirmations: u64) -> Result<u64, ChainError> {
+        self.reader.final_block(finality, confirmations).await
+    }
+
+    async fn rewards(&self) -> Result<Rewards, ChainError> {
+        self.reader.rewards().await
+    }
+}
+
+fn input(call: &Call) -> Bytes {
+    let post = |batch: &Batch| {
+        InferaSettlement::postBatchCall {
+            sequence: batch.sequence,
+            previousHash: batch.previous_hash,
+            receiptsRoot: batch.receipts_root,
+            count: batch.count,
+            rewardRoot: batch.reward_root,
+            total: batch.total,
+        }
+        .abi_encode()
+    };
+    let queue = |batch: &Batch, total: u128| {
+        let batch = InferaSettlement::Batch {
+            sequence: batch.sequence,
+            previousHash: batch.previous_hash,
+            receiptsRoot: batch.receipts_root,
+            count: batch.count,
+            rewardRoot: batch.reward_root,
+            total: batch.total,
+        };
+        InferaSettlement::queueRewardsCall { batch, total }.abi_encode()
+    };
+    match call {
+        Call::Post(batch) => post(batch).into(),
+        Call::Queue { batch, total } => queue(batch, *total).into(),
+        Call::PostAndQueue { batch, total } => {
+            let data = vec![post(batch).into(), queue(batch, *total).into()];
+            InferaSettlement::multicallCall { data }.abi_encode().into()
         }
     }
 }
 
-async fn nonce(provider: &RootProvider, address: Address) -> Result<u64, ChainError> {
+pub(super) async fn nonce(provider: &RootProvider, address: Address) -> Result<u64, ChainError> {
     call("eth_getTransactionCount", async {
         provider.get_transaction_count(address).block_id(BlockNumberOrTag::Latest.into()).await
     })
     .await
 }
 
-/// Signs with estimated gas (a fifth more) and fees.
-async fn sign(
-    provider: &RootProvider,
-    signer: &PrivateKeySigner,
-    to: TxKind,
-    input: Bytes,
-    nonce: u64,
-) -> Result<SignedTx, ChainError> {
-    let chain_id = call("eth_chainId", async { provider.get_chain_id().await }).await?;
-    let mut request = TransactionRequest::default().with_from(signer.address()).with_input(input.clone());
-    request.to = Some(to);
-    // The nonce is left out: an estimate asks what happens on top of the newest block.
-    let gas = call("eth_estimateGas", async { provider.estimate_gas(request).await }).await?;
+/// What the endpoint thinks that a transaction should offer.
+pub(super) async fn fees(provider: &RootProvider) -> Result<Fees, ChainError> {
     let fees = call("eth_feeHistory", async { provider.estimate_eip1559_fees().await }).await?;
+    Ok(Fees { max: fees.max_fee_per_gas, priority: fees.max_priority_fee_per_gas })
+}
+
+/// Estimated gas, a fifth more.
+pub(super) async fn gas(
+    provider: &RootProvider,
+    from: Address,
+    to: TxKind,
+    input: &Bytes,
+) -> Result<u64, ChainError> {
+    let mut request = TransactionRequest::default().with_from(from).with_input(input.clone());
+    request.to = Some(to);
+    // The nonce is left out and the block is named: an estimate asks what happens on top of the newest block, whatever
+    // waits in the pool, such as the transaction that this one replaces.
+    let latest = BlockNumberOrTag::Latest.into();
+    let gas = call("eth_estimateGas", async { provider.estimate_gas(request).block(latest).await }).await?;
+    Ok(gas + gas / 5)
+}
+
+/// What is signed.
+pub(super) struct Draft {
+    pub to: TxKind,
+    pub input: Bytes,
+    pub nonce: u64,
+    pub gas: u64,
+    pub fees: Fees,
+}
+
+pub(super) fn sign(signer: &PrivateKeySigner, chain_id: u64, draft: Draft) -> Result<SignedTx, ChainError> {
+    let Draft { to, input, nonce, gas, fees } = draft;
     let mut tx = TxEip1559 {
         chain_id,
         nonce,
-        gas_limit: gas + gas / 5,
-        max_fee_per_gas: fees.max_fee_per_gas,
-        max_priority_fee_per_gas: fees.max_priority_fee_per_gas,
+        gas_limit: gas,
+        max_fee_per_gas: fees.max,
+        max_priority_fee_per_gas: fees.priority,
         to,
         input,
         ..Default::default()
@@ -208,10 +264,10 @@ async fn sign(
         .sign_transaction_sync(&mut tx)
         .map_err(|e| ChainError::Setting { field: "chain.settler_key", message: e.to_string() })?;
     let envelope = TxEnvelope::from(tx.into_signed(signature));
-    Ok(SignedTx { hash: *envelope.tx_hash(), nonce, raw: envelope.encoded_2718() })
+    Ok(SignedTx { hash: *envelope.tx_hash(), nonce, fees, raw: envelope.encoded_2718() })
 }
 
-async fn send(provider: &RootProvider, raw: &[u8]) -> Result<(), ChainError> {
+pub(super) async fn send(provider: &RootProvider, raw: &[u8]) -> Result<(), ChainError> {
     let sent =
         call("eth_sendRawTransaction", async { provider.send_raw_transaction(raw).await.map(|_| ()) }).await;
     match sent {
@@ -221,11 +277,15 @@ async fn send(provider: &RootProvider, raw: &[u8]) -> Result<(), ChainError> {
         {
             Ok(())
         }
+        // "replacement transaction underpriced", "transaction underpriced", "fee too low to replace".
+        Err(ChainError::Refused { message, .. }) if message.contains("underpriced") => {
+            Err(ChainError::Underpriced(message))
+        }
         other => other,
     }
 }
 
-async fn status(provider: &RootProvider, tx: B256) -> Result<TxStatus, ChainError> {
+pub(super) async fn status(provider: &RootProvider, tx: B256) -> Result<TxStatus, ChainError> {
     let receipt =
         call("eth_getTransactionReceipt", async { provider.get_transaction_receipt(tx).await }).await?;
     let Some(receipt) = receipt else {

@@ -2,20 +2,27 @@
 //!
 //! - [`ChainReader`] reads the contract; it needs no key. `infera verify` uses it.
 //! - [`Chain`] also signs and sends batches. Nothing here picks a nonce by itself: the caller reads
-//!   [`Chain::next_nonce`], gets the signed bytes from [`Chain::sign_batch`], stores them, and only then sends them with
+//!   [`Chain::next_nonce`], gets the signed bytes from [`Port::sign`], stores them, and only then sends them with
 //!   [`Chain::send_raw`]. Sending the same bytes again is harmless, and the contract refuses a sequence it already has.
+//! - [`port`] is what the batcher needs of a chain, so that tests can put one of their own in its place.
+//! - [`operator`] claims rewards and stakes, [`deploy`] sets up a network's contracts.
 //! - [`devnet`] runs a local anvil whose state survives restarts.
 //!
 //! Every call ends within [`CALL_TIMEOUT`].
 
 pub mod client;
+pub mod deploy;
 pub mod devnet;
+pub mod operator;
+pub mod port;
 pub mod reader;
 
 use std::time::Duration;
 
 pub use alloy::primitives::{Address, B256};
 pub use client::{Chain, SignedTx, TxStatus, parse_key};
+pub use deploy::{Contracts, Deployment};
+pub use port::{Call, Fees, Link, Port, Rewards};
 pub use reader::ChainReader;
 
 /// The longest that one call to the JSON-RPC endpoint may take.
@@ -28,9 +35,23 @@ mod abi {
         InferaSettlement,
         "contracts/artifacts/InferaSettlement.json"
     );
-    alloy::sol!(InferToken, "contracts/artifacts/InferToken.json");
+    alloy::sol!(
+        #[sol(rpc)]
+        InferToken,
+        "contracts/artifacts/InferToken.json"
+    );
+    alloy::sol!(
+        #[sol(rpc)]
+        InferaStaking,
+        "contracts/artifacts/InferaStaking.json"
+    );
+    alloy::sol!(InferaGovernor, "contracts/artifacts/InferaGovernor.json");
+    alloy::sol!(InferaTimelock, "contracts/artifacts/InferaTimelock.json");
+    alloy::sol!(ModelRegistry, "contracts/artifacts/ModelRegistry.json");
 }
-pub(crate) use abi::{InferToken, InferaSettlement};
+pub(crate) use abi::{
+    InferToken, InferaGovernor, InferaSettlement, InferaStaking, InferaTimelock, ModelRegistry,
+};
 
 /// A batch of receipts as the contract takes it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -84,6 +105,9 @@ pub enum ChainError {
     /// The endpoint did not answer, or not in time. Try again later.
     #[error("chain: {0}")]
     Unreachable(String),
+    /// Another transaction with this nonce waits, and pays as much or more.
+    #[error("chain: the transaction pays too little to replace the one that waits: {0}")]
+    Underpriced(String),
     /// The endpoint answered with an error, such as a nonce that is taken.
     #[error("chain: {what} was refused: {message}")]
     Refused { what: &'static str, message: String },
@@ -154,6 +178,9 @@ impl From<alloy::transports::TransportError> for Failure {
         {
             return Self::Reverted(revert_reason(&reverted));
         }
+        if let Some(reverted) = payload.as_decoded_interface_error::<InferaStaking::InferaStakingErrors>() {
+            return Self::Reverted(staking_reason(&reverted));
+        }
         if payload.message.contains("revert") {
             return Self::Reverted(payload.message.to_string());
         }
@@ -167,6 +194,18 @@ impl From<alloy::contract::Error> for Failure {
             alloy::contract::Error::TransportError(error) => error.into(),
             other => Self::Refused(other.to_string()),
         }
+    }
+}
+
+fn staking_reason(error: &InferaStaking::InferaStakingErrors) -> String {
+    use InferaStaking::InferaStakingErrors as E;
+    use alloy::sol_types::SolInterface;
+    match error {
+        E::BeyondStake(e) => format!("{} is staked, not {}", e.active, e.requested),
+        E::NothingUnbonding(_) => "nothing is on its way out".to_string(),
+        E::NotBefore(e) => format!("too early: not before {} s", e.time),
+        E::ZeroAmount(_) => "the amount is zero".to_string(),
+        other => format!("the contract's error 0x{}", alloy::hex::encode(other.selector())),
     }
 }
 
@@ -191,6 +230,9 @@ fn revert_reason(error: &InferaSettlement::InferaSettlementErrors) -> String {
         E::Insolvent(e) => format!("the total {} is more than was charged and funded, {}", e.given, e.funded),
         E::QueueFull(e) => format!("too many reward roots wait; the oldest pays at {} s", e.until),
         E::NotBefore(e) => format!("too early: not before {} s", e.time),
+        E::NoSuchRoot(e) => format!("there is no reward root {}", e.id),
+        E::BadProof(_) => "the proof does not lead to the reward root".to_string(),
+        E::BeyondTotal(e) => format!("the root's total is {}, {} would be claimed", e.total, e.claimed),
         E::NothingToClaim(e) => format!("{} is paid already", e.claimed),
         other => format!("the contract's error 0x{}", alloy::hex::encode(other.selector())),
     }

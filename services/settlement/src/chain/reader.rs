@@ -8,7 +8,10 @@ use alloy::{
     sol_types::SolEvent,
 };
 
-use super::{Batch, ChainError, Head, InferaSettlement, PostedBatch, call};
+use super::{
+    Batch, ChainError, Head, InferaSettlement, PostedBatch, call,
+    port::{Finality, Rewards},
+};
 
 /// The settlement contract on one chain, for reading.
 #[derive(Debug, Clone)]
@@ -17,6 +20,22 @@ pub struct ChainReader {
     contract: Address,
     chain_id: u64,
 }
+
+/// A reward root in the queue.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct RewardRoot {
+    pub id: u64,
+    pub root: B256,
+    /// Sum of the leaves, 10^-6 INFER.
+    pub total: u128,
+    /// The batch that it stands in.
+    pub sequence: u64,
+    /// From when on it pays, seconds since 1970.
+    pub matures_secs: u64,
+}
+
+/// Most reward roots that wait at a time (`MAX_PENDING` of InferaSettlement.sol).
+const MAX_PENDING: u64 = 128;
 
 /// A provider without fillers: nonces, gas and fees are set by hand.
 pub(super) fn provider(rpc_url: &str) -> Result<RootProvider, ChainError> {
@@ -38,7 +57,7 @@ impl ChainReader {
     /// [`ChainError::Setting`] if the URL is none or nothing is deployed there; else [`ChainError::Unreachable`].
     pub async fn connect(rpc_url: &str, contract: Address) -> Result<Self, ChainError> {
         let provider = provider(rpc_url)?;
-        let chain_id = call("eth_chainId", async { provider.get_chain_id().await }).await?;
+        let chain_id = Self::chain_id_of(&provider).await?;
         let code = call("eth_getCode", async { provider.get_code_at(contract).await }).await?;
         if code.is_empty() {
             return Err(ChainError::Setting {
@@ -49,6 +68,10 @@ impl ChainReader {
             });
         }
         Ok(Self { provider, contract, chain_id })
+    }
+
+    pub(super) async fn chain_id_of(provider: &RootProvider) -> Result<u64, ChainError> {
+        call("eth_chainId", async { provider.get_chain_id().await }).await
     }
 
     pub fn chain_id(&self) -> u64 {
@@ -93,6 +116,87 @@ impl ChainReader {
     /// The newest block's number.
     pub async fn block_number(&self) -> Result<u64, ChainError> {
         call("eth_blockNumber", async { self.provider.get_block_number().await }).await
+    }
+
+    /// The newest block that counts as final; 0 if none does.
+    pub async fn final_block(&self, finality: Finality, confirmations: u64) -> Result<u64, ChainError> {
+        let tag = match finality {
+            Finality::Depth => {
+                let newest = self.block_number().await?;
+                return Ok((newest + 1).saturating_sub(confirmations));
+            }
+            Finality::Safe => BlockNumberOrTag::Safe,
+            Finality::Finalized => BlockNumberOrTag::Finalized,
+        };
+        let block =
+            call("eth_getBlockByNumber", async { self.provider.get_block_by_number(tag).await }).await?;
+        Ok(block.map_or(0, |block| block.header.number))
+    }
+
+    /// The newest block's time, seconds since 1970.
+    pub async fn time(&self) -> Result<u64, ChainError> {
+        let newest = call("eth_getBlockByNumber", async {
+            self.provider.get_block_by_number(BlockNumberOrTag::Latest).await
+        })
+        .await?;
+        Ok(newest.map_or(0, |block| block.header.timestamp))
+    }
+
+    /// The queue of reward roots.
+    pub async fn rewards(&self) -> Result<Rewards, ChainError> {
+        let contract = self.instance();
+        let last_id = call("lastRewardId", async { contract.lastRewardId().call().await }).await?;
+        let last = call("rewards", async { contract.rewards(last_id).call().await }).await?;
+        let funded = call("totalFunded", async { contract.totalFunded().call().await }).await?;
+        let delay = call("CHALLENGE_DELAY", async { contract.CHALLENGE_DELAY().call().await }).await?;
+        let delay = u64::try_from(delay).unwrap_or(u64::MAX);
+        let now_secs = self.time().await?;
+        let mut full_until_secs = 0;
+        if last_id >= MAX_PENDING {
+            let oldest =
+                call("rewards", async { contract.rewards(last_id + 1 - MAX_PENDING).call().await }).await?;
+            if now_secs < oldest.maturesAt {
+                full_until_secs = oldest.maturesAt;
+            }
+        }
+        Ok(Rewards {
+            last_id,
+            last_sequence: last.sequence,
+            last_total: last.total,
+            last_queued_secs: last.maturesAt.saturating_sub(delay),
+            funded,
+            challenge_delay_secs: delay,
+            full_until_secs,
+            now_secs,
+        })
+    }
+
+    /// A reward root of the queue; all zero if there is none.
+    pub async fn reward_root(&self, id: u64) -> Result<RewardRoot, ChainError> {
+        let root = call("rewards", async { self.instance().rewards(id).call().await }).await?;
+        Ok(RewardRoot {
+            id,
+            root: root.root,
+            total: root.total,
+            sequence: root.sequence,
+            matures_secs: root.maturesAt,
+        })
+    }
+
+    /// The newest reward root that pays now; 0 if none does.
+    pub async fn claimable_id(&self) -> Result<u64, ChainError> {
+        call("claimableId", async { self.instance().claimableId().call().await }).await
+    }
+
+    /// What an operator was paid so far, 10^-6 INFER.
+    pub async fn claimed(&self, operator: Address) -> Result<u128, ChainError> {
+        let claimed = call("claimed", async { self.instance().claimed(operator).call().await }).await?;
+        Ok(u128::try_from(claimed).unwrap_or(u128::MAX))
+    }
+
+    /// What was ever claimed out of the pool, 10^-6 INFER.
+    pub async fn total_claimed(&self) -> Result<u128, ChainError> {
+        call("totalClaimed", async { self.instance().totalClaimed().call().await }).await
     }
 
     /// Everything about batch `sequence`, from the chain's log, looking from block `from_block` on (endpoints limit the

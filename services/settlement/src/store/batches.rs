@@ -1,33 +1,26 @@
 //! The journal of leaves and the batches made of them.
 
-use std::collections::BTreeMap;
-
-use infera_protocol::{
-    bytes::{Address, Hash32},
-    receipt::Receipt,
-};
+use infera_protocol::{bytes::Hash32, receipt::Payment};
 use sea_orm::{
     ColumnTrait, ConnectionTrait, DbErr, EntityTrait, PaginatorTrait, QueryFilter, QueryOrder, QuerySelect,
-    QueryTrait, Set,
-    sea_query::{Expr, ExprTrait, OnConflict},
+    QueryTrait, Set, Statement,
+    sea_query::{Expr, OnConflict},
 };
+use serde::Deserialize;
 use uuid::Uuid;
 
 use super::{
     corrupt, hash, signed,
-    tables::{batches, journal, receipts, rewards},
+    tables::{batches, journal},
     unsigned,
 };
 use crate::{
-    chain::{Batch, SignedTx},
+    chain::Batch,
     domain::{BatchState, BatchView, Local},
 };
 
 pub use batches::Model as BatchRow;
 pub use journal::Model as JournalRow;
-
-/// Rows that one statement reads or writes at most, below the limits on bound values.
-const CHUNK: usize = 400;
 
 fn view(row: &BatchRow) -> Result<BatchView, DbErr> {
     Ok(BatchView {
@@ -113,98 +106,64 @@ pub async fn open_batches<C: ConnectionTrait>(db: &C) -> Result<u64, DbErr> {
         .await
 }
 
-/// The oldest receipts without a batch.
+/// Puts the oldest receipts without a batch, at most `limit`, into batch `sequence` and returns their leaves in the order
+/// of the tree.
 ///
 /// # Errors
 /// The database's.
-pub async fn take<C: ConnectionTrait>(tx: &C, limit: u64) -> Result<Vec<JournalRow>, DbErr> {
-    journal::Entity::find()
-        .filter(journal::Column::BatchSequence.is_null())
-        .order_by_asc(journal::Column::AtMs)
-        .order_by_asc(journal::Column::RequestId)
-        .limit(limit)
-        .all(tx)
-        .await
+pub async fn take<C: ConnectionTrait>(tx: &C, sequence: u64, limit: u64) -> Result<Vec<Hash32>, DbErr> {
+    let sequence = signed("journal.batch_sequence", sequence)?;
+    let limit = signed("batch.limit", limit)?;
+    // First the choice, then the reading of what was chosen: rows that others add meanwhile belong to the next batch.
+    let sql = format!(
+        "UPDATE journal SET batch_sequence = {sequence}, batch_index = chosen.place FROM \
+         (SELECT request_id AS id, ROW_NUMBER() OVER (ORDER BY at_ms, request_id) - 1 AS place FROM journal \
+         WHERE batch_sequence IS NULL ORDER BY at_ms, request_id LIMIT {limit}) AS chosen \
+         WHERE journal.request_id = chosen.id AND journal.batch_sequence IS NULL"
+    );
+    tx.execute_unprepared(&sql).await?;
+    Ok(leaves(tx, sequence).await?.into_iter().map(|(_, leaf)| leaf).collect())
 }
 
-/// The receipts of these requests.
+/// What a receipt moves, as far as a batch needs it; its other fields are the leaf's.
+#[derive(Debug, Deserialize)]
+pub struct Moved {
+    /// What the account was charged, 10^-6 INFER.
+    pub charged_micro: u64,
+    pub payments: Vec<Payment>,
+}
+
+/// The receipts of a batch.
 ///
 /// # Errors
 /// The database's; a receipt that is none.
-pub async fn receipts_of<C: ConnectionTrait>(tx: &C, ids: &[Uuid]) -> Result<Vec<Receipt>, DbErr> {
-    let mut all = Vec::with_capacity(ids.len());
-    for chunk in ids.chunks(CHUNK) {
-        let rows: Vec<Vec<u8>> = receipts::Entity::find()
-            .select_only()
-            .column(receipts::Column::Receipt)
-            .filter(receipts::Column::RequestId.is_in(chunk.iter().copied()))
-            .into_tuple()
-            .all(tx)
-            .await?;
-        for bytes in rows {
-            all.push(
-                serde_json::from_slice(&bytes).map_err(|e| corrupt("receipts.receipt", &e.to_string()))?,
-            );
-        }
-    }
-    if all.len() == ids.len() { Ok(all) } else { Err(corrupt("journal", "a leaf has no receipt")) }
-}
-
-/// Adds what a batch's receipts earn to the operators' cumulative rewards and returns all of them, by operator.
-///
-/// # Errors
-/// The database's.
-pub async fn add_rewards<C: ConnectionTrait>(
-    tx: &C,
-    earned: &BTreeMap<Address, i64>,
-) -> Result<Vec<(Address, u64)>, DbErr> {
-    for (operator, amount) in earned {
-        let row =
-            rewards::ActiveModel { operator: Set(operator.to_string()), cumulative_micro: Set(*amount) };
-        let column = Expr::col((rewards::Entity, rewards::Column::CumulativeMicro));
-        let insert = rewards::Entity::insert(row).on_conflict(
-            OnConflict::column(rewards::Column::Operator)
-                .value(rewards::Column::CumulativeMicro, column.add(*amount))
-                .to_owned(),
-        );
-        tx.execute(&insert.into_query()).await?;
-    }
-    let rows = rewards::Entity::find().order_by_asc(rewards::Column::Operator).all(tx).await?;
+pub async fn moved<C: ConnectionTrait>(tx: &C, sequence: u64) -> Result<Vec<Moved>, DbErr> {
+    let sequence = signed("journal.batch_sequence", sequence)?;
+    let sql = format!(
+        "SELECT receipts.receipt AS receipt FROM journal JOIN receipts ON receipts.request_id = journal.request_id \
+         WHERE journal.batch_sequence = {sequence}"
+    );
+    let statement = Statement::from_string(tx.get_database_backend(), sql);
+    let rows = tx.query_all_raw(statement).await?;
     rows.iter()
         .map(|row| {
-            let operator = row.operator.parse().map_err(|_| corrupt("rewards.operator", "not an address"))?;
-            Ok((operator, unsigned("rewards.cumulative_micro", row.cumulative_micro)?))
+            let bytes: Vec<u8> = row.try_get("", "receipt")?;
+            serde_json::from_slice(&bytes).map_err(|e| corrupt("receipts.receipt", &e.to_string()))
         })
         .collect()
 }
 
-/// Writes a new batch and puts the leaves into it in their order. `false` if somebody else was faster: roll back.
+/// Writes a new batch, whose leaves [`take`] chose. `false` if somebody else was faster: roll back.
 ///
 /// # Errors
 /// The database's.
 pub async fn form<C: ConnectionTrait>(
     tx: &C,
     batch: &Batch,
-    leaves: &[JournalRow],
+    reward_total: u64,
     now_ms: i64,
 ) -> Result<bool, DbErr> {
-    let sequence = signed("batches.sequence", batch.sequence)?;
-    if !insert(tx, batch, batch.hash().0, BatchState::Formed, now_ms).await? {
-        return Ok(false);
-    }
-    for (index, leaf) in leaves.iter().enumerate() {
-        let updated = journal::Entity::update_many()
-            .col_expr(journal::Column::BatchSequence, Expr::value(sequence))
-            .col_expr(journal::Column::BatchIndex, Expr::value(signed("journal.batch_index", index as u64)?))
-            .filter(journal::Column::RequestId.eq(leaf.request_id))
-            .filter(journal::Column::BatchSequence.is_null())
-            .exec(tx)
-            .await?;
-        if updated.rows_affected != 1 {
-            return Ok(false);
-        }
-    }
-    Ok(true)
+    insert(tx, batch, batch.hash().0, BatchState::Formed, reward_total, now_ms).await
 }
 
 /// Notes the chain's head as the batch that the next one follows.
@@ -226,7 +185,7 @@ pub async fn adopt<C: ConnectionTrait>(
         reward_root: Default::default(),
         total: 0,
     };
-    insert(tx, &batch, hash.0, BatchState::Adopted, now_ms).await
+    insert(tx, &batch, hash.0, BatchState::Adopted, 0, now_ms).await
 }
 
 async fn insert<C: ConnectionTrait>(
@@ -234,6 +193,7 @@ async fn insert<C: ConnectionTrait>(
     batch: &Batch,
     hash: [u8; 32],
     state: BatchState,
+    reward_total: u64,
     now_ms: i64,
 ) -> Result<bool, DbErr> {
     let total = u64::try_from(batch.total).map_err(|_| corrupt("batches.total_micro", "it is too large"))?;
@@ -246,12 +206,11 @@ async fn insert<C: ConnectionTrait>(
         count: Set(signed("batches.count", batch.count)?),
         total_micro: Set(signed("batches.total_micro", total)?),
         hash: Set(hash.to_vec()),
-        nonce: Set(None),
         tx_hash: Set(None),
-        raw_tx: Set(None),
         block_number: Set(None),
         formed_at_ms: Set(now_ms),
         anchored_at_ms: Set(None),
+        reward_total_micro: Set(signed("batches.reward_total_micro", reward_total)?),
     };
     let insert = batches::Entity::insert(row).on_conflict(OnConflict::new().do_nothing().to_owned());
     Ok(tx.execute(&insert.into_query()).await?.rows_affected() == 1)
@@ -265,34 +224,72 @@ pub async fn find<C: ConnectionTrait>(db: &C, sequence: u64) -> Result<Option<Ba
     batches::Entity::find_by_id(signed("batches.sequence", sequence)?).one(db).await
 }
 
-/// Stores the signed transaction of a batch: before it is sent.
+/// Notes that a batch has a signed transaction.
 ///
 /// # Errors
 /// The database's.
-pub async fn set_signed<C: ConnectionTrait>(db: &C, sequence: u64, tx: &SignedTx) -> Result<(), DbErr> {
+pub async fn set_signed<C: ConnectionTrait>(db: &C, sequence: u64) -> Result<(), DbErr> {
     batches::Entity::update_many()
         .col_expr(batches::Column::State, Expr::value(BatchState::Signed.name()))
-        .col_expr(batches::Column::Nonce, Expr::value(signed("batches.nonce", tx.nonce)?))
-        .col_expr(batches::Column::TxHash, Expr::value(tx.hash.to_vec()))
-        .col_expr(batches::Column::RawTx, Expr::value(tx.raw.clone()))
         .filter(batches::Column::Sequence.eq(signed("batches.sequence", sequence)?))
+        .filter(batches::Column::State.eq(BatchState::Formed.name()))
         .exec(db)
         .await
         .map(drop)
 }
 
-/// Takes an anchored batch back: the chain lost it. `false` if it was not anchored.
+/// Takes anchored batches after `head_sequence` back, because the chain does not have them any more. How many there were.
 ///
 /// # Errors
 /// The database's.
-pub async fn unanchor<C: ConnectionTrait>(db: &C, sequence: u64) -> Result<bool, DbErr> {
+pub async fn unanchor_after<C: ConnectionTrait>(db: &C, head_sequence: u64) -> Result<u64, DbErr> {
     let updated = batches::Entity::update_many()
         .col_expr(batches::Column::State, Expr::value(BatchState::Signed.name()))
-        .filter(batches::Column::Sequence.eq(signed("batches.sequence", sequence)?))
+        .filter(batches::Column::Sequence.gt(signed("head", head_sequence)?))
         .filter(batches::Column::State.eq(BatchState::Anchored.name()))
         .exec(db)
         .await?;
-    Ok(updated.rows_affected == 1)
+    Ok(updated.rows_affected)
+}
+
+/// The newest batch that is anchored together with all before it; 0 for none.
+///
+/// # Errors
+/// The database's.
+pub async fn last_anchored<C: ConnectionTrait>(db: &C) -> Result<u64, DbErr> {
+    let open: Option<i64> = batches::Entity::find()
+        .select_only()
+        .column_as(batches::Column::Sequence.min(), "first")
+        .filter(batches::Column::State.is_in([BatchState::Formed.name(), BatchState::Signed.name()]))
+        .into_tuple::<Option<i64>>()
+        .one(db)
+        .await?
+        .flatten();
+    let last = match open {
+        Some(first) => first - 1,
+        None => batches::Entity::find()
+            .order_by_desc(batches::Column::Sequence)
+            .one(db)
+            .await?
+            .map_or(0, |row| row.sequence),
+    };
+    unsigned("batches.sequence", last)
+}
+
+/// What was charged and is not finally on the chain, 10^-6 INFER: receipts without a batch, and batches on their way.
+///
+/// # Errors
+/// The database's.
+pub async fn exposed<C: ConnectionTrait>(db: &C) -> Result<i64, DbErr> {
+    let sql = "SELECT CAST((SELECT COALESCE(SUM(requests.charged_micro), 0) FROM journal \
+         JOIN requests ON requests.id = journal.request_id WHERE journal.batch_sequence IS NULL) \
+         + (SELECT COALESCE(SUM(total_micro), 0) FROM batches WHERE state IN ('formed', 'signed')) AS BIGINT) \
+         AS value";
+    let statement = Statement::from_string(db.get_database_backend(), sql);
+    match db.query_one_raw(statement).await? {
+        Some(row) => row.try_get("", "value"),
+        None => Ok(0),
+    }
 }
 
 /// Where a batch was found on the chain.

@@ -1,12 +1,15 @@
 //! What makes the tables of [`super::tables`].
 
-use sea_orm::{DbErr, EntityName};
+use sea_orm::{ConnectionTrait, DbErr, EntityName};
 use sea_orm_migration::{
     MigrationName, MigrationTrait, MigratorTrait, SchemaManager,
-    prelude::{ColumnDef, Index, IntoIden, Table},
+    prelude::{Alias, ColumnDef, Index, IntoIden, Table},
 };
 
-use super::tables::{balances, batches, entries, journal, receipts, requests, rewards, transfers};
+use super::tables::{
+    balances, batch_txs, batches, entries, journal, receipts, requests, reward_history, rewards, transfers,
+    unpaid,
+};
 
 /// All migrations of this service, with those of the bus.
 pub struct Migrator;
@@ -18,6 +21,7 @@ impl MigratorTrait for Migrator {
             infera_bus::outbox::migration(),
             Box::new(First),
             Box::new(Deadlines),
+            Box::new(Variants),
         ]
     }
 }
@@ -55,6 +59,85 @@ impl MigrationTrait for Deadlines {
             .to_owned();
         manager.create_index(open).await
     }
+}
+
+/// Several signed transactions for a batch, what each operator had earned as of a batch, and what was not paid.
+struct Variants;
+
+impl MigrationName for Variants {
+    fn name(&self) -> &str {
+        "settlement_0003"
+    }
+}
+
+#[async_trait::async_trait]
+impl MigrationTrait for Variants {
+    async fn up(&self, manager: &SchemaManager) -> Result<(), DbErr> {
+        use {
+            batch_txs::Column as T, batches::Column as B, reward_history::Column as H, unpaid::Column as U,
+        };
+        let transactions = vec![
+            bytes(T::Hash),
+            int(T::Sequence),
+            text(T::Purpose),
+            int(T::Nonce),
+            bytes(T::Raw),
+            int(T::MaxFee),
+            int(T::PriorityFee),
+            int(T::SignedAtMs),
+        ];
+        create(manager, batch_txs::Entity, transactions, Index::create().col(T::Hash)).await?;
+        index(manager, "batch_txs_nonce", batch_txs::Entity, [T::Nonce, T::Sequence]).await?;
+        let history = vec![text(H::Operator), int(H::Sequence), int(H::CumulativeMicro)];
+        let key = &mut Index::create();
+        create(manager, reward_history::Entity, history, key.col(H::Operator).col(H::Sequence)).await?;
+        index(manager, "reward_history_sequence", reward_history::Entity, [H::Sequence, H::Operator]).await?;
+        let unpaid_columns =
+            vec![uuid(U::RequestId), bytes(U::Node), text(U::Operator), text(U::Reason), int(U::AtMs)];
+        let key = &mut Index::create();
+        create(manager, unpaid::Entity, unpaid_columns, key.col(U::RequestId).col(U::Node)).await?;
+        index(manager, "unpaid_operator", unpaid::Entity, [U::Operator, U::AtMs]).await?;
+        let total = ColumnDef::new(B::RewardTotalMicro).big_integer().not_null().default(0_i64).take();
+        manager.alter_table(Table::alter().table(batches::Entity).add_column(total).take()).await?;
+        let db = manager.get_connection();
+        db.execute_unprepared(
+            "INSERT INTO batch_txs (hash, sequence, purpose, nonce, raw, max_fee, priority_fee, signed_at_ms) \
+             SELECT tx_hash, sequence, 'post', nonce, raw_tx, 0, 0, formed_at_ms FROM batches \
+             WHERE tx_hash IS NOT NULL AND nonce IS NOT NULL AND raw_tx IS NOT NULL",
+        )
+        .await?;
+        // Earlier batches had no history: the newest of them stands for all.
+        db.execute_unprepared(
+            "INSERT INTO reward_history (operator, sequence, cumulative_micro) \
+             SELECT operator, (SELECT COALESCE(MAX(sequence), 0) FROM batches), cumulative_micro FROM rewards",
+        )
+        .await?;
+        db.execute_unprepared(
+            "UPDATE batches SET reward_total_micro = (SELECT COALESCE(SUM(cumulative_micro), 0) FROM rewards) \
+             WHERE sequence = (SELECT MAX(sequence) FROM batches)",
+        )
+        .await?;
+        for column in ["nonce", "raw_tx"] {
+            manager
+                .alter_table(Table::alter().table(batches::Entity).drop_column(Alias::new(column)).take())
+                .await?;
+        }
+        Ok(())
+    }
+}
+
+async fn index<const N: usize>(
+    manager: &SchemaManager<'_>,
+    name: &str,
+    table: impl IntoIden + Copy + 'static + sea_orm::EntityName,
+    columns: [impl IntoIden; N],
+) -> Result<(), DbErr> {
+    let mut index = Index::create();
+    index.name(name).table(table).if_not_exists();
+    for column in columns {
+        index.col(column);
+    }
+    manager.create_index(index).await
 }
 
 fn uuid(column: impl IntoIden) -> ColumnDef {
@@ -204,9 +287,10 @@ async fn chain(manager: &SchemaManager<'_>) -> Result<(), DbErr> {
             int(B::Count),
             int(B::TotalMicro),
             bytes(B::Hash),
-            optional_int(B::Nonce),
+            // Moved into a table of their own by the third migration.
+            optional_int(Alias::new("nonce")),
             optional_bytes(B::TxHash),
-            optional_bytes(B::RawTx),
+            optional_bytes(Alias::new("raw_tx")),
             optional_int(B::BlockNumber),
             int(B::FormedAtMs),
             optional_int(B::AnchoredAtMs),

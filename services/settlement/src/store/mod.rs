@@ -3,7 +3,9 @@
 pub mod batches;
 mod migrations;
 pub mod requests;
+pub mod rewards;
 pub mod tables;
+pub mod txs;
 
 pub use migrations::Migrator;
 

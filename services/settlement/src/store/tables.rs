@@ -138,7 +138,7 @@ pub mod journal {
     impl ActiveModelBehavior for ActiveModel {}
 }
 
-/// Batches, with the transaction that posts each.
+/// Batches. The transactions that post them are in [`batch_txs`](super::batch_txs).
 pub mod batches {
     use sea_orm::entity::prelude::*;
 
@@ -156,12 +156,13 @@ pub mod batches {
         pub total_micro: i64,
         /// `chain::Batch::hash`.
         pub hash: Vec<u8>,
-        pub nonce: Option<i64>,
+        /// The transaction that brought it onto the chain, once anchored.
         pub tx_hash: Option<Vec<u8>>,
-        pub raw_tx: Option<Vec<u8>>,
         pub block_number: Option<i64>,
         pub formed_at_ms: i64,
         pub anchored_at_ms: Option<i64>,
+        /// Sum of all operators' cumulative rewards as of this batch: the total that its reward root is queued with.
+        pub reward_total_micro: i64,
     }
 
     #[derive(Copy, Clone, Debug, EnumIter, DeriveRelation)]
@@ -181,6 +182,77 @@ pub mod rewards {
         #[sea_orm(primary_key, auto_increment = false)]
         pub operator: String,
         pub cumulative_micro: i64,
+    }
+
+    #[derive(Copy, Clone, Debug, EnumIter, DeriveRelation)]
+    pub enum Relation {}
+
+    impl ActiveModelBehavior for ActiveModel {}
+}
+
+/// Every signed transaction, kept until one of its batch is final: after a lost answer or a reorganisation any of them
+/// may be the one that counts.
+pub mod batch_txs {
+    use sea_orm::entity::prelude::*;
+
+    #[derive(Clone, Debug, PartialEq, Eq, DeriveEntityModel)]
+    #[sea_orm(table_name = "batch_txs")]
+    pub struct Model {
+        #[sea_orm(primary_key, auto_increment = false)]
+        pub hash: Vec<u8>,
+        pub sequence: i64,
+        /// See [`crate::store::txs::Purpose`].
+        pub purpose: String,
+        pub nonce: i64,
+        pub raw: Vec<u8>,
+        /// Wei per gas.
+        pub max_fee: i64,
+        pub priority_fee: i64,
+        pub signed_at_ms: i64,
+    }
+
+    #[derive(Copy, Clone, Debug, EnumIter, DeriveRelation)]
+    pub enum Relation {}
+
+    impl ActiveModelBehavior for ActiveModel {}
+}
+
+/// What an operator had earned in all as of a batch; only operators that earned in it have a row.
+pub mod reward_history {
+    use sea_orm::entity::prelude::*;
+
+    #[derive(Clone, Debug, PartialEq, Eq, DeriveEntityModel)]
+    #[sea_orm(table_name = "reward_history")]
+    pub struct Model {
+        #[sea_orm(primary_key, auto_increment = false)]
+        pub operator: String,
+        #[sea_orm(primary_key, auto_increment = false)]
+        pub sequence: i64,
+        pub cumulative_micro: i64,
+    }
+
+    #[derive(Copy, Clone, Debug, EnumIter, DeriveRelation)]
+    pub enum Relation {}
+
+    impl ActiveModelBehavior for ActiveModel {}
+}
+
+/// Work that earned an operator nothing, and why.
+pub mod unpaid {
+    use sea_orm::entity::prelude::*;
+
+    #[derive(Clone, Debug, PartialEq, Eq, DeriveEntityModel)]
+    #[sea_orm(table_name = "unpaid")]
+    pub struct Model {
+        #[sea_orm(primary_key, auto_increment = false)]
+        pub request_id: Uuid,
+        #[sea_orm(primary_key, auto_increment = false)]
+        pub node: Vec<u8>,
+        /// Address, 0x and lowercase hex.
+        pub operator: String,
+        /// As the receipt says it.
+        pub reason: String,
+        pub at_ms: i64,
     }
 
     #[derive(Copy, Clone, Debug, EnumIter, DeriveRelation)]

@@ -1,36 +1,30 @@
 //! Receipts on a real chain: proofs that the contract accepts, restarts and losses.
 
-use std::process::Command;
-
 use infera_protocol::{
     bytes::{Address, Hash32},
     document::{Document, Status, check},
     identity::Domain,
 };
 use infera_runtime::config::Secret;
-use infera_settlement::{
-    Config,
-    chain::{B256, Chain, ChainReader, devnet::Devnet},
-};
+use infera_settlement::chain::{B256, Chain, ChainReader, devnet::Devnet};
 use infera_testkit::{anvil::Anvil, eventually};
-use infera_wire::{Message, v1};
+use infera_wire::v1;
 use uuid::Uuid;
 
 use crate::{
-    chain::{DEPLOYER, SETTLER, SETTLER_ADDRESS},
+    chain::SETTLER,
     network::Network,
     service::{Column, DEADLINE, Place, Service},
 };
 
 const CHAIN: u64 = 31_337;
 
-async fn deploy(rpc: &str) -> Address {
-    let contract = Chain::deploy(rpc, DEPLOYER, SETTLER_ADDRESS.parse().unwrap()).await.unwrap();
-    Address(contract.into())
+pub async fn deploy(rpc: &str) -> Address {
+    Address(crate::chain::contracts(rpc).await.settlement.into())
 }
 
 /// A place whose service anchors on the chain at `rpc`.
-async fn place(column: Column, rpc: &str, contract: Address) -> Place {
+pub async fn place(column: Column, rpc: &str, contract: Address) -> Place {
     let mut place = Place::new(column, Network::new(Domain { chain_id: CHAIN, contract }, rpc)).await;
     place.config.chain.settler_key = Secret::new(SETTLER);
     place.config.batch.age_ms = 50;
@@ -39,7 +33,7 @@ async fn place(column: Column, rpc: &str, contract: Address) -> Place {
 }
 
 /// Submits and decides `count` requests; returns their ids.
-fn decided(place: &Place, count: usize) -> Vec<Uuid> {
+pub fn decided(place: &Place, count: usize) -> Vec<Uuid> {
     (0..count)
         .map(|_| {
             let submitted = place.network.submitted("alice");
@@ -50,12 +44,12 @@ fn decided(place: &Place, count: usize) -> Vec<Uuid> {
         .collect()
 }
 
-async fn document(service: &Service, place: &Place, id: Uuid) -> Option<(Document, Vec<u8>)> {
+pub async fn document(service: &Service, place: &Place, id: Uuid) -> Option<(Document, Vec<u8>)> {
     let (status, body) = service.get(&format!("/v1/receipts/{id}"), Some(&place.key("alice"))).await;
     (status == 200).then(|| (serde_json::from_slice(&body).unwrap(), body))
 }
 
-async fn anchored(service: &Service, place: &Place, ids: &[Uuid]) -> Vec<Document> {
+pub async fn anchored(service: &Service, place: &Place, ids: &[Uuid]) -> Vec<Document> {
     let mut documents = Vec::new();
     for id in ids {
         let (document, bytes) = eventually(DEADLINE, async || {
@@ -74,7 +68,7 @@ fn words(hashes: &[Hash32]) -> Vec<B256> {
 }
 
 /// The contract accepts each document's proof, and not that of a changed receipt.
-async fn prove(reader: &ChainReader, documents: &[Document]) {
+pub async fn prove(reader: &ChainReader, documents: &[Document]) {
     for document in documents {
         let anchor = document.anchor.as_ref().unwrap();
         assert_eq!(reader.batch(anchor.sequence).await.unwrap().unwrap().0, anchor.receipts_root.0);
@@ -88,7 +82,7 @@ async fn prove(reader: &ChainReader, documents: &[Document]) {
     }
 }
 
-async fn reader(rpc: &str, contract: Address) -> ChainReader {
+pub async fn reader(rpc: &str, contract: Address) -> ChainReader {
     ChainReader::connect(rpc, contract.0.into()).await.unwrap()
 }
 
@@ -252,79 +246,4 @@ async fn a_contradicting_chain_stops_the_batcher_with_a_reason() {
     let (waiting, _) = document(&service, &place, more[0]).await.unwrap();
     assert_eq!(waiting.status, Status::Pending);
     service.stop().await;
-}
-
-const CHILD_CONFIG: &str = "INFERA_TEST_CHILD_CONFIG";
-
-/// Not a test by itself: the process that `every_crash_ends_in_one_batch` kills. It serves with the configuration
-/// given until it aborts at the planned point.
-#[test]
-fn child_that_is_killed() {
-    let Ok(path) = std::env::var(CHILD_CONFIG) else { return };
-    let config = Config::load(Some(path.as_ref())).unwrap();
-    actix_rt::System::new().block_on(async {
-        let bus = infera_bus::Bus::in_process();
-        let stop = infera_runtime::CancellationToken::new();
-        let stopper = stop.clone();
-        // A point that is never reached must fail the parent's assertion, not hang it.
-        actix_rt::spawn(async move {
-            tokio::time::sleep(DEADLINE).await;
-            stopper.cancel();
-        });
-        infera_settlement::run(config, infera_settlement::Deps { bus, bound: None }, stop).await.unwrap();
-    });
-}
-
-/// The settings of `place` as a file, for another process.
-fn config_file(place: &Place) -> std::path::PathBuf {
-    let common = &place.config.common;
-    let text = format!(
-        "http_bind = \"127.0.0.1:0\"\ndatabase_url = {:?}\njwks_path = {:?}\nmanifest_path = {:?}\n\
-         registry_path = {:?}\n[chain]\nsettler_key = {SETTLER:?}\nresend_ms = 200\n[batch]\nage_ms = 50\n",
-        common.database_url.expose(),
-        common.jwks_path,
-        common.manifest_path,
-        common.registry_path,
-    );
-    let path = place.dir.path().join("settlement.toml");
-    std::fs::write(&path, text).unwrap();
-    path
-}
-
-#[tokio::test]
-async fn every_crash_ends_in_one_batch() {
-    let anvil = Anvil::start().await;
-    for point in ["after_form", "after_sign", "after_send", "before_mark", "after_mark"] {
-        let contract = deploy(anvil.url()).await;
-        let mut place = place(Column::Embedded, anvil.url(), contract).await;
-        // First receipts only, then the process that is killed while it anchors them.
-        place.config.chain.settler_key = Secret::default();
-        let mut issued = place.listen("explorer.receipt").await;
-        let service = place.start().await;
-        let ids = decided(&place, 3);
-        for _ in &ids {
-            let _: v1::ReceiptIssued = issued.next().await;
-        }
-        service.stop().await;
-
-        let child = Command::new(std::env::current_exe().unwrap())
-            .args(["--exact", "batches::child_that_is_killed"])
-            .env(CHILD_CONFIG, config_file(&place))
-            .env("INFERA_FAIL", format!("settlement.batch.{point}=abort"))
-            .output();
-        let child = tokio::task::spawn_blocking(|| child).await.unwrap().unwrap();
-        let died = std::os::unix::process::ExitStatusExt::signal(&child.status);
-        assert_eq!(died, Some(6), "{point}: {}", String::from_utf8_lossy(&child.stdout));
-
-        place.config.chain.settler_key = Secret::new(SETTLER);
-        let mut told = place.listen("explorer.anchored").await;
-        let service = place.start().await;
-        let reader = reader(anvil.url(), contract).await;
-        prove(&reader, &anchored(&service, &place, &ids).await).await;
-        assert_eq!(reader.head().await.unwrap().sequence, 1, "{point}");
-        let message: v1::BatchAnchored = told.next().await;
-        assert_eq!(message.request_ids.len(), 3, "{point}: {} bytes", message.encoded_len());
-        service.audit().await;
-        service.stop().await;
-    }
 }

@@ -3,9 +3,11 @@
 use std::{fs, path::PathBuf, time::Duration};
 
 use infera_settlement::chain::{
-    Address, B256, Batch, Chain, ChainError, ChainReader, TxStatus,
+    Address, B256, Batch, Chain, ChainError, ChainReader, Contracts, Deployment, TxStatus, deploy,
     devnet::{Devnet, DevnetConfig, DevnetError},
 };
+
+use crate::network::Network;
 
 /// anvil's first and second accounts, known to everybody.
 pub const DEPLOYER: &str = "0xac0974bec39a17e36ba4a6b4d238ff944bacb478cbed5efcae784d7bf4f2ff80";
@@ -41,8 +43,15 @@ pub fn config(folder: &tempfile::TempDir) -> DevnetConfig {
     }
 }
 
+/// A devnet's contracts, with anvil's third account as the guardian.
+pub async fn contracts(rpc_url: &str) -> Contracts {
+    let guardian = "0x3C44CdDdB6a900fa2b585dd299e03d12FA4293BC".parse().unwrap();
+    let wanted = Deployment::devnet(SETTLER_ADDRESS.parse().unwrap(), guardian);
+    deploy::deploy(rpc_url, DEPLOYER, &Network::offline().registry, &wanted).await.unwrap()
+}
+
 async fn deployed(devnet: &Devnet) -> Chain {
-    let contract = Chain::deploy(devnet.rpc_url(), DEPLOYER, SETTLER_ADDRESS.parse().unwrap()).await.unwrap();
+    let contract = contracts(devnet.rpc_url()).await.settlement;
     Chain::connect(devnet.rpc_url(), SETTLER, contract).await.unwrap()
 }
 
@@ -130,7 +139,7 @@ async fn sending_twice_posts_once_and_bad_batches_are_refused_by_name() {
 
     let contract = chain.reader().contract();
     let stranger = Chain::connect(devnet.rpc_url(), DEPLOYER, contract).await.unwrap();
-    let refused = stranger.sign_batch(&batch(2, first.hash()), 1).await.unwrap_err().to_string();
+    let refused = stranger.sign_batch(&batch(2, first.hash()), 99).await.unwrap_err().to_string();
     assert!(refused.contains("may not do this"), "{refused}");
     devnet.stop().await.unwrap();
 }

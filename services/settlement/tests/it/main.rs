@@ -1,10 +1,19 @@
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 //! Settlement against real parts: anvil, databases, buses.
 
+mod anvil_world;
 mod batches;
+mod books;
 mod chain;
 mod contracts;
+mod crash;
+mod faults;
 mod ledger;
 mod network;
+mod operators;
+mod proxy;
+mod random;
 mod requests;
+mod schedules;
 mod service;
+mod sim;

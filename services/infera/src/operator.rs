@@ -1,0 +1,338 @@
+//! `infera operator`: what a node's operator earned, from the books and the chain together, and its stake.
+
+use std::{
+    fs,
+    path::{Path, PathBuf},
+    process::ExitCode,
+};
+
+use alloy::primitives::U256;
+use infera_protocol::bytes::Address;
+use infera_runtime::network;
+use infera_settlement::{
+    chain::{Contracts, operator::Operator, port::Rewards, reader::RewardRoot},
+    operators::{Earned, Reward, Standing},
+};
+use serde::{Serialize, de::DeserializeOwned};
+
+use crate::{
+    cli::{OperatorArgs, OperatorCommand, OperatorWho},
+    client::{UpFile, get, infer},
+    layout::Layout,
+    say,
+};
+
+/// Gas money that an operator gets on a devnet, where nobody can buy any.
+const DEVNET_WEI: u128 = 10 * 10_u128.pow(18);
+/// anvil's chain id: a devnet.
+const DEVNET: u64 = 31_337;
+/// 10^-6 INFER in an INFER.
+const MICRO: u128 = 1_000_000;
+
+pub fn operator(args: &OperatorArgs) -> Result<ExitCode, String> {
+    crate::block_on(async {
+        match &args.command {
+            OperatorCommand::Earnings { who, json } => earnings(who, *json).await,
+            OperatorCommand::Claim { who } => claim(who).await,
+            OperatorCommand::Stake { who, amount, faucet } => stake(who, amount, *faucet).await,
+            OperatorCommand::Unstake { who, amount } => unstake(who, amount.as_deref()).await,
+        }
+        .map(|()| ExitCode::SUCCESS)
+    })?
+}
+
+/// An operator at its network.
+struct Session {
+    chain: Operator,
+    contracts: Contracts,
+    settlement: Option<String>,
+    treasury: PathBuf,
+}
+
+impl Session {
+    async fn open(who: &OperatorWho) -> Result<Self, String> {
+        let folder = &who.data.data;
+        let contracts_path = who.contracts.clone().unwrap_or_else(|| folder.join("contracts.json"));
+        let contracts: Contracts = read_json(&contracts_path).map_err(|e| {
+            format!("{e}; name it with --contracts, or start a network anew (`make clean-data`, `make up`)")
+        })?;
+        let rpc = match &who.rpc {
+            Some(rpc) => rpc.clone(),
+            None => {
+                network::manifest(&folder.join("network.json"))
+                    .map_err(|e| format!("{e}; name the chain's endpoint with --rpc"))?
+                    .rpc_url
+            }
+        };
+        let layout = Layout::existing(folder).ok();
+        let settlement = who.settlement.clone().or_else(|| {
+            layout.as_ref().and_then(|layout| UpFile::read(layout).ok()).map(|up| up.settlement_url)
+        });
+        let key_path = key_path(who);
+        let key = fs::read_to_string(&key_path).map_err(|e| {
+            format!(
+                "cannot read the operator's key {}: {e}; name it with --key or --node",
+                key_path.display()
+            )
+        })?;
+        let chain = Operator::connect(&rpc, &key, contracts).await.map_err(|e| e.to_string())?;
+        let treasury = folder.join("keys/treasury.key");
+        if contracts.chain_id == DEVNET {
+            chain.devnet_pass(0).await.map_err(|e| e.to_string())?;
+        }
+        Ok(Self { chain, contracts, settlement, treasury })
+    }
+
+    fn address(&self) -> Address {
+        Address(self.chain.address().into())
+    }
+
+    async fn ask<T: DeserializeOwned>(&self, path: &str) -> Result<T, String> {
+        let base = self.settlement.as_ref().ok_or(
+            "no network runs on the data folder: name the settlement service with --settlement http://HOST:PORT",
+        )?;
+        let json = get(&format!("{base}/v1/operators/{}{path}", self.address()), &[]).await?;
+        serde_json::from_value(json)
+            .map_err(|e| format!("the settlement service answers something else: {e}"))
+    }
+
+    /// The operator's leaf in the newest root that pays; `None` if none does or the operator is not in it.
+    async fn matured(&self) -> Result<Option<(RewardRoot, Reward)>, String> {
+        let reader = self.chain.reader();
+        let id = reader.claimable_id().await.map_err(|e| e.to_string())?;
+        let root = reader.reward_root(id).await.map_err(|e| e.to_string())?;
+        if id == 0 {
+            return Ok(None);
+        }
+        let earned: Earned = self.ask("").await?;
+        if earned.earned_micro == 0 {
+            return Ok(None);
+        }
+        let Ok(reward) = self.ask::<Reward>(&format!("/rewards/{}", root.sequence)).await else {
+            return Ok(None);
+        };
+        if reward.root.0 != root.root.0 {
+            return Err(format!(
+                "the settlement service proves root {}, the chain has {} in batch {}: do not trust it",
+                reward.root, root.root, root.sequence
+            ));
+        }
+        Ok(Some((root, reward)))
+    }
+
+    /// On a devnet: money for gas, where there is none.
+    async fn gas(&self) -> Result<(), String> {
+        let me = self.chain.address();
+        if self.contracts.chain_id == DEVNET
+            && self.chain.gas_money(me).await.map_err(|e| e.to_string())?.is_zero()
+        {
+            self.chain.devnet_gas(me, U256::from(DEVNET_WEI)).await.map_err(|e| e.to_string())?;
+            say("the devnet gave money for gas");
+        }
+        Ok(())
+    }
+}
+
+fn key_path(who: &OperatorWho) -> PathBuf {
+    match (&who.key, who.node) {
+        (Some(key), _) => key.clone(),
+        (None, Some(node)) => who.data.data.join("nodes").join(node.to_string()).join("operator.key"),
+        (None, None) => PathBuf::from(".infera-node/operator.key"),
+    }
+}
+
+fn read_json<T: DeserializeOwned>(path: &Path) -> Result<T, String> {
+    let bytes = fs::read(path).map_err(|e| format!("cannot read {}: {e}", path.display()))?;
+    serde_json::from_slice(&bytes).map_err(|e| format!("{} is damaged: {e}", path.display()))
+}
+
+/// INFER with up to six decimals, as 10^-6 INFER.
+fn amount(text: &str) -> Result<u128, String> {
+    let wrong =
+        || format!("the amount `{text}` is none: write INFER with up to six decimals, as 1000 or 0.25");
+    let (whole, part) = text.split_once('.').unwrap_or((text, ""));
+    let digits = |text: &str| text.bytes().all(|byte| byte.is_ascii_digit());
+    if whole.is_empty() || part.len() > 6 || !digits(whole) || !digits(part) || text.ends_with('.') {
+        return Err(wrong());
+    }
+    let whole: u128 = whole.parse().map_err(|_| wrong())?;
+    let part: u128 = format!("{part:0<6}").parse().map_err(|_| wrong())?;
+    whole
+        .checked_mul(MICRO)
+        .and_then(|micro| micro.checked_add(part))
+        .filter(|micro| *micro > 0 && *micro <= u128::from(u64::MAX))
+        .ok_or_else(wrong)
+}
+
+fn shown(micro: u128) -> String {
+    infer(u64::try_from(micro).unwrap_or(u64::MAX))
+}
+
+/// What `--json` prints.
+#[derive(Serialize)]
+struct Report {
+    operator: Address,
+    #[serde(flatten)]
+    standing: Standing,
+    #[serde(flatten)]
+    books: Books,
+}
+
+#[derive(Serialize)]
+struct Books {
+    earned_micro: u64,
+    unpaid_total: u64,
+    unpaid: Vec<infera_settlement::operators::NotPaid>,
+}
+
+async fn earnings(who: &OperatorWho, json: bool) -> Result<(), String> {
+    let session = Session::open(who).await?;
+    let earned: Earned = session.ask("").await?;
+    let matured = session.matured().await?.map_or(0, |(_, reward)| reward.cumulative_micro);
+    let reader = session.chain.reader();
+    let claimed = reader.claimed(session.chain.address()).await.map_err(|e| e.to_string())?;
+    let standing = Standing::of(&earned, matured, u64::try_from(claimed).unwrap_or(u64::MAX));
+    if json {
+        let Earned { operator, earned_micro, unpaid_total, unpaid, .. } = earned;
+        let books = Books { earned_micro, unpaid_total, unpaid };
+        say(serde_json::to_string_pretty(&Report { operator, standing, books }).map_err(|e| e.to_string())?);
+        return Ok(());
+    }
+    let queue = reader.rewards().await.map_err(|e| e.to_string())?;
+    print(&earned, &standing, &queue);
+    Ok(())
+}
+
+fn print(earned: &Earned, standing: &Standing, queue: &Rewards) {
+    say(format_args!("operator   {}", earned.operator));
+    let rows = [
+        ("pending", standing.pending_micro, "verified, its batch is not final on the chain yet"),
+        ("verified", standing.verified_micro, "final on the chain, its reward root does not pay yet"),
+        ("claimable", standing.claimable_micro, "infera operator claim brings it"),
+        ("paid", standing.paid_micro, "was claimed"),
+    ];
+    for (name, micro, why) in rows {
+        say(format_args!("{name:10} {:>26}  {why}", infer(micro)));
+    }
+    say(format_args!("earned     {:>26}  in all", infer(earned.earned_micro)));
+    if standing.verified_micro > 0 && queue.last_id > 0 {
+        let matures = queue.last_queued_secs.saturating_add(queue.challenge_delay_secs);
+        let left = matures.saturating_sub(queue.now_secs);
+        say(format_args!("the newest reward root pays in {left} s of the chain's time"));
+    }
+    for one in &earned.unpaid {
+        say(format_args!("not paid   {}  node {}: {}", one.request, one.node, one.sentence()));
+    }
+    let more = earned.unpaid_total.saturating_sub(earned.unpaid.len() as u64);
+    if more > 0 {
+        say(format_args!("and {more} more that were not paid"));
+    }
+}
+
+async fn claim(who: &OperatorWho) -> Result<(), String> {
+    let session = Session::open(who).await?;
+    let me = session.chain.address();
+    let claimed = session.chain.reader().claimed(me).await.map_err(|e| e.to_string())?;
+    let Some((root, reward)) = session.matured().await? else {
+        say("nothing can be claimed yet: see `infera operator earnings`");
+        return Ok(());
+    };
+    let cumulative = u128::from(reward.cumulative_micro);
+    if cumulative <= claimed {
+        say(format_args!("nothing new can be claimed: {} was paid already", shown(claimed)));
+        return Ok(());
+    }
+    session.gas().await?;
+    let proof = reward.proof.iter().map(|hash| hash.0.into()).collect();
+    let tx = session.chain.claim(root.id, me, cumulative, proof).await.map_err(|e| e.to_string())?;
+    say(format_args!("claimed {} by reward root {}, transaction {tx}", shown(cumulative - claimed), root.id));
+    Ok(())
+}
+
+async fn stake(who: &OperatorWho, text: &str, faucet: bool) -> Result<(), String> {
+    let amount = amount(text)?;
+    let session = Session::open(who).await?;
+    let me = session.chain.address();
+    session.gas().await?;
+    let has = session.chain.tokens(me).await.map_err(|e| e.to_string())?;
+    if has < amount {
+        if !faucet {
+            return Err(format!(
+                "{me} has {}, {} are to be staked; on a devnet --faucet takes what is missing from its treasury",
+                shown(has),
+                shown(amount)
+            ));
+        }
+        from_treasury(&session, who, amount - has).await?;
+    }
+    let tx = session.chain.stake(amount).await.map_err(|e| e.to_string())?;
+    say(format_args!("staked {}, transaction {tx}", shown(amount)));
+    say_stake(&session).await
+}
+
+async fn from_treasury(session: &Session, who: &OperatorWho, missing: u128) -> Result<(), String> {
+    let key = fs::read_to_string(&session.treasury)
+        .map_err(|e| format!("there is no treasury here ({}: {e})", session.treasury.display()))?;
+    let rpc = match &who.rpc {
+        Some(rpc) => rpc.clone(),
+        None => network::manifest(&who.data.data.join("network.json")).map_err(|e| e.to_string())?.rpc_url,
+    };
+    let treasury = Operator::connect(&rpc, &key, session.contracts).await.map_err(|e| e.to_string())?;
+    treasury.transfer(session.chain.address(), missing).await.map_err(|e| e.to_string())?;
+    say(format_args!("the devnet's treasury gave {}", shown(missing)));
+    Ok(())
+}
+
+async fn unstake(who: &OperatorWho, text: Option<&str>) -> Result<(), String> {
+    let amount = text.map(amount).transpose()?;
+    let session = Session::open(who).await?;
+    session.gas().await?;
+    match amount {
+        Some(amount) => {
+            let tx = session.chain.unstake(amount).await.map_err(|e| e.to_string())?;
+            say(format_args!("{} is on its way out, transaction {tx}", shown(amount)));
+        }
+        None => {
+            let tx = session.chain.withdraw().await.map_err(|e| e.to_string())?;
+            say(format_args!("took out what had come out, transaction {tx}"));
+        }
+    }
+    say_stake(&session).await
+}
+
+async fn say_stake(session: &Session) -> Result<(), String> {
+    let stake = session.chain.staked(session.chain.address()).await.map_err(|e| e.to_string())?;
+    let now = session.chain.reader().time().await.map_err(|e| e.to_string())?;
+    say(format_args!(
+        "staked {}, of which a network may ask {} at least",
+        shown(stake.active),
+        shown(stake.minimum)
+    ));
+    if stake.unbonding > 0 {
+        let left = stake.withdrawable_secs.saturating_sub(now);
+        say(format_args!(
+            "on its way out {}: `infera operator unstake` without an amount takes it in {left} s",
+            shown(stake.unbonding)
+        ));
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn amounts_are_infer_with_six_decimals() {
+        for (text, micro) in
+            [("1", 1_000_000), ("0.25", 250_000), ("1000.000001", 1_000_000_001), ("007", 7_000_000)]
+        {
+            assert_eq!(amount(text).unwrap(), micro, "{text}");
+        }
+        for text in ["", ".5", "1.", "1.0000001", "-1", "1e3", "0", "0.0", "1 000", "99999999999999999999999"]
+        {
+            let error = amount(text).unwrap_err();
+            assert!(error.contains(&format!("`{text}`")), "{error}");
+        }
+    }
+}

@@ -1,0 +1,457 @@
+//! Random schedules of faults by their seed: work arrives, settlement is killed at any await, the chain loses answers,
+//! transactions and blocks. In the end nothing is lost, nothing is paid twice, the books balance to the last unit, and
+//! the chain agrees with them.
+//!
+//! The same schedule runs against a chain in memory ([`crate::sim`]), fast enough for thousands, and against a real
+//! anvil ([`crate::anvil_world`]). A kill is a future that is dropped at an await: whatever it had not committed is gone,
+//! as after kill -9; `crash.rs` kills real processes.
+
+use std::{future::poll_fn, pin::pin, sync::Arc, task::Poll};
+
+use infera_bus::{Envelope, Reject};
+use infera_protocol::{bytes::Hash32, merkle::MerkleTree};
+use infera_runtime::{config::Secret, db, health::Health};
+use infera_settlement::{
+    Config,
+    batcher::{Batcher, Next, Work},
+    chain::{Link, Port},
+    consumer::Consumer,
+    domain::reward_root,
+    exposure::Exposure,
+    ledger::{self, Account},
+    metrics::Metrics,
+    store::{Migrator, batches, rewards},
+};
+use infera_testkit::{TempDir, cluster, unique};
+use sea_orm::{ConnectionTrait, DatabaseConnection, Statement, TransactionTrait};
+use uuid::Uuid;
+
+use crate::{
+    network::{Network, submitted_bytes, verdict_bytes},
+    random::Random,
+    sim::SimWorld,
+};
+
+/// What happens to a chain.
+#[derive(Debug, Clone, Copy)]
+pub enum Event {
+    /// So many blocks are made.
+    Mine(u64),
+    /// The newest `depth` blocks are replaced by others without the settler's transactions, which wait again or are lost.
+    Reorg { depth: u64, lose: bool },
+    /// What waits is forgotten.
+    DropPool,
+    /// Somebody uses the settler's key and nonce for something else, and pays well.
+    Foreign,
+    /// The endpoint refuses connections.
+    Down(bool),
+    /// The endpoint does what it is asked and never says so.
+    LoseAnswers(bool),
+    /// Blocks cost so many gwei per gas from now on.
+    BaseFee(u64),
+}
+
+/// A chain that things happen to.
+#[allow(async_fn_in_trait)]
+pub trait World {
+    type Link: Link<Port: Clone>;
+    /// What the settler connects with.
+    fn link(&self) -> Self::Link;
+    async fn event(&self, event: Event);
+}
+
+/// What a schedule is made of.
+#[derive(Debug, Clone, Copy)]
+pub struct Terms {
+    pub seed: u64,
+    pub requests: u64,
+    /// Blocks until a batch counts as anchored.
+    pub confirmations: u64,
+    /// The deepest reorganisation.
+    pub reorg: u64,
+    /// Random steps before the faults end.
+    pub steps: u64,
+}
+
+impl Terms {
+    /// Terms by a seed: three of four schedules have a finality deeper than any reorganisation.
+    pub fn of(seed: u64) -> Self {
+        let mut random = Random::new(seed ^ 0x7e57);
+        let reorg = 1 + random.below(12);
+        let confirmations =
+            if random.percent(75) { reorg + 1 + random.below(3) } else { 1 + random.below(reorg) };
+        Self { seed, requests: 3 + random.below(8), confirmations, reorg, steps: 60 + random.below(80) }
+    }
+
+    fn never_taken_back(&self) -> bool {
+        self.confirmations > self.reorg
+    }
+}
+
+const CREDIT: u64 = 10_000;
+
+/// One request of the schedule and what becomes of it.
+struct Request {
+    account: &'static str,
+    id: Uuid,
+    submitted: Vec<u8>,
+    verdict: Vec<u8>,
+    /// What it must have been charged in the end.
+    charge: i64,
+}
+
+fn requests(network: &Network, terms: &Terms, random: &mut Random) -> Vec<Request> {
+    (0..terms.requests)
+        .map(|_| {
+            let account = if random.percent(90) { "alice" } else { "bob" };
+            let submitted = network.submitted(account);
+            let honest = 2 + random.below(2);
+            let (verdict, charge) = if random.percent(85) {
+                let honest = usize::try_from(honest).unwrap();
+                let evidence = network.evidence(&submitted, honest, 3 - honest);
+                (network.verified(&evidence), i64::try_from(honest).unwrap() * 60)
+            } else {
+                (network.failed(&submitted), 0)
+            };
+            Request {
+                account,
+                id: submitted.request.id,
+                submitted: submitted_bytes(&submitted).1,
+                verdict: verdict_bytes(&verdict).1,
+                // Bob can't pay a hold of 600.
+                charge: if account == "alice" { charge } else { 0 },
+            }
+        })
+        .collect()
+}
+
+/// Runs a future until it is done or until it has waited `polls` times; then it is dropped, as a kill would end it.
+async fn cut<F: Future>(future: F, polls: Option<u64>) -> Option<F::Output> {
+    let mut future = pin!(future);
+    let mut waited = 0;
+    poll_fn(|context| match future.as_mut().poll(context) {
+        Poll::Ready(output) => Poll::Ready(Some(output)),
+        Poll::Pending => {
+            waited += 1;
+            if polls.is_some_and(|polls| waited > polls) { Poll::Ready(None) } else { Poll::Pending }
+        }
+    })
+    .await
+}
+
+/// Settlement's parts between a database and a chain, without a bus: deliveries come straight to the handlers.
+struct Parts<W: World> {
+    db: DatabaseConnection,
+    world: W,
+    handlers: Consumer,
+    batcher: Batcher<W::Link>,
+    work: Work<<W::Link as Link>::Port>,
+}
+
+impl<W: World> Parts<W> {
+    fn new(db: DatabaseConnection, network: Network, world: W, terms: &Terms) -> Self {
+        let mut config = Config::load(None).unwrap();
+        config.batch.size = 3;
+        config.batch.limit = 4;
+        config.batch.age_ms = 0;
+        config.chain.confirmations = terms.confirmations;
+        config.chain.bump_ms = 1;
+        config.chain.resend_ms = 1;
+        config.chain.settler_key = Secret::new(crate::chain::SETTLER);
+        config.rewards.interval_secs = 1;
+        let health = Health::new("schedule");
+        let metrics = Metrics::register(&health).unwrap();
+        let written = Arc::new(tokio::sync::Notify::new());
+        let batcher = Batcher {
+            db: db.clone(),
+            relay: None,
+            config,
+            link: world.link(),
+            check: health.check("chain"),
+            metrics: metrics.clone(),
+            written: written.clone(),
+        };
+        let Network { manifest, registry, .. } = network;
+        let handlers = Consumer { manifest, registry, metrics, exposure: Exposure::new(0), written };
+        Self { db, world, handlers, batcher, work: Work::default() }
+    }
+
+    async fn deliver(&self, verdict: bool, body: &[u8]) {
+        let envelope = Envelope::new(Uuid::now_v7(), "any", body.to_vec());
+        let tx = self.db.begin().await.unwrap();
+        let handled = if verdict {
+            self.handlers.verdict(&tx, &envelope).await
+        } else {
+            self.handlers.submitted(&tx, &envelope).await
+        };
+        match handled {
+            Ok(()) => tx.commit().await.unwrap(),
+            // The verdict came before its request.
+            Err(Reject::Retry(_)) => tx.rollback().await.unwrap(),
+            Err(Reject::DeadLetter(reason)) => panic!("a dead letter: {reason}"),
+        }
+    }
+
+    /// After a look at the chain no batch that it does not have is said to be anchored.
+    async fn nothing_is_claimed_of_what_is_gone(&self) {
+        // The endpoint may be away.
+        let Ok(port) = self.world.link().connect().await else { return };
+        let Ok(head) = port.head().await else { return };
+        let sql = format!(
+            "SELECT COUNT(*) AS value FROM batches WHERE state = 'anchored' AND sequence > {}",
+            head.sequence
+        );
+        assert_eq!(
+            number(&self.db, &sql).await,
+            0,
+            "anchored, and behind the chain's head {}",
+            head.sequence
+        );
+    }
+
+    async fn step(&mut self, polls: Option<u64>) -> bool {
+        match cut(self.batcher.step(&mut self.work), polls).await {
+            Some(Ok(next)) => {
+                if next == Next::Poll {
+                    self.nothing_is_claimed_of_what_is_gone().await;
+                }
+                next == Next::Idle
+            }
+            Some(Err(infera_settlement::batcher::StepError::Conflict(reason))) => panic!("{reason}"),
+            Some(Err(_)) => {
+                self.work.reconnect();
+                false
+            }
+            None => {
+                // A new process knows nothing but the database.
+                self.work = Work::default();
+                false
+            }
+        }
+    }
+}
+
+fn event(terms: &Terms, random: &mut Random) -> Event {
+    match random.below(12) {
+        0..=4 => Event::Mine(1 + random.below(3)),
+        5 => Event::Reorg { depth: 1 + random.below(terms.reorg), lose: random.percent(50) },
+        6 => Event::DropPool,
+        7 => Event::Foreign,
+        8 => Event::Down(random.percent(25)),
+        9 => Event::LoseAnswers(random.percent(25)),
+        _ => Event::BaseFee([1, 3, 20, 100][usize::try_from(random.below(4)).unwrap()]),
+    }
+}
+
+/// What a schedule leaves: for the report.
+#[derive(Debug, Default, Clone, Copy)]
+pub struct Outcome {
+    pub settled: u64,
+    pub batches: u64,
+    /// Batches that were anchored again, because a reorganisation went deeper than finality.
+    pub taken_back: u64,
+}
+
+/// Plays a schedule; panics with what is wrong.
+pub async fn play<W: World>(db: DatabaseConnection, network: Network, world: W, terms: Terms) -> Outcome {
+    let mut random = Random::new(terms.seed);
+    let requests = requests(&network, &terms, &mut random);
+    for (account, micro, id) in [("alice", CREDIT, 1), ("bob", 500, 2)] {
+        let tx = db.begin().await.unwrap();
+        ledger::credit(&tx, Uuid::from_u128(id), account, micro, 1).await.unwrap();
+        tx.commit().await.unwrap();
+    }
+    let mut parts = Parts::new(db, network, world, &terms);
+    let count = requests.len() as u64;
+    for _ in 0..terms.steps {
+        let polls = random.percent(40).then(|| random.below(40));
+        match random.below(10) {
+            0..=2 => {
+                let request = &requests[usize::try_from(random.below(count)).unwrap()];
+                let verdict = random.percent(60);
+                let body = if verdict { &request.verdict } else { &request.submitted };
+                cut(parts.deliver(verdict, body), polls).await;
+            }
+            3..=6 => {
+                parts.step(polls).await;
+            }
+            _ => parts.world.event(event(&terms, &mut random)).await,
+        }
+    }
+    finish(&mut parts, &requests).await;
+    if !terms.never_taken_back() {
+        // What was said to be anchored is gone.
+        let lose = random.percent(50);
+        parts.world.event(Event::Reorg { depth: terms.reorg, lose }).await;
+        finish(&mut parts, &requests).await;
+    }
+    check(&parts, &requests, &terms).await
+}
+
+/// The faults end, everything that was sent arrives, and settlement goes on until it has nothing to do.
+async fn finish<W: World>(parts: &mut Parts<W>, requests: &[Request]) {
+    for event in [Event::Down(false), Event::LoseAnswers(false), Event::BaseFee(1)] {
+        parts.world.event(event).await;
+    }
+    for request in requests {
+        parts.deliver(false, &request.submitted).await;
+        parts.deliver(true, &request.verdict).await;
+    }
+    for _ in 0..400 {
+        parts.work.reconnect();
+        let idle = parts.step(None).await;
+        parts.world.event(Event::Mine(1)).await;
+        let (waiting, _) = batches::waiting(&parts.db).await.unwrap();
+        if !idle || waiting > 0 || batches::open_batches(&parts.db).await.unwrap() > 0 {
+            continue;
+        }
+        // The last rewards may wait for their interval.
+        let queued = parts.world.link().connect().await.unwrap().rewards().await.unwrap();
+        if queued.last_total == requests.iter().map(|request| u128::try_from(request.charge).unwrap()).sum() {
+            return;
+        }
+    }
+    panic!("settlement does not come to an end");
+}
+
+async fn number(db: &DatabaseConnection, sql: &str) -> i64 {
+    let statement = Statement::from_string(db.get_database_backend(), sql);
+    db.query_one_raw(statement).await.unwrap().unwrap().try_get("", "value").unwrap()
+}
+
+async fn check<W: World>(parts: &Parts<W>, requests: &[Request], terms: &Terms) -> Outcome {
+    let db = &parts.db;
+    let audit = ledger::audit(db).await.unwrap();
+    assert!(audit.ok, "{audit:?}");
+    let charged: i64 = requests.iter().map(|request| request.charge).sum();
+    assert_eq!(audit.operators_micro, charged, "operators earn what was charged");
+    assert_eq!((audit.held_micro, audit.reserve_micro), (0, 0));
+    for (account, credit) in [("alice", CREDIT), ("bob", 500)] {
+        let spent: i64 = requests.iter().filter(|r| r.account == account).map(|r| r.charge).sum();
+        let left = ledger::balance(db, &Account::Consumer(account.into())).await.unwrap();
+        assert_eq!(left, i64::try_from(credit).unwrap() - spent, "{account}");
+    }
+
+    // The chain against the database, batch by batch.
+    let port = parts.world.link().connect().await.unwrap();
+    let head = port.head().await.unwrap();
+    let (mut seen, mut total) = (Vec::new(), 0);
+    for sequence in 1..=head.sequence {
+        let posted = port.posted(sequence, 0).await.unwrap().unwrap();
+        let leaves = batches::leaves(db, i64::try_from(sequence).unwrap()).await.unwrap();
+        let hashes: Vec<Hash32> = leaves.iter().map(|(_, leaf)| *leaf).collect();
+        assert_eq!(posted.batch.receipts_root.0, MerkleTree::new(&hashes).unwrap().root().0);
+        assert_eq!(posted.batch.count, leaves.len() as u64);
+        seen.extend(leaves.into_iter().map(|(id, _)| id));
+        total += posted.batch.total;
+    }
+    let mut settled: Vec<Uuid> = requests.iter().filter(|r| r.charge > 0).map(|r| r.id).collect();
+    seen.sort();
+    settled.sort();
+    assert_eq!(seen, settled, "every receipt in exactly one batch: none lost, none twice");
+    assert_eq!(total, u128::try_from(charged).unwrap(), "the chain's totals are the ledger's charges");
+    let last = number(db, "SELECT COALESCE(MAX(sequence), 0) AS value FROM batches").await;
+    assert_eq!(u64::try_from(last).unwrap(), head.sequence);
+
+    // The rewards: what is queued last is what the ledger owes, operator by operator.
+    let queued = port.rewards().await.unwrap();
+    assert_eq!(queued.last_total, u128::try_from(charged).unwrap(), "rewards are queued to the last unit");
+    let earned = rewards::as_of(db, queued.last_sequence).await.unwrap();
+    for (operator, cumulative) in &earned {
+        let balance = ledger::balance(db, &Account::Operator(*operator)).await.unwrap();
+        assert_eq!(u64::try_from(balance).unwrap(), *cumulative, "{operator}");
+    }
+    if queued.last_sequence > 0 {
+        let posted = port.posted(queued.last_sequence, 0).await.unwrap().unwrap();
+        assert_eq!(posted.batch.reward_root.0, reward_root(&earned).0);
+    }
+
+    let said = number(db, "SELECT COUNT(*) AS value FROM outbox WHERE kind = 'batch.anchored'").await;
+    let receipts = number(db, "SELECT COUNT(*) AS value FROM outbox WHERE kind = 'receipt'").await;
+    assert_eq!(receipts, i64::try_from(settled.len()).unwrap());
+    if terms.never_taken_back() {
+        assert_eq!(said, last, "every batch is said to be anchored once");
+    } else {
+        assert!(said >= last, "{said} of {last} batches were said");
+    }
+    let taken_back = u64::try_from(said - last).unwrap();
+    Outcome { settled: settled.len() as u64, batches: head.sequence, taken_back }
+}
+
+/// A folder in memory where there is one: schedules end with their process.
+fn folder() -> TempDir {
+    let memory = std::path::Path::new("/dev/shm");
+    if memory.is_dir() { tempfile::tempdir_in(memory).unwrap() } else { TempDir::new().unwrap() }
+}
+
+/// The bytes of a migrated database, made once.
+async fn template(dir: &TempDir) -> Vec<u8> {
+    let path = dir.path().join("template.sqlite");
+    let db = db::connect(&format!("sqlite://{}?mode=rwc", path.display()), None).await.unwrap();
+    db::migrate::<Migrator>(&db).await.unwrap();
+    db.execute_unprepared("PRAGMA wal_checkpoint(TRUNCATE)").await.unwrap();
+    db.close().await.unwrap();
+    std::fs::read(path).unwrap()
+}
+
+/// Plays the schedules with these seeds on SQLite and a chain in memory.
+async fn play_simulated(seeds: impl Iterator<Item = u64>) -> Outcome {
+    let dir = folder();
+    let template = template(&dir).await;
+    let mut sum = Outcome::default();
+    for seed in seeds {
+        eprintln_seed(seed);
+        let path = dir.path().join(format!("{seed}.sqlite"));
+        std::fs::write(&path, &template).unwrap();
+        let db = db::connect(&format!("sqlite://{}?mode=rwc", path.display()), None).await.unwrap();
+        let played = play(db.clone(), Network::offline(), SimWorld::new(), Terms::of(seed));
+        let outcome = Box::pin(played).await;
+        db.close().await.unwrap();
+        for end in ["", "-wal", "-shm"] {
+            let _ = std::fs::remove_file(dir.path().join(format!("{seed}.sqlite{end}")));
+        }
+        sum.settled += outcome.settled;
+        sum.batches += outcome.batches;
+        sum.taken_back += outcome.taken_back;
+    }
+    sum
+}
+
+/// Said before the schedule, so that a failing one is the last that was said.
+fn eprintln_seed(seed: u64) {
+    use std::io::Write;
+    let _ = writeln!(std::io::stderr(), "schedule {seed}");
+}
+
+pub fn setting(name: &str, default: u64) -> u64 {
+    std::env::var(name).ok().map_or(default, |text| text.parse().expect("a number"))
+}
+
+#[tokio::test]
+async fn random_faults_lose_nothing_and_pay_nothing_twice() {
+    let outcome = play_simulated(1..=60).await;
+    assert!(outcome.settled > 100 && outcome.batches > 60 && outcome.taken_back > 5, "{outcome:?}");
+}
+
+#[tokio::test]
+async fn random_faults_lose_nothing_on_postgres() {
+    for seed in 1_001..=1_004 {
+        let db = db::connect(&cluster().pg_url, Some(&unique("schedule"))).await.unwrap();
+        db::migrate::<Migrator>(&db).await.unwrap();
+        Box::pin(play(db, Network::offline(), SimWorld::new(), Terms::of(seed))).await;
+    }
+}
+
+/// `make soak`: INFERA_SOAK_SCHEDULES schedules from INFERA_SOAK_SEED on.
+#[tokio::test]
+#[ignore = "long: make soak"]
+async fn soak_schedules() {
+    let (first, count) = (setting("INFERA_SOAK_SEED", 1), setting("INFERA_SOAK_SCHEDULES", 1_000));
+    let outcome = play_simulated(first..first + count).await;
+    eprintln_line(&format!("{count} schedules from {first}: {outcome:?}"));
+}
+
+pub fn eprintln_line(line: &str) {
+    use std::io::Write;
+    let _ = writeln!(std::io::stderr(), "{line}");
+}
