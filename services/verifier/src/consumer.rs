@@ -211,7 +211,9 @@ impl Arbiter {
         self.metrics.verdicts.with_label_values(&[outcome]).inc();
         let (request_id, attempt, round) = (case.request_id(), case.evidence.attempt, case.round);
         tracing::info!(%request_id, attempt, round, outcome, equal, unconfirmed, disagree, "verdict");
-        if case.evidence.class == EXACT_CLASS && findings.iter().any(|f| f.relation != Relation::Equal) {
+        // Once an attempt: later rounds see the same results again.
+        let first = case.round == 1 && case.evidence.class == EXACT_CLASS;
+        if first && findings.iter().any(|f| f.relation != Relation::Equal) {
             self.metrics.exact_alarms.inc();
             tracing::warn!(%request_id, attempt, round, unconfirmed, disagree,
                 "results of the exact class are not equal: a faulty node, or the class is not exact");

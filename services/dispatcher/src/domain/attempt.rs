@@ -5,12 +5,15 @@ use std::sync::Arc;
 use infera_protocol::assignment::{self, Eligible};
 use infera_protocol::bytes::{Hash32, NodeId, VrfProof};
 use infera_protocol::commitment;
-use infera_protocol::evidence::{Evidence, Reveal, SignedCommitment, SignedDecline, SlotOutcome};
+use infera_protocol::evidence::{Reveal, SignedCommitment, SignedDecline, SlotOutcome};
 use infera_protocol::identity::verify;
 use infera_protocol::request::check_output;
-use infera_wire::convert::{self, MAX_SLOTS};
+use infera_wire::convert::MAX_SLOTS;
 use infera_wire::v1;
-use uuid::Uuid;
+
+mod collected;
+
+use collected::Collected;
 
 use super::nodes::{Connected, Nodes};
 use super::referees::Referees;
@@ -52,15 +55,6 @@ pub struct Attempt {
     wanted: usize,
     traceparent: String,
     collected: Option<Collected>,
-}
-
-/// What was sent to the verifier and waits for its verdict.
-#[derive(Debug)]
-struct Collected {
-    message: Arc<v1::ResultsCollected>,
-    repeats: u32,
-    /// When the bus confirmed it; `None` while it is under way.
-    confirmed_at_ms: Option<i64>,
 }
 
 /// What an attempt begins with. `eligible` is frozen; at least k operators of `class` in it are free.
@@ -385,11 +379,6 @@ impl Attempt {
         Some(self.advance(desk))
     }
 
-    fn evidence(&self, message: &v1::ResultsCollected, desk: &Desk) -> Option<Evidence> {
-        let terms = desk.rules.terms(&desk.offer.model())?;
-        convert::evidence(message, desk.rules.domain, terms, desk.now).ok()
-    }
-
     /// The bus has the message of `round`.
     pub fn confirmed(&mut self, round: u32, now: i64) {
         if let Some(collected) = self.collected.as_mut().filter(|_| round == self.round) {
@@ -498,67 +487,6 @@ impl Attempt {
             }
         }
         awaited
-    }
-
-    fn collect(&mut self, desk: &mut Desk) {
-        let request = desk.offer.id();
-        let mut message = v1::ResultsCollected {
-            funded: Some(desk.offer.wire.clone()),
-            attempt: self.number,
-            round: self.round,
-            epoch: self.epoch,
-            class: self.class.clone(),
-            eligible: self.eligible.iter().map(convert::eligible_to_wire).collect(),
-            dispatcher: desk.rules.key.key().to_vec(),
-            assign_proof: self.assign_proof.to_vec(),
-            post_proof: VrfProof::ZERO.to_vec(),
-            post_slots: u32::try_from(self.slots.len()).unwrap_or(u32::MAX),
-            slots: self.slots.iter().map(|s| frames::slot_result(request, self.number, s)).collect(),
-            referees: self.referees.to_wire(),
-            collected_at_ms: desk.now,
-            exhausted: self.is_exhausted(),
-        };
-        let (post_proof, post_slots) = match self.post {
-            Some(post) => post,
-            None => {
-                let root = self.evidence(&message, desk).map_or(Hash32::ZERO, |e| e.commitments_root());
-                let post = assignment::post_message(
-                    &desk.rules.domain,
-                    &desk.offer.request_hash,
-                    self.number,
-                    &root,
-                );
-                *self.post.insert((desk.rules.key.prove(&post), message.post_slots))
-            }
-        };
-        message.post_proof = post_proof.to_vec();
-        message.post_slots = post_slots;
-        self.collected = Some(Collected { message: Arc::new(message), repeats: 0, confirmed_at_ms: None });
-        self.publish(request, desk);
-    }
-
-    /// No verdict came: it may have been missed, so ask for it by saying the same again.
-    fn repeat(&mut self, desk: &mut Desk) {
-        let Some(collected) = &mut self.collected else { return };
-        let patience = super::doubled(desk.rules.verdict_ms, collected.repeats);
-        let due = collected.confirmed_at_ms.is_some_and(|at| at + patience <= desk.now);
-        if due {
-            collected.repeats += 1;
-            collected.confirmed_at_ms = None;
-            self.publish(desk.offer.id(), desk);
-        }
-    }
-
-    fn publish(&self, request: Uuid, desk: &mut Desk) {
-        if let Some(collected) = &self.collected {
-            desk.out.push(Effect::Publish {
-                request,
-                attempt: self.number,
-                round: self.round,
-                repeat: collected.repeats,
-                message: collected.message.clone(),
-            });
-        }
     }
 }
 
