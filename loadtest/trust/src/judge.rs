@@ -56,6 +56,12 @@ pub struct Verdict {
 }
 
 impl Verdict {
+    /// Whether it is kept from being verified among honest nodes of its own class, as all replicas of an attempt are,
+    /// with a referee of the other class, whose bounds are the wider ones.
+    pub fn is_caught(&self) -> bool {
+        matches!(self.same_relation, Relation::Disagree(_)) || self.cross != Finding::Confirmed
+    }
+
     /// What keeps the answer from being verified between honest nodes of the other class, the first layer that does.
     pub fn caught_by(&self) -> Option<&'static str> {
         match (self.cross, self.relation) {
