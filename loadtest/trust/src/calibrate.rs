@@ -14,6 +14,8 @@ use crate::record::{Answer, Setup};
 pub const SAFETY: f64 = 2.0;
 /// No bound is below this, in its own unit: what is equal bit for bit measures 0.
 pub const FLOOR: u32 = 1;
+/// Tokens of a short answer: a word and the end.
+const LEAST_TOKENS: f64 = 2.0;
 /// Candidates this close behind the best may change places: only their distances count.
 const CONTENDERS: f64 = 1.0;
 /// Orders in which the honest answers are added up.
@@ -53,17 +55,20 @@ fn micro(value: f64) -> u32 {
 }
 
 impl Measured {
-    /// The rule: twice the largest value measured, at least 1. Margins are clipped at the largest itself.
+    /// The rule: twice the largest value measured, at least 1. Margins are clipped at the largest itself. Where classes
+    /// part at all, an honest answer may be short and part as widely as any: its mean is forgiven down to
+    /// [`LEAST_TOKENS`], and two such answers are no drift.
     pub fn bounds(&self) -> Bounds {
         let widest = self.gap_max.max(self.margin_max);
+        let once = widest * 1e6 / LEAST_TOKENS;
         Bounds {
             near_tie_milli: milli(self.gap_max),
             fingerprint_milli: milli(self.fingerprint_max),
             margin_milli: milli(widest),
             clip_milli: ((widest * 1e3).ceil() as u32).max(FLOOR),
-            mean_micro: micro(self.prefix_mean_max_micro),
+            mean_micro: micro(self.prefix_mean_max_micro.max(once / SAFETY)),
             drift_micro: micro(self.mean_micro),
-            drift_limit_micro: micro(self.drift_max_micro),
+            drift_limit_micro: micro(self.drift_max_micro.max(once)),
         }
     }
 }
@@ -178,7 +183,7 @@ mod tests {
         let bounds = wide.bounds();
         assert_eq!(
             (bounds.near_tie_milli, bounds.margin_milli, bounds.clip_milli, bounds.mean_micro),
-            (31, 40, 20, 141)
+            (31, 40, 20, 10_000)
         );
     }
 }

@@ -56,10 +56,14 @@ fn add(metrics: &mut Vec<Metric>, name: &str, verdicts: &[Verdict], cosine: Shar
     let share = |test: &dyn Fn(&Verdict) -> bool| {
         Share::of(verdicts.iter().filter(|v| test(v)).count(), verdicts.len())
     };
-    let caught = share(&|v| v.caught_by().is_some());
+    let caught = share(&Verdict::is_caught);
     let per_answer = if name.starts_with("round") { "answer_caught_pct" } else { "caught_pct" };
     metrics.push(Metric::share(format!("{name}_{per_answer}"), caught).beside(cosine.pct));
     metrics.push(Metric::share(format!("cosine_{name}_caught_pct"), cosine));
+    metrics.push(Metric::share(
+        format!("{name}_between_classes_caught_pct"),
+        share(&|v| v.caught_by().is_some()),
+    ));
     // Layers alone.
     metrics
         .push(Metric::share(format!("{name}_unequal_pct"), share(&|v| v.same_relation != Relation::Equal)));

@@ -3,7 +3,11 @@
 use std::path::Path;
 
 use infera_node::engine::Class;
-use infera_protocol::calibration::{Calibration, Pair as Named};
+use infera_protocol::{
+    agreement::{Ballot, Decision, Question, Relation, Votes, decide},
+    bytes::{Hash32, NodeId},
+    calibration::{Calibration, Pair as Named},
+};
 
 use crate::{
     attacks::Case,
@@ -11,7 +15,7 @@ use crate::{
     judge::{Court, case_of},
     record::{Answer, MODES, Setup, generate},
     report::Metric,
-    sets::{Engines, Make, say, timed},
+    sets::{Engines, Make, timed},
     stats::Share,
 };
 
@@ -134,8 +138,8 @@ pub fn calibration(measured: &[Measured]) -> Calibration {
     Calibration { pairs: measured.iter().map(named).collect() }
 }
 
-/// Honest answers that would not be verified at first try, pair of classes by pair of classes; across classes from the
-/// prompts that the bounds were not made of.
+/// Honest requests that would not be verified at first try: of one class, whose results must be equal; and of three
+/// nodes of both classes, from the prompts that the bounds were not made of.
 pub fn cells(court: &Court<'_>, again: &Again, margins: &Margins) -> Result<Vec<Metric>, String> {
     let mut metrics = Vec::new();
     let mut worst = Share::of(0, 1);
@@ -151,30 +155,66 @@ pub fn cells(court: &Court<'_>, again: &Again, margins: &Margins) -> Result<Vec<
         metrics.push(Metric::share(format!("honest_{name}_unverified_pct"), share));
     }
     let odd: Vec<usize> = (0..court.sets.exact.len()).filter(|i| !(i / MODES).is_multiple_of(2)).collect();
-    let mut punished = 0;
+    let mut refuted = 0;
     for (warm, name) in [(false, "greedy"), (true, "sampled")] {
-        for (class, set, margins, direction) in [
-            (Class::Fast, &court.sets.fast, &margins.of_fast, "fast_by_exact"),
-            (Class::Exact, &court.sets.exact, &margins.of_exact, "exact_by_fast"),
-        ] {
-            let cell: Vec<usize> = odd.iter().copied().filter(|i| (i % MODES > 0) == warm).collect();
-            let mut unverified = 0;
-            for i in &cell {
-                let case = case_of(i / MODES, i % MODES, &set[*i]);
-                if let Some(layer) = court.honest_pair(&case, class, &margins[*i])? {
-                    say(&format!("an honest {} answer fails: {layer}", class.name()));
-                    unverified += 1;
-                    punished += usize::from(layer == "referee");
-                }
+        let cell: Vec<usize> = odd.iter().copied().filter(|i| (i % MODES > 0) == warm).collect();
+        let (mut unverified, mut unequal, mut unlike) = ([0, 0], 0, 0);
+        for i in &cell {
+            let [exact, fast] = [
+                court.honest_pair(
+                    &case_of(i / MODES, i % MODES, &court.sets.exact[*i]),
+                    Class::Exact,
+                    &margins.of_exact[*i],
+                )?,
+                court.honest_pair(
+                    &case_of(i / MODES, i % MODES, &court.sets.fast[*i]),
+                    Class::Fast,
+                    &margins.of_fast[*i],
+                )?,
+            ];
+            refuted += usize::from(!exact.1) + usize::from(!fast.1);
+            unequal += usize::from(exact.0 != Relation::Equal);
+            unlike += usize::from(matches!(exact.0, Relation::Disagree(_)) || !exact.1 || !fast.1);
+            for (mix, exacts) in [1, 2].into_iter().enumerate() {
+                unverified[mix] += usize::from(!is_verified(exacts, exact, fast));
             }
-            let share = Share::of(unverified, cell.len());
-            worst = if share.pct > worst.pct { share } else { worst };
-            metrics.push(Metric::share(format!("honest_{direction}_{name}_unverified_pct"), share));
         }
+        for (mix, hits) in ["exact_fast_fast", "exact_exact_fast"].into_iter().zip(unverified) {
+            let share = Share::of(hits, cell.len());
+            worst = if share.pct > worst.pct { share } else { worst };
+            metrics.push(Metric::share(format!("honest_{mix}_{name}_unverified_pct"), share));
+        }
+        metrics.push(Metric::share(
+            format!("honest_exact_fast_{name}_unequal_pct"),
+            Share::of(unequal, cell.len()),
+        ));
+        metrics.push(Metric::share(
+            format!("honest_exact_fast_{name}_unlike_pct"),
+            Share::of(unlike, cell.len()),
+        ));
     }
-    let unequal = odd.iter().filter(|i| court.sets.exact[**i].tokens != court.sets.fast[**i].tokens).count();
-    metrics.push(Metric::share("honest_exact_fast_unequal_pct", Share::of(unequal, odd.len())));
-    metrics.push(Metric::new("honest_refuted_by_referee", punished as f64, "answers"));
+    metrics.push(Metric::new("honest_refuted_by_referee", refuted as f64, "answers"));
     metrics.insert(0, Metric::share("honest_unverified_pct", worst));
     Ok(metrics)
+}
+
+/// Whether three honest nodes, `exacts` of them of the class `exact`, are verified at first try: each answer comes with
+/// its relation to the other class's and whether a referee of the other class confirms it.
+fn is_verified(exacts: u8, exact: (Relation, bool), fast: (Relation, bool)) -> bool {
+    let equal = exact.0 == Relation::Equal;
+    let answer = |is_exact: bool| Hash32([u8::from(is_exact && !equal); 32]);
+    let ballots: Vec<Ballot> =
+        (0..3).map(|i| Ballot { node: NodeId([i; 32]), answer: answer(i < exacts), fit: true }).collect();
+    let vote = |good: bool| Votes { good: u32::from(good), bad: 3 * u32::from(!good) };
+    let alike = matches!(exact.0, Relation::Equal | Relation::Unconfirmed { .. });
+    let decision = decide(&Question {
+        k: 3,
+        ballots: &ballots,
+        audited: true,
+        alike: &|a, b| a == b || alike,
+        votes: &|hash| vote(if *hash == answer(true) { exact.1 } else { fast.1 }),
+        no_more_nodes: true,
+        no_more_referees: false,
+    });
+    matches!(decision, Decision::Verified { .. })
 }

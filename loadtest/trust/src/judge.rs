@@ -56,6 +56,12 @@ pub struct Verdict {
 }
 
 impl Verdict {
+    /// Whether it is kept from being verified among honest nodes of its own class, as all replicas of an attempt are,
+    /// with a referee of the other class, whose bounds are the wider ones.
+    pub fn is_caught(&self) -> bool {
+        matches!(self.same_relation, Relation::Disagree(_)) || self.cross != Finding::Confirmed
+    }
+
     /// What keeps the answer from being verified between honest nodes of the other class, the first layer that does.
     pub fn caught_by(&self) -> Option<&'static str> {
         match (self.cross, self.relation) {
@@ -254,28 +260,17 @@ impl Court<'_> {
         cases.iter().zip(cross).zip(same).map(verdict).collect()
     }
 
-    /// An honest answer of one class between honest nodes of the other, with a referee of the other: `None` where all is
-    /// well.
-    pub fn honest_pair(
-        &self,
-        case: &Case,
-        own: Class,
-        margins: &[f64],
-    ) -> Result<Option<&'static str>, String> {
+    /// How an honest answer stands to the other class's, and whether a referee of the other class confirms it; `margins`
+    /// are its own.
+    pub fn honest_pair(&self, case: &Case, own: Class, margins: &[f64]) -> Result<(Relation, bool), String> {
         let other = if own == Class::Exact { Class::Fast } else { Class::Exact };
         let bounds = self.calibration.bounds("exact", "fast").ok_or("no bounds between the classes")?;
         let relation = self.relation(case, self.honest(other, case), bounds)?;
-        if relation == Relation::Equal {
-            return Ok(None);
-        }
-        if matches!(relation, Relation::Disagree(_)) {
-            return Ok(Some("parting"));
-        }
         let print = self.honest(own, case).prints.first().cloned().ok_or("an empty answer")?;
         let score =
             |m: &f64| TokenScore { margin_micro: TokenScore::margin_micro(*m), fingerprint: print.clone() };
         let report = Report { scores: margins.iter().map(score).collect() };
-        Ok(judge(case.output.tokens.len(), &report, bounds).err().map(|_| "referee"))
+        Ok((relation, judge(case.output.tokens.len(), &report, bounds).is_ok()))
     }
 }
 

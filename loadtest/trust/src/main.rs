@@ -4,6 +4,8 @@ mod attacks;
 mod calibrate;
 mod cells;
 mod decision;
+#[cfg(test)]
+mod drift_tests;
 mod honest;
 mod judge;
 mod network;

@@ -284,13 +284,6 @@ impl Record {
         u32::try_from(product / u128::from(ONE * 1_000)).unwrap_or(u32::MAX).max(1)
     }
 
-    /// The weight in the draw of referees: that of the draw, for trusted operators alone, so that nobody who was found
-    /// out comes back as a judge. Where fewer than three trusted ones are left, all eligible ones are drawn from.
-    #[must_use]
-    pub fn referee_weight(&self, rules: &Rules, slots: u32, now_ms: i64) -> u32 {
-        if self.is_trusted(rules, now_ms) { self.weight(rules, slots, now_ms) } else { 0 }
-    }
-
     /// What it would take to be trusted.
     #[must_use]
     pub fn recovery(&self, rules: &Rules, now_ms: i64) -> Recovery {

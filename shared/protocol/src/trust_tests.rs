@@ -92,8 +92,6 @@ fn who_is_eligible_trusted_and_how_heavy() {
         );
         assert_eq!(got, (score, eligible, audit, weight), "{verified} verified, {bad} bad");
         assert_eq!(record.weight(&RULES, 0, NOW), 0);
-        let judges = audit < 1_000_000;
-        assert_eq!(record.referee_weight(&RULES, 2, NOW), if judges { weight } else { 0 });
     }
 }
 
