@@ -15,6 +15,7 @@ mod report;
 mod sets;
 mod simulate;
 mod stats;
+mod weights;
 
 use std::{cell::RefCell, fs, path::PathBuf, process::ExitCode, time::Instant};
 

@@ -1,6 +1,13 @@
 //! The scenarios of the simulation, and what is reported of them.
 
-use infera_protocol::{sampling::noise_bits, trust::Rules};
+use infera_protocol::{
+    bytes::{Address, Hash32, NodeId},
+    commitment::{Slot, commitment},
+    identity::Domain,
+    request::{Finish, Output},
+    sampling::noise_bits,
+    trust::Rules,
+};
 use serde::Serialize;
 
 use crate::{
@@ -167,6 +174,8 @@ pub fn all(setting: &Setting) -> (Vec<Run>, Vec<Metric>) {
     metrics.push(Metric::new("honest_punished_by_colluding_third", f64::from(framed), "verdicts"));
     runs.push(honest);
     metrics.extend(canaries(setting.seed));
+    // The cosine of a copy is 1.
+    metrics.push(Metric::share("copy_caught_pct", copies(setting.seed)).beside(0.0));
     (runs, metrics)
 }
 
@@ -270,4 +279,30 @@ fn canaries(seed: u64) -> Vec<Metric> {
         Metric::share("sharing_naive_found_in_250_jobs_pct", within(250)),
         Metric::share("sharing_compared_seeds_found_pct", Share::of(0, PAIRS as usize)),
     ]
+}
+
+const COPIES: u32 = 3_000;
+
+/// Copiers of a peer that does not collude: until all have committed they see its commitment at most. It is caught if it
+/// does not open for the copier's own slot, with the peer's revealed answer and salt.
+fn copies(seed: u64) -> Share {
+    let domain = Domain { chain_id: 31_337, contract: Address([1; 20]) };
+    let caught = (0..COPIES).filter(|i| {
+        let random = |n: u32| noise_bits(seed, *i, n);
+        let bytes = |n: u32| {
+            let mut bytes = [0; 32];
+            bytes
+                .chunks_exact_mut(8)
+                .zip(n..)
+                .for_each(|(chunk, n)| chunk.copy_from_slice(&random(n).to_be_bytes()));
+            bytes
+        };
+        let slot = |n: u32| Slot { request_hash: Hash32(bytes(0)), attempt: 1, node: NodeId(bytes(n)) };
+        let tokens = (0..24).map(|n| (random(100 + n) % 49_152) as u32).collect();
+        let output = Output { tokens, fingerprints: Vec::new(), finish: Finish::Length };
+        let salt = Hash32(bytes(8));
+        let peers = commitment(&domain, &slot(4), &output, &salt);
+        commitment(&domain, &slot(12), &output, &salt) != peers
+    });
+    Share::of(caught.count(), COPIES as usize)
 }
