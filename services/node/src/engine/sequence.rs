@@ -308,8 +308,8 @@ impl Sequence {
         let forbidden = self.forbids(token)?;
         let choice = choose(&found, self.job.params.temperature, self.job.seed, at)?;
         let rank = choice.scores.iter().position(|s| s.token == token);
-        let (score, raw_logprob) = match rank {
-            Some(rank) => (choice.scores[rank].score, choice.scores[rank].raw_logprob),
+        let (score, raw_logprob, beyond) = match rank {
+            Some(rank) => (choice.scores[rank].score, choice.scores[rank].raw_logprob, 0.0),
             None => self.outside(logits, &found, token, at),
         };
         let best = choice.scores.first().map_or(score, |s| s.score);
@@ -318,7 +318,8 @@ impl Sequence {
             scores.push(Score {
                 token,
                 rank: rank.map(|r| r as u32),
-                margin: if forbidden { f64::INFINITY } else { best - score },
+                // Noise must not make up for what keeps a token out of the draw.
+                margin: if forbidden { f64::INFINITY } else { (best - score).max(beyond) },
                 raw_logprob,
                 fingerprint: Fingerprint::of(&choice),
             });
@@ -338,8 +339,9 @@ impl Sequence {
         Ok(!allowed)
     }
 
-    /// Score and raw log-probability of a token that is no candidate, as if it were one.
-    fn outside(&self, logits: &[f32], found: &[Candidate], token: u32, at: u32) -> (f64, f32) {
+    /// Score and raw log-probability of a token that is no candidate, as if it were one, and how far its logit is from
+    /// the last candidate's.
+    fn outside(&self, logits: &[f32], found: &[Candidate], token: u32, at: u32) -> (f64, f32, f64) {
         let z = logits[token as usize];
         let penalised = self.job.params.adjust(token, z, self.counts.get(&token).copied().unwrap_or(0));
         let noise = match self.job.params.temperature {
@@ -348,7 +350,9 @@ impl Sequence {
         };
         // Raw log-probabilities differ as raw logits do.
         let raw = found.first().map_or(f32::NEG_INFINITY, |c| c.raw_logprob + z - logits[c.token as usize]);
-        (f64::from(penalised) + noise, raw)
+        let cut = found.iter().map(|c| c.logit).fold(f32::INFINITY, f32::min);
+        let beyond = f64::from((cut - penalised).max(0.0));
+        (f64::from(penalised) + noise, raw, beyond)
     }
 
     /// Tells whoever waits.

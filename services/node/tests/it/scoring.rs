@@ -2,6 +2,7 @@
 
 use infera_node::engine::{Busy, Class, Engine, EngineConfig, Event, Job, Rounding, ScoreJob};
 use infera_prompt::Prompt;
+use infera_protocol::sampling::SamplingParams;
 use uuid::Uuid;
 
 use crate::engine::{Answer, QUESTIONS, alone, collect, config, job, jobs, together};
@@ -50,6 +51,35 @@ fn scores_of_an_answer_are_its_own_fingerprints() {
         assert!(empty.contains("tokens must not be empty"), "{empty}");
         let foreign = engine.score(score(&asked[0], &[60_000])).unwrap_err().to_string();
         assert!(foreign.contains("tokens has token 60000"), "{foreign}");
+    }
+}
+
+/// However good its noise: what keeps a token out of the draw is not made up for.
+#[test]
+fn a_token_that_is_no_candidate_falls_behind() {
+    let _one = ONE_AT_A_TIME.blocking_lock();
+    let prompt = Prompt::load(&model_path()).unwrap();
+    let engine = Engine::start(config(Class::Exact, 2)).unwrap();
+    let asked = job(&prompt, QUESTIONS[0], 2.0, 1);
+    let params = SamplingParams { top_k: 1, ..asked.params.clone() };
+    let drawn = alone(&engine, &[Job { params: params.clone(), ..asked.clone() }])[0].tokens[0];
+    let score = |token: u32| {
+        let job = ScoreJob {
+            id: Uuid::now_v7(),
+            prompt: asked.prompt.clone(),
+            tokens: vec![token],
+            params: params.clone(),
+            seed: asked.seed,
+            grammar: None,
+        };
+        engine.score(job).unwrap().blocking_recv().unwrap().unwrap()[0].clone()
+    };
+    assert_eq!(score(drawn).margin, 0.0);
+    let best = score(drawn).raw_logprob;
+    for token in (0..49_152).step_by(97).filter(|token| *token != drawn) {
+        let score = score(token);
+        let distance = f64::from(best - score.raw_logprob);
+        assert!(score.rank.is_none() && score.margin >= 0.999 * distance && score.margin > 0.0, "{score:?}");
     }
 }
 
