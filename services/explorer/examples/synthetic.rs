@@ -9,7 +9,7 @@ use infera_embed::{Embedder, Exact, Index, Point};
 use infera_explorer::{Config, Deps};
 use infera_protocol::merkle::MerkleTree;
 use infera_runtime::shutdown;
-use infera_testkit::evidence::{Answer, Case, Network};
+use infera_testkit::evidence::{Answer, Case, Network, Referee};
 use infera_testkit::{TempDir, embedder_path, sqlite_url_named};
 use infera_wire::{Message, topology::keys, v1};
 use uuid::Uuid;
@@ -85,5 +85,8 @@ fn case(network: &Network, n: u32) -> Case {
         3 => vec![answer.clone(), Answer::tokens(&[7, 2]), answer],
         _ => vec![answer; 3],
     };
+    if n % 7 == 3 {
+        case.referees = vec![Referee::Denies(vec![vec![7, 2]]); 2];
+    }
     case
 }

@@ -2,7 +2,7 @@
 
 use infera_protocol::document::Status;
 use infera_testkit::eventually;
-use infera_testkit::evidence::{Answer, Case};
+use infera_testkit::evidence::{Answer, Case, Referee};
 use infera_wire::topology::queues;
 use infera_wire::{Message, v1};
 use uuid::Uuid;
@@ -50,8 +50,11 @@ async fn receipts_are_listed_filtered_and_paged(world: World) {
     let mut cases = cases(&world, 7);
     cases[2].model = "other".to_owned();
     cases[2].request.model_root = world.network.registry.models[1].weights_root;
-    cases[3] =
-        cases[3].clone().answers([Answer::tokens(&[5, 2]), Answer::tokens(&[6, 2]), Answer::tokens(&[5, 2])]);
+    let outlier = Referee::Denies(vec![vec![6, 2]]);
+    cases[3] = cases[3]
+        .clone()
+        .answers([Answer::tokens(&[5, 2]), Answer::tokens(&[6, 2]), Answer::tokens(&[5, 2])])
+        .referees([outlier.clone(), outlier]);
     for case in &cases {
         world.issue(case).await;
     }

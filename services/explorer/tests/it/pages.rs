@@ -1,6 +1,6 @@
 //! The pages say what the receipt says, and never run what a name contains.
 
-use infera_testkit::evidence::{Answer, Case};
+use infera_testkit::evidence::{Answer, Case, Referee};
 
 use crate::harness::{On, World};
 
@@ -8,12 +8,14 @@ use crate::harness::{On, World};
 async fn a_receipt_has_a_page_with_every_field() {
     let world = World::new(On::Embedded).await;
     let explorer = world.start().await;
-    let case = Case::new(&world.network).answers([
-        Answer::tokens(&[5, 2]),
-        Answer::NoCommit,
-        Answer::tokens(&[5, 2]),
-        Answer::tokens(&[6, 2]),
-    ]);
+    let case = Case::new(&world.network)
+        .answers([
+            Answer::tokens(&[5, 2]),
+            Answer::NoCommit,
+            Answer::tokens(&[5, 2]),
+            Answer::tokens(&[6, 2]),
+        ])
+        .referees([Referee::Denies(vec![vec![6, 2]])]);
     world.issue(&case).await;
     explorer.until_receipts(1).await;
     let receipt = case.receipt();
