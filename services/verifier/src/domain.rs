@@ -112,11 +112,7 @@ pub fn admit(rules: &Rules, wire: &v1::ResultsCollected, decided_at_ms: i64) -> 
     let funded = convert::required("collected.funded", &wire.funded)?;
     let submitted = convert::required("funded.submitted", &funded.submitted)?;
     let model = registry.by_id(&submitted.model).ok_or_else(|| Rejection::model(&submitted.model))?;
-    let terms = Terms {
-        calibration: registry.calibration.clone(),
-        similarity_threshold_millionths: model.similarity_threshold_millionths,
-        vocab_size: model.vocab_size,
-    };
+    let terms = Terms::of(registry, model);
     let reply_to = submitted.reply_to.clone();
     let evidence = convert::evidence(wire, domain, terms, decided_at_ms)?;
     if wire.attempt == 0 || wire.round == 0 || wire.round > MAX_ROUND {

@@ -1,19 +1,10 @@
 use super::*;
 use crate::{
+    calibration::tests::BOUNDS,
     fingerprint::Entry,
     request::{Finish, tests::sample},
 };
 use proptest::prelude::*;
-
-const BOUNDS: Bounds = Bounds {
-    near_tie_milli: 300,
-    fingerprint_milli: 100,
-    margin_milli: 500,
-    clip_milli: 200,
-    mean_micro: 50_000,
-    drift_micro: 10_000,
-    drift_limit_micro: 100_000,
-};
 
 fn output(tokens: &[u32], second: f32) -> Output {
     let mut fingerprints = Vec::new();

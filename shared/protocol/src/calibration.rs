@@ -68,8 +68,18 @@ impl Calibration {
 }
 
 #[cfg(test)]
-mod tests {
+pub(crate) mod tests {
     use super::*;
+
+    pub(crate) const BOUNDS: Bounds = Bounds {
+        near_tie_milli: 300,
+        fingerprint_milli: 100,
+        margin_milli: 500,
+        clip_milli: 200,
+        mean_micro: 50_000,
+        drift_micro: 10_000,
+        drift_limit_micro: 100_000,
+    };
 
     fn pair(a: &str, b: &str, near_tie_milli: u32) -> Pair {
         let bounds = Bounds {

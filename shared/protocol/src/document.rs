@@ -7,7 +7,7 @@ use crate::{
     agreement::{Decision, quorum},
     assignment::{assign_message, epoch_of, post_message},
     bytes::{Address, Hash32, NodeId},
-    evidence::Evidence,
+    evidence::{Evidence, Terms},
     identity::Domain,
     merkle::root_of,
     money::cost_micro,
@@ -255,14 +255,10 @@ fn check_registry(report: &mut Report, receipt: &Receipt, registries: &History) 
 
 /// The terms are those of the model in the registry whose calibration the receipt names.
 fn check_terms(report: &mut Report, evidence: &Evidence, registries: &History) {
-    let terms = &evidence.terms;
     let mut versions = registries.in_force(evidence.submitted_at_ms, evidence.decided_at_ms);
     let holds = versions.any(|registry| {
-        registry.calibration == terms.calibration
-            && registry.by_root(&evidence.request.model_root).is_some_and(|model| {
-                model.similarity_threshold_millionths == terms.similarity_threshold_millionths
-                    && model.vocab_size == terms.vocab_size
-            })
+        let model = registry.by_root(&evidence.request.model_root);
+        model.is_some_and(|model| Terms::of(registry, model) == evidence.terms)
     });
     match registries.unknown_before(evidence.submitted_at_ms) {
         Some(hash) if !holds => {

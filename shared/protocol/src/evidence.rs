@@ -10,6 +10,7 @@ use crate::{
     hash::keccak,
     identity::{Domain, verify},
     referee::report_digest,
+    registry::{Model, Registry},
     request::{MAX_REPLICAS, MIN_REPLICAS, Output, Request, check_output},
     vrf,
 };
@@ -65,6 +66,17 @@ pub struct Terms {
     pub vocab_size: u32,
 }
 
+impl Terms {
+    /// Those of a model under this version of the registry.
+    pub fn of(registry: &Registry, model: &Model) -> Self {
+        Self {
+            calibration: registry.calibration.clone(),
+            similarity_threshold_millionths: model.similarity_threshold_millionths,
+            vocab_size: model.vocab_size,
+        }
+    }
+}
+
 /// How a slot ended.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
@@ -82,7 +94,8 @@ pub enum SlotOutcome {
 }
 
 impl SlotOutcome {
-    pub(crate) fn code(self) -> u8 {
+    /// Its code in [`commitments_root`].
+    pub fn code(self) -> u8 {
         match self {
             Self::Revealed => 1,
             Self::NoCommit => 2,

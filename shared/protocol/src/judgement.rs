@@ -89,7 +89,7 @@ pub struct Mean {
     pub referee_class: String,
 }
 
-/// The defect that the job of this referee holds, made from `output`: one token replaced by another of the vocabulary.
+/// The defect that stands in the job of this referee in place of an answer, made from `output`: one token replaced by another of the vocabulary.
 pub fn planted(beta2: &Hash32, referee: &NodeId, output: &Output, vocab_size: u32) -> Output {
     let beta = keccak(&[b"infera.defect.v1", &beta2.0, &referee.0]);
     let mut tokens = output.tokens.clone();
@@ -157,16 +157,18 @@ impl Evidence {
         self.referee_order().len().min(MAX_REFEREES) <= self.referees.len()
     }
 
-    /// The answers that a referee's job is about: those named, and the planted defect where there is one, by hash so
-    /// that its place tells nothing.
+    /// What a referee's job is about: the answers that are named, by hash so that their places tell nothing. A planted
+    /// defect takes the place of the first answer: beside it, it would be seen without scoring anything.
     pub fn subjects(&self, referee: &NodeId, asked: &[Hash32]) -> Vec<Output> {
         let answers = self.answers();
+        let defect = self.defect(referee);
         let mut subjects: Vec<Output> = answers
             .iter()
+            .skip(usize::from(defect.is_some()))
             .filter(|(hash, ..)| asked.contains(hash))
             .map(|(_, _, output)| Output { fingerprints: Vec::new(), ..(*output).clone() })
             .collect();
-        subjects.extend(self.defect(referee));
+        subjects.extend(defect);
         subjects.sort_by_key(Output::hash);
         subjects
     }
@@ -269,7 +271,7 @@ impl Evidence {
     pub fn conduct(&self, decision: &Decision) -> Vec<Conduct> {
         let words = self.words();
         let votes = votes(&words);
-        let standing = |answer: &Hash32| votes.get(answer).copied().unwrap_or_default().standing();
+        let votes_for = |answer: &Hash32| votes.get(answer).copied().unwrap_or_default();
         let members: &[NodeId] = match decision {
             Decision::Verified { members } => members,
             _ => &[],
@@ -282,12 +284,13 @@ impl Evidence {
                 (SlotOutcome::Mismatch, _) => Finding::Bad(Reason::Mismatch),
                 (SlotOutcome::Revealed, _) if members.contains(&slot.node) => Finding::Verified,
                 (SlotOutcome::Revealed, _) if self.unfit.contains(&slot.node) => Finding::Bad(Reason::Answer),
-                (SlotOutcome::Revealed, Some(answer)) => match standing(answer) {
-                    Standing::Refuted => Finding::Bad(Reason::Answer),
-                    // A majority of the replicas and the only referee there is say the same.
-                    Standing::Contested if !members.is_empty() => Finding::Bad(Reason::Answer),
-                    _ => Finding::Completed,
-                },
+                (SlotOutcome::Revealed, Some(answer)) => {
+                    let votes = votes_for(answer);
+                    // Or a majority of the replicas and the only referee there is say the same.
+                    let alone = !members.is_empty() && votes.bad > 0 && votes.good == 0;
+                    let denied = votes.standing() == Standing::Refuted || alone;
+                    if denied { Finding::Bad(Reason::Answer) } else { Finding::Completed }
+                }
                 _ => Finding::Missed,
             };
             let means = words.iter().filter(|word| !word.is_void);

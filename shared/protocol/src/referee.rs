@@ -143,18 +143,8 @@ pub fn report_digest(
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::fingerprint::Entry;
+    use crate::{calibration::tests::BOUNDS, fingerprint::Entry};
     use proptest::prelude::*;
-
-    const BOUNDS: Bounds = Bounds {
-        near_tie_milli: 300,
-        fingerprint_milli: 100,
-        margin_milli: 500,
-        clip_milli: 200,
-        mean_micro: 50_000,
-        drift_micro: 10_000,
-        drift_limit_micro: 100_000,
-    };
 
     fn report(margins: &[u32]) -> Report {
         let fingerprint = Fingerprint::new(vec![Entry { token: 1, logprob: 0 }]).unwrap();

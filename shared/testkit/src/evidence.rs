@@ -10,113 +10,28 @@ use infera_protocol::assignment::{
     self, Eligible, assign_message, beta, draw, eligible_root, of_class, order_nodes, post_message,
 };
 use infera_protocol::bytes::{Address, Hash32, NodeId};
-use infera_protocol::calibration::{Bounds, Calibration, Pair};
 use infera_protocol::commitment::{Slot, commitment, decline_digest};
 use infera_protocol::evidence::{
     Evidence, RefereeEvidence, RefereeOutcome, SlotOutcome, SubjectReport, Terms,
 };
 use infera_protocol::fingerprint::{Entry, Fingerprint};
 use infera_protocol::hash::keccak;
-use infera_protocol::identity::{Domain, node_id, sign};
+use infera_protocol::identity::{node_id, sign};
+use infera_protocol::judgement::is_planted;
 use infera_protocol::receipt::Receipt;
 use infera_protocol::referee::{Report, TokenScore, report_digest};
-use infera_protocol::registry::{Manifest, Model, Registry};
 use infera_protocol::request::{Finish, Output, Request};
 use infera_protocol::sampling::SamplingParams;
-use infera_protocol::vrf::VrfSecret;
 use infera_wire::{convert, v1};
 use uuid::Uuid;
 
+mod network;
+
+pub use network::{DISPATCHER_SEED, Network, calibration, model, weights};
+
 /// Log-probability -0.5 as f16 bits, for candidates that are tied.
 const TIED: u16 = 0xb800;
-/// What the dispatcher's secret is made from.
-pub const DISPATCHER_SEED: [u8; 32] = [0xd1; 32];
 const SUBMITTED_AT_MS: i64 = 1_790_000_000_000;
-
-/// Manifest, registry and the dispatcher's key.
-#[derive(Clone)]
-pub struct Network {
-    pub manifest: Manifest,
-    pub registry: Registry,
-    pub dispatcher: VrfSecret,
-}
-
-impl Network {
-    /// A network with one model, `synthetic`, whose weights are [`weights`].
-    pub fn new() -> Self {
-        Self::serving(vec![Model {
-            weights_bytes: weights().len() as u64,
-            ..model("synthetic", Hash32(*blake3::hash(&weights()).as_bytes()))
-        }])
-    }
-
-    /// A network that serves `models`.
-    pub fn serving(models: Vec<Model>) -> Self {
-        let calibration = calibration();
-        let registry = Registry { models, releases: Vec::new(), calibration, replaces: None };
-        let dispatcher = VrfSecret::from_seed(&DISPATCHER_SEED).expect("a seed has a secret");
-        let manifest = Manifest {
-            network: "infera-synthetic".to_owned(),
-            domain: Domain { chain_id: 31_337, contract: Address([0xc0; 20]) },
-            rpc_url: "http://127.0.0.1:8545".to_owned(),
-            dispatchers: vec![dispatcher.key()],
-            registry_hash: registry.hash().expect("a registry is JSON"),
-        };
-        Self { manifest, registry, dispatcher }
-    }
-
-    /// Writes `network.json` and `models.json` into `dir`, as services read them.
-    pub fn write(&self, dir: &std::path::Path) {
-        let write = |name: &str, json: serde_json::Result<Vec<u8>>| {
-            std::fs::write(dir.join(name), json.expect("it is JSON")).expect("the file can be written");
-        };
-        write("network.json", serde_json::to_vec(&self.manifest));
-        write("models.json", serde_json::to_vec(&self.registry));
-    }
-}
-
-impl Default for Network {
-    fn default() -> Self {
-        Self::new()
-    }
-}
-
-/// The file of the model `synthetic`: no model, but bytes that can be proved.
-pub fn weights() -> Vec<u8> {
-    (0..100_000_u32).map(|i| (i.wrapping_mul(2_654_435_761) >> 24) as u8).collect()
-}
-
-/// Bounds between all pairs of `exact` and `fast`, for synthetic answers.
-pub fn calibration() -> Calibration {
-    let bounds = Bounds {
-        near_tie_milli: 500,
-        fingerprint_milli: 100,
-        margin_milli: 500,
-        clip_milli: 200,
-        mean_micro: 50_000,
-        drift_micro: 10_000,
-        drift_limit_micro: 100_000,
-    };
-    let pair = |a: &str, b: &str| Pair { classes: [a.into(), b.into()], bounds };
-    Calibration { pairs: vec![pair("exact", "exact"), pair("exact", "fast"), pair("fast", "fast")] }
-}
-
-/// A registry entry with usual values.
-pub fn model(id: &str, weights_root: Hash32) -> Model {
-    Model {
-        id: id.to_owned(),
-        weights_root,
-        weights_bytes: 1 << 20,
-        tokenizer_hash: Hash32([0x22; 32]),
-        template_hash: Hash32([0x33; 32]),
-        end_tokens: vec![2],
-        vocab_size: 49_152,
-        context_length: 2_048,
-        similarity_threshold_millionths: 600_000,
-        price_micro: 2,
-        created_secs: 1_790_000_000,
-    }
-}
 
 /// An output with a fingerprint of two tied candidates for every token: the token and the next id.
 pub fn output(tokens: &[u32], finish: Finish) -> Output {
@@ -288,8 +203,27 @@ impl Case {
         self
     }
 
-    /// What the dispatcher publishes, signed by it and by the nodes.
+    /// What the dispatcher publishes, signed by it and by the nodes. No referee's job holds a planted defect: whether one
+    /// does is drawn, and salts are tried until none is.
     pub fn collected(&self) -> v1::ResultsCollected {
+        let tries = (0..1_000_u32).map(|blind| self.blinded(blind));
+        let fit = |(_, evidence): &(_, Evidence)| {
+            let order = evidence.referee_order();
+            let asked = order.iter().take(self.referees.len());
+            asked.map(|e| e.node).all(|node| !is_planted(&evidence.beta2(), &node))
+        };
+        let (mut collected, evidence) = tries.into_iter().find(fit).expect("most jobs hold no defect");
+        let order: Vec<Eligible> = evidence.referee_order().into_iter().cloned().collect();
+        for (referee, node) in self.referees.iter().zip(&order) {
+            let did = self.refereed(&evidence, node, referee);
+            collected.referees.push(convert::referee_to_wire(&did, ""));
+        }
+        assert_eq!(collected.referees.len(), self.referees.len(), "more referees than nodes: raise `nodes`");
+        collected
+    }
+
+    /// Without referees; `blind` changes the nodes' salts.
+    fn blinded(&self, blind: u32) -> (v1::ResultsCollected, Evidence) {
         let domain = self.network.manifest.domain;
         let request_hash = self.request.hash(&domain);
         let eligible = self.eligible();
@@ -300,7 +234,7 @@ impl Case {
         let drawn = draw(&beta(&assign_proof), of_class(&eligible, &self.class));
         assert!(self.answers.len() <= drawn.len(), "more answers than nodes: raise `nodes`");
         let slots: Vec<v1::SlotResult> =
-            self.answers.iter().zip(&drawn).map(|(answer, node)| self.slot(node, answer)).collect();
+            self.answers.iter().zip(&drawn).map(|(answer, node)| self.slot(node, answer, blind)).collect();
         let mut collected = v1::ResultsCollected {
             funded: Some(self.funded()),
             attempt: self.attempt,
@@ -321,22 +255,12 @@ impl Case {
         let post = post_message(&domain, &request_hash, self.attempt, &evidence.commitments_root());
         evidence.post_proof = self.network.dispatcher.prove(&post);
         collected.post_proof = evidence.post_proof.to_vec();
-        let order: Vec<Eligible> = evidence.referee_order().into_iter().cloned().collect();
-        for (referee, node) in self.referees.iter().zip(&order) {
-            let did = self.refereed(&evidence, node, referee);
-            collected.referees.push(convert::referee_to_wire(&did, ""));
-        }
-        assert_eq!(collected.referees.len(), self.referees.len(), "more referees than nodes: raise `nodes`");
-        collected
+        (collected, evidence)
     }
 
     fn terms(&self) -> Terms {
         let model = self.network.registry.by_id(&self.model).expect("the registry lists the model");
-        Terms {
-            calibration: self.network.registry.calibration.clone(),
-            similarity_threshold_millionths: model.similarity_threshold_millionths,
-            vocab_size: model.vocab_size,
-        }
+        Terms::of(&self.network.registry, model)
     }
 
     fn read(&self, collected: &v1::ResultsCollected) -> Evidence {
@@ -380,11 +304,11 @@ impl Case {
         (1..=self.nodes).map(key).find(|key| node_id(key) == *node).expect("a node of ours")
     }
 
-    fn slot(&self, node: &Eligible, answer: &Answer) -> v1::SlotResult {
+    fn slot(&self, node: &Eligible, answer: &Answer, blind: u32) -> v1::SlotResult {
         let domain = self.network.manifest.domain;
         let place = Slot { request_hash: self.request.hash(&domain), attempt: self.attempt, node: node.node };
         let key = self.key_of(&node.node);
-        let salt = keccak(&[b"slot salt", &node.node.0]);
+        let salt = keccak(&[b"slot salt", &node.node.0, &blind.to_be_bytes()]);
         let id = self.request.id.as_bytes().to_vec();
         let commit = |output: &Output| {
             let digest = commitment(&domain, &place, output, &salt);

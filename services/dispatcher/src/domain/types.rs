@@ -171,11 +171,7 @@ pub struct SignedScores {
 impl Rules {
     /// What the registry says that a verdict about this model depends on.
     pub fn terms(&self, model: &Hash32) -> Option<Terms> {
-        self.registry.by_root(model).map(|model| Terms {
-            calibration: self.registry.calibration.clone(),
-            similarity_threshold_millionths: model.similarity_threshold_millionths,
-            vocab_size: model.vocab_size,
-        })
+        self.registry.by_root(model).map(|model| Terms::of(&self.registry, model))
     }
 }
 

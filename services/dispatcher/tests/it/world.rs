@@ -213,11 +213,7 @@ impl World {
         delivery.ack().await.unwrap();
         let domain = self.network.manifest.domain;
         let model = &self.network.registry.models[0];
-        let terms = Terms {
-            calibration: self.network.registry.calibration.clone(),
-            similarity_threshold_millionths: model.similarity_threshold_millionths,
-            vocab_size: model.vocab_size,
-        };
+        let terms = Terms::of(&self.network.registry, model);
         let evidence = convert::evidence(&collected, domain, terms, clock::now_ms()).unwrap();
         evidence.check_assignment().unwrap();
         evidence.check_post().unwrap();

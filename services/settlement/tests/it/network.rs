@@ -160,11 +160,7 @@ impl Network {
             epoch: 0,
             class: "exact".into(),
             price_micro: PRICE,
-            terms: Terms {
-                calibration: self.registry.calibration.clone(),
-                similarity_threshold_millionths: self.registry.models[0].similarity_threshold_millionths,
-                vocab_size: self.registry.models[0].vocab_size,
-            },
+            terms: Terms::of(&self.registry, &self.registry.models[0]),
             eligible,
             dispatcher: self.dispatcher.key(),
             assign_proof,

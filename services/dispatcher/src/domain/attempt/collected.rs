@@ -3,8 +3,9 @@
 use std::sync::Arc;
 
 use infera_protocol::assignment;
-use infera_protocol::bytes::{Hash32, VrfProof};
-use infera_protocol::evidence::Evidence;
+use infera_protocol::bytes::Hash32;
+use infera_protocol::commitment::commitments_root;
+use infera_protocol::evidence::{Evidence, SlotOutcome};
 use infera_wire::convert;
 use infera_wire::v1;
 use uuid::Uuid;
@@ -29,7 +30,16 @@ impl Attempt {
 
     pub(super) fn collect(&mut self, desk: &mut Desk) {
         let request = desk.offer.id();
-        let mut message = v1::ResultsCollected {
+        let (post_proof, post_slots) = match self.post {
+            Some(post) => post,
+            None => {
+                let slots = u32::try_from(self.slots.len()).unwrap_or(u32::MAX);
+                let hash = &desk.offer.request_hash;
+                let post = assignment::post_message(&desk.rules.domain, hash, self.number, &self.root());
+                *self.post.insert((desk.rules.key.prove(&post), slots))
+            }
+        };
+        let message = v1::ResultsCollected {
             funded: Some(desk.offer.wire.clone()),
             attempt: self.number,
             round: self.round,
@@ -38,30 +48,28 @@ impl Attempt {
             eligible: self.eligible.iter().map(convert::eligible_to_wire).collect(),
             dispatcher: desk.rules.key.key().to_vec(),
             assign_proof: self.assign_proof.to_vec(),
-            post_proof: VrfProof::ZERO.to_vec(),
-            post_slots: u32::try_from(self.slots.len()).unwrap_or(u32::MAX),
+            post_proof: post_proof.to_vec(),
+            post_slots,
             slots: self.slots.iter().map(|s| frames::slot_result(request, self.number, s)).collect(),
             referees: self.referees.to_wire(),
             collected_at_ms: desk.now,
             exhausted: self.is_exhausted(),
         };
-        let (post_proof, post_slots) = match self.post {
-            Some(post) => post,
-            None => {
-                let root = self.evidence(&message, desk).map_or(Hash32::ZERO, |e| e.commitments_root());
-                let post = assignment::post_message(
-                    &desk.rules.domain,
-                    &desk.offer.request_hash,
-                    self.number,
-                    &root,
-                );
-                *self.post.insert((desk.rules.key.prove(&post), message.post_slots))
-            }
-        };
-        message.post_proof = post_proof.to_vec();
-        message.post_slots = post_slots;
         self.collected = Some(Collected { message: Arc::new(message), repeats: 0, confirmed_at_ms: None });
         self.publish(request, desk);
+    }
+
+    /// What the second draw is made from: every slot with its outcome and commitment.
+    fn root(&self) -> Hash32 {
+        let slots: Vec<_> = self
+            .slots
+            .iter()
+            .map(|slot| {
+                let commitment = slot.commitment().map_or(Hash32::ZERO, |commit| commit.digest);
+                (slot.who.node, slot.outcome().unwrap_or(SlotOutcome::NoCommit).code(), commitment)
+            })
+            .collect();
+        commitments_root(&slots)
     }
 
     /// No verdict came: it may have been missed, so ask for it by saying the same again.
