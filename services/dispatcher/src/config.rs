@@ -30,6 +30,8 @@ pub struct Config {
     pub max_sessions: usize,
     pub session_queue: usize,
     pub slots_ttl_secs: u32,
+    pub canary_ppm: u32,
+    pub entry_trials: bool,
 }
 
 impl Config {
@@ -71,6 +73,7 @@ impl Config {
             ("max_requests", u64::from(self.max_requests), 1, 4_096),
             ("max_sessions", self.max_sessions as u64, 1, 100_000),
             ("session_queue", self.session_queue as u64, 8, 4_096),
+            ("canary_ppm", u64::from(self.canary_ppm), 0, 500_000),
         ];
         for (key, value, least, most) in sizes {
             if !(least..=most).contains(&value) {

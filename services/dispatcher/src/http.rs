@@ -60,6 +60,8 @@ struct NodeItem {
     slots: u32,
     busy: u32,
     draining: bool,
+    /// Its entry trial is not over: it takes no requests yet.
+    on_trial: bool,
     release_hash: String,
     version: String,
     connected_at_ms: i64,
@@ -71,7 +73,7 @@ async fn nodes(shared: Data<Shared>) -> Result<web::Json<NodeList>, ApiError> {
 }
 
 fn item(shared: &Shared, view: NodeView) -> NodeItem {
-    let NodeView { info, busy, draining } = view;
+    let NodeView { info, busy, draining, on_trial } = view;
     NodeItem {
         node: info.node.to_string(),
         operator: info.operator.to_string(),
@@ -81,6 +83,7 @@ fn item(shared: &Shared, view: NodeView) -> NodeItem {
         slots: info.slots,
         busy,
         draining,
+        on_trial,
         release_hash: info.release_hash.to_string(),
         version: info.version,
         connected_at_ms: info.connected_at_ms,

@@ -167,6 +167,8 @@ fn rules(config: &Config, roots: &Roots) -> Rules {
         close_grace_ms: ms(config.close_grace_secs),
         hand_back_ms: ms(config.hand_back_secs),
         max_requests: usize::from(config.max_requests),
+        canary_ppm: config.canary_ppm,
+        entry_trials: config.entry_trials,
     }
 }
 

@@ -17,6 +17,8 @@ pub struct Metrics {
     /// Frames that changed nothing, by reason.
     pub rejected: IntCounterVec,
     pub equivocations: IntCounter,
+    /// By kind and by what came of them.
+    pub trials: IntCounterVec,
 }
 
 impl Metrics {
@@ -45,6 +47,11 @@ impl Metrics {
             equivocations: health.counter(
                 "infera_dispatcher_equivocations_total",
                 "Slots for which a node signed two results.",
+            )?,
+            trials: health.counters(
+                "infera_dispatcher_trials_total",
+                "Canaries and entry trials that ended: passed, failed, declined, or void (nothing follows).",
+                &["kind", "outcome"],
             )?,
         })
     }

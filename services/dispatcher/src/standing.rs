@@ -21,7 +21,7 @@ use infera_wire::topology::queues;
 use infera_wire::{convert, v1};
 use sea_orm::{
     ColumnTrait, ConnectionTrait, DatabaseConnection, DatabaseTransaction, DbErr, EntityTrait, QueryFilter,
-    QueryOrder, QuerySelect, QueryTrait, Set, sea_query::OnConflict,
+    QueryOrder, QuerySelect, QueryTrait, Set, TransactionTrait, sea_query::OnConflict,
 };
 use tokio::sync::Notify;
 use uuid::Uuid;
@@ -123,7 +123,8 @@ pub struct Deed {
 }
 
 impl Deed {
-    fn of(conduct: Conduct, request: Uuid) -> Self {
+    /// What a finding says about its operator.
+    pub fn of(conduct: Conduct, request: Uuid) -> Self {
         let mut events = vec![Event::Offered];
         match conduct.finding {
             Finding::Verified => events.extend([Event::Completed, Event::Verified]),
@@ -146,7 +147,7 @@ impl Deed {
 ///
 /// # Errors
 /// The database's.
-pub async fn note<C: ConnectionTrait>(
+async fn note<C: ConnectionTrait>(
     tx: &C,
     rules: &Rules,
     calibration: &Calibration,
@@ -196,6 +197,38 @@ pub async fn note<C: ConnectionTrait>(
     };
     operators::Entity::update(changed).exec(tx).await?;
     Ok(())
+}
+
+/// Takes deeds into the records, in one order, so that replicas never wait for each other in a circle.
+///
+/// # Errors
+/// The database's.
+pub async fn note_all<C: ConnectionTrait>(
+    tx: &C,
+    calibration: &Calibration,
+    deeds: &[Deed],
+    now: i64,
+) -> Result<(), DbErr> {
+    let mut deeds: Vec<&Deed> = deeds.iter().collect();
+    deeds.sort_by_key(|deed| deed.operator);
+    for deed in deeds {
+        note(tx, &Rules::default(), calibration, deed, now).await?;
+    }
+    Ok(())
+}
+
+/// [`note_all`] in a transaction of its own.
+///
+/// # Errors
+/// The database's.
+pub async fn note_now(
+    db: &DatabaseConnection,
+    calibration: &Calibration,
+    deeds: &[Deed],
+) -> Result<(), DbErr> {
+    let tx = db.begin().await?;
+    note_all(&tx, calibration, deeds, clock::now_ms()).await?;
+    tx.commit().await
 }
 
 async fn raise<C: ConnectionTrait>(tx: &C, now: i64) -> Result<(), DbErr> {
@@ -284,16 +317,14 @@ pub async fn follow_verdicts(
     shutdown: CancellationToken,
 ) -> Result<(), Error> {
     let spec = ConsumerSpec { bus, db, queue: queues::DISPATCHER_CONDUCT, prefetch: PREFETCH, relay: None };
-    let rules = Rules::default();
     let handler =
-        async |tx: &DatabaseTransaction, envelope: &Envelope| take(tx, &rules, &calibration, envelope).await;
+        async |tx: &DatabaseTransaction, envelope: &Envelope| take(tx, &calibration, envelope).await;
     consume_then(spec, shutdown, handler, async |_| changed.notify_one()).await?;
     Ok(())
 }
 
 async fn take(
     tx: &DatabaseTransaction,
-    rules: &Rules,
     calibration: &Calibration,
     envelope: &Envelope,
 ) -> Result<(), Reject> {
@@ -309,12 +340,8 @@ async fn take(
     }
     let now = clock::now_ms();
     let deeds = verdict.conduct.iter().map(convert::conduct).collect::<Result<Vec<_>, _>>()?;
-    // In one order, so that replicas never wait for each other in a circle.
-    let mut deeds: Vec<Deed> = deeds.into_iter().map(|conduct| Deed::of(conduct, request)).collect();
-    deeds.sort_by_key(|deed| deed.operator);
-    for deed in &deeds {
-        note(tx, rules, calibration, deed, now).await?;
-    }
+    let deeds: Vec<Deed> = deeds.into_iter().map(|conduct| Deed::of(conduct, request)).collect();
+    note_all(tx, calibration, &deeds, now).await?;
     if verdict.overturned {
         tracing::warn!(%request, "referees denied what a majority of the replicas said: everything is refereed for now");
         raise(tx, now).await?;

@@ -10,7 +10,7 @@ use infera_prompt::PromptError;
 use infera_protocol::bytes::Hash32;
 use infera_protocol::hash::keccak;
 use infera_protocol::ids::{choice_id, message_id};
-use infera_protocol::request::{MAX_TOKENS, Request, choice_seed, derived_seed};
+use infera_protocol::request::{MAX_TOKENS, Request, choice_seed};
 use infera_runtime::http::ApiError;
 use infera_runtime::jwt::Verifier;
 use infera_runtime::kv::Kv;
@@ -154,7 +154,8 @@ impl App {
             sampling: chat.sampling.clone(),
             max_tokens,
             stop: chat.stop.clone(),
-            seed: chat.seed.unwrap_or_else(|| derived_seed(id)),
+            // By chance alone: one that follows from what nodes see would tell them which jobs are canaries.
+            seed: chat.seed.unwrap_or_else(rand::random),
             prompt,
             grammar: chat.form.as_ref().map(|form| form.grammar.clone()),
         };

@@ -8,10 +8,14 @@
 //! A slice has no length fields: for each group that the range touches, in their order, the group's bytes and the hashes
 //! beside its path, lowest first. Its length follows from the file's, so that a checker allocates nothing that it was
 //! told to.
+//!
+//! That a node has the file does not show that it computes with it: a trial asks it for an answer to a prompt that nobody
+//! has seen, which a trusted node then scores like any answer.
 
-use crate::bytes::Hash32;
+use crate::{assignment::number, bytes::Hash32, registry::Model, request::Request, sampling::SamplingParams};
 use blake3::hazmat::{ChainingValue, HasherExt, Mode, merge_subtrees_non_root, merge_subtrees_root};
 use std::io::{self, Read};
+use uuid::Uuid;
 
 /// Bytes of a group: 16 chunks.
 pub const GROUP_BYTES: u64 = 16 * 1024;
@@ -19,6 +23,8 @@ pub const GROUP_BYTES: u64 = 16 * 1024;
 pub const MAX_RANGE_BYTES: u32 = 16 * 1024;
 /// Most ranges of one challenge.
 pub const MAX_RANGES: usize = 8;
+/// Tokens of a trial's prompt, and of its answer at most.
+pub const TRIAL_TOKENS: u32 = 24;
 
 const HASH_BYTES: usize = Hash32::LEN;
 
@@ -36,6 +42,26 @@ pub enum AdmissionError {
     Length { expected: usize, actual: usize },
     #[error("the slice does not lead to the root")]
     Root,
+}
+
+/// The request of a trial, by randomness that the node does not know before: tokens of the vocabulary, drawn evenly, so
+/// that no two trials are alike.
+pub fn trial(beta: &Hash32, id: Uuid, model: &Model) -> Request {
+    let token = |i: u32| {
+        let drawn = number(beta, &[b"prompt".as_slice(), &i.to_be_bytes()].concat(), model.vocab_size.into());
+        u32::try_from(drawn).unwrap_or(0)
+    };
+    let room = (model.context_length / 2).clamp(1, TRIAL_TOKENS);
+    Request {
+        id,
+        model_root: model.weights_root,
+        prompt: (0..room).map(token).collect(),
+        sampling: SamplingParams::default(),
+        max_tokens: room,
+        stop: Vec::new(),
+        seed: number(beta, b"seed", u64::MAX),
+        grammar: None,
+    }
 }
 
 /// The groups that a range touches, first and last.

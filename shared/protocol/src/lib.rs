@@ -11,7 +11,7 @@
 //! | 6 commit and reveal | [`commitment`] |
 //! | 7 agreement | [`agreement`], [`calibration`] |
 //! | 7, 8 what follows from evidence | [`judgement`] |
-//! | 8 referees | [`referee`] |
+//! | 8 referees, canaries | [`referee`], [`canary`] |
 //! | 8 trust | [`trust`] |
 //! | 1, 6, 10 what contracts check | [`typed`] |
 //! | 10 settlement | [`evidence`], [`receipt`], [`document`], [`merkle`], [`money`] |
@@ -21,6 +21,7 @@ pub mod agreement;
 pub mod assignment;
 pub mod bytes;
 pub mod calibration;
+pub mod canary;
 pub mod commitment;
 pub mod document;
 pub mod evidence;

@@ -106,14 +106,6 @@ impl Request {
     }
 }
 
-/// The seed of a request whose caller gave none: derived from its id.
-pub fn derived_seed(id: Uuid) -> u64 {
-    let hash = Encoder::new("infera.seed.v1").fixed(id.as_bytes()).keccak();
-    let mut bytes = [0; 8];
-    bytes.copy_from_slice(&hash.0[..8]);
-    u64::from_be_bytes(bytes)
-}
-
 /// The seed of the answer with this index, where several are asked for with one seed: the first one's is the seed
 /// itself.
 pub fn choice_seed(seed: u64, index: u32) -> u64 {

@@ -8,7 +8,7 @@ use actix::{ActorFutureExt, AsyncContext, Context};
 use infera_bus::{BusError, Delivery, Envelope};
 use infera_protocol::bytes::NodeId;
 use infera_protocol::ids::message_id;
-use infera_protocol::trust::{Reason, Rules};
+use infera_protocol::trust::Reason;
 use infera_runtime::{clock, planned, trace};
 use infera_wire::convert::CloseReason;
 use infera_wire::topology::keys;
@@ -20,6 +20,7 @@ use tracing::{Instrument, Span};
 use uuid::Uuid;
 
 use super::{Assignments, REPORT_DEBOUNCE, Tools};
+use crate::domain::trials::Ended;
 use crate::domain::{Command, Effect};
 use crate::standing::{self, Deed};
 use crate::store::{self, Begun};
@@ -56,11 +57,11 @@ impl Assignments {
                 let kept = async move {
                     let now = clock::now_ms();
                     let both = [first, second];
-                    let deed = Deed::fault(operator, node, request, Reason::Equivocation);
+                    let deeds = [Deed::fault(operator, node, request, Reason::Equivocation)];
                     let kept = async {
                         let tx = tools.db.begin().await?;
                         store::keep_equivocation(&tx, request, attempt, node, both, now).await?;
-                        standing::note(&tx, &Rules::default(), &tools.calibration, &deed, now).await?;
+                        standing::note_all(&tx, &tools.calibration, &deeds, now).await?;
                         tx.commit().await
                     };
                     if let Err(error) = kept.await {
@@ -69,6 +70,7 @@ impl Assignments {
                 };
                 ctx.spawn(wrap_future(kept));
             }
+            Effect::Tried(ended) => self.tried(*ended, ctx),
             Effect::SlotsChanged => {
                 if !std::mem::replace(&mut self.report_due, true) {
                     ctx.run_later(REPORT_DEBOUNCE, |act, _| act.report());
@@ -76,6 +78,23 @@ impl Assignments {
             }
         }
         None
+    }
+
+    fn tried(&mut self, ended: Ended, ctx: &mut Context<Self>) {
+        let Ended { kind, request, node, outcome, conduct } = ended;
+        self.tools.metrics.trials.with_label_values(&[kind.name(), outcome.name()]).inc();
+        tracing::info!(%request, %node, kind = kind.name(), outcome = outcome.name(), "trial ended");
+        if conduct.is_empty() {
+            return;
+        }
+        let deeds: Vec<Deed> = conduct.into_iter().map(|conduct| Deed::of(conduct, request)).collect();
+        let tools = self.tools.clone();
+        let noted = async move {
+            if let Err(error) = standing::note_now(&tools.db, &tools.calibration, &deeds).await {
+                tracing::error!(%error, %request, %node, "what a trial showed is not noted");
+            }
+        };
+        ctx.spawn(wrap_future(noted));
     }
 
     /// Never waits: a node whose queue is full is cut off.

@@ -50,6 +50,8 @@ async fn a_node_that_falls_behind_is_cut_off() {
     };
     let domain = network.manifest.domain;
     let rules = Rules {
+        canary_ppm: 0,
+        entry_trials: false,
         domain,
         key: network.dispatcher.clone(),
         registry: network.registry.clone(),

@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use infera_protocol::assignment::{self, Eligible};
-use infera_protocol::bytes::{Hash32, NodeId, VrfProof};
+use infera_protocol::bytes::{Address, Hash32, NodeId, VrfProof};
 use infera_protocol::commitment;
 use infera_protocol::evidence::{Reveal, SignedCommitment, SignedDecline, SlotOutcome};
 use infera_protocol::identity::verify;
@@ -51,6 +51,8 @@ pub struct Attempt {
     drawn: Vec<Eligible>,
     slots: Vec<Slot>,
     referees: Referees,
+    /// Whose node works on the same as a canary.
+    canary: Option<Address>,
     /// Results that this round is to have.
     wanted: usize,
     traceparent: String,
@@ -105,12 +107,27 @@ impl Attempt {
             drawn,
             slots: Vec::new(),
             referees: Referees::default(),
+            canary: None,
             wanted: desk.offer.k(),
             traceparent,
             collected: None,
         };
         attempt.lease_missing(desk);
         attempt
+    }
+
+    /// The randomness of the draw.
+    pub fn beta(&self) -> Hash32 {
+        assignment::beta(&self.assign_proof)
+    }
+
+    pub fn traceparent(&self) -> &str {
+        &self.traceparent
+    }
+
+    /// This operator works on the same request as a canary: it can't replace anybody here.
+    pub fn stands_beside(&mut self, operator: Address) {
+        self.canary = Some(operator);
     }
 
     pub fn class(&self) -> &str {
@@ -437,18 +454,15 @@ impl Attempt {
             let node = who.node;
             let until_ms = desk.now + desk.rules.lease_ms;
             let refereed = self.referees.has(&who.operator);
-            let there = desk.nodes.get(&node).is_some_and(|info| {
-                info.operator == who.operator
-                    && info.class == who.class
-                    && info.model_root == desk.offer.model()
-            });
+            let busy = self.canary == Some(who.operator) || !desk.nodes.is_free(&node);
+            let there = desk.nodes.serves(&who, &desk.offer.model());
             let mut slot = Slot::leased(who, until_ms);
             if refereed {
                 slot.end(SlotOutcome::Refereed, "refereed this attempt before it was drawn");
             } else if !there {
                 slot.end(SlotOutcome::Disconnected, "not connected when drawn");
                 slot.no_room = true;
-            } else if !desk.nodes.is_free(&node) {
+            } else if busy {
                 slot.end(SlotOutcome::Busy, "no free place when drawn");
                 slot.no_room = true;
             } else {

@@ -18,6 +18,7 @@ pub mod nodes;
 pub mod peers;
 pub mod referees;
 pub mod slot;
+pub mod trials;
 pub mod trust;
 mod types;
 
@@ -34,6 +35,7 @@ pub use types::{Command, Effect, MAX_DELTA_TOKENS, Offer, Rejection, Rules, Sign
 use attempt::{Attempt, Begun, Desk, Progress};
 use nodes::{Connected, ModelSlots, NodeView, Nodes};
 use peers::Peers;
+use trials::{Court, Kind, Outcome, Trials};
 use trust::Ledger;
 
 /// How long to wait before a further try with a new set, per try made, ms: nodes that declined
@@ -44,6 +46,12 @@ const LONGEST_TRY_AGAIN_MS: i64 = 2_000;
 /// The longest wait for a verdict before it is asked for again, ms.
 const LONGEST_PATIENCE_MS: i64 = 300_000;
 
+/// When a node that declined its entry trial is tried again, ms.
+const TRY_ENTRY_AGAIN_MS: i64 = 5_000;
+/// What the operator of a node that failed its entry trial is told.
+const TRIAL_FAILED: &str = "the answer to a fresh prompt is not the model's within this class, or did not come in time: \
+                            check the model file, the class and the load of the machine";
+
 /// Everything that one replica holds.
 pub struct State {
     rules: Rules,
@@ -51,6 +59,7 @@ pub struct State {
     requests: BTreeMap<Uuid, Held>,
     peers: Peers,
     trust: Ledger,
+    trials: Trials,
     /// By model.
     frozen: BTreeMap<Hash32, Frozen>,
     arrivals: u64,
@@ -94,6 +103,7 @@ impl State {
             requests: BTreeMap::new(),
             peers: Peers::default(),
             trust: Ledger::default(),
+            trials: Trials::default(),
             frozen: BTreeMap::new(),
             arrivals: 0,
         }
@@ -167,18 +177,41 @@ impl State {
             Command::AttemptStored { request, attempt, traceparent } => {
                 self.stored(request, attempt, traceparent, now)?;
             }
+            Command::Committed { node, request, attempt, commit }
+                if self.trials.has(&node, request, attempt) =>
+            {
+                self.court(now, out, |t, court| t.commit(&node, (request, attempt), commit, court))?;
+            }
             Command::Committed { node, request, attempt, commit } => {
                 self.working(request, attempt, now, out, |a, desk| a.commit(&node, commit, desk))?;
+            }
+            Command::Revealed { node, request, attempt, reveal }
+                if self.trials.has(&node, request, attempt) =>
+            {
+                if let Some(Phase::Working(live)) = self.requests.get(&request).map(|held| &held.phase) {
+                    self.trials.note_peers(request, live);
+                }
+                self.court(now, out, |t, court| t.reveal(&node, (request, attempt), *reveal, court))?;
             }
             Command::Revealed { node, request, attempt, reveal } => {
                 self.working(request, attempt, now, out, |a, desk| a.reveal(&node, *reveal, desk))?;
             }
+            Command::Declined { node, request, attempt, .. }
+                if self.trials.has(&node, request, attempt) || self.trials.asks(&node, request) =>
+            {
+                self.court(now, out, |t, court| t.decline(&node, (request, attempt), court))?;
+            }
             Command::Declined { node, request, attempt, decline } => {
                 self.working(request, attempt, now, out, |a, desk| a.decline(&node, decline, desk))?;
+            }
+            Command::Refereed { node, request, reports, .. } if self.trials.asks(&node, request) => {
+                self.court(now, out, |t, court| t.refereed(&node, request, &reports, court))?;
             }
             Command::Refereed { node, request, attempt, reports } => {
                 self.working(request, attempt, now, out, |a, desk| a.refereed(&node, reports, desk))?;
             }
+            // Nobody listens.
+            Command::Deltas { node, request, attempt, .. } if self.trials.has(&node, request, attempt) => {}
             Command::Deltas { node, request, attempt, offset, tokens } => {
                 return self.deltas(node, request, attempt, offset, tokens, out);
             }
@@ -204,7 +237,50 @@ impl State {
             Command::Tick => self.tick(now, out),
         }
         self.begin_waiting(now, out);
+        self.trials.watch(out);
         Ok(())
+    }
+
+    fn court<T>(
+        &mut self,
+        now: i64,
+        out: &mut Vec<Effect>,
+        act: impl FnOnce(&mut Trials, &mut Court) -> T,
+    ) -> T {
+        let Self { rules, nodes, trials, .. } = self;
+        let first = out.len();
+        let done = act(trials, &mut Court { rules, nodes, now, out });
+        self.after_trials(first, now, out);
+        done
+    }
+
+    /// Lets in, or sends away, whoever was tried by the effects from `first` on.
+    fn after_trials(&mut self, first: usize, now: i64, out: &mut Vec<Effect>) {
+        let mut refused = Vec::new();
+        for effect in &out[first..] {
+            let Effect::Tried(ended) = effect else { continue };
+            match (ended.kind, ended.outcome) {
+                (Kind::Canary, _) => {}
+                (Kind::Entry, Outcome::Passed | Outcome::Void) => self.nodes.set_on_trial(&ended.node, None),
+                (Kind::Entry, Outcome::Declined) => {
+                    self.nodes.set_on_trial(&ended.node, Some(now + TRY_ENTRY_AGAIN_MS));
+                }
+                (Kind::Entry, Outcome::Failed) => refused.push(ended.node),
+            }
+        }
+        for node in refused {
+            out.push(Effect::Send { node, frame: frames::refused("trial_failed", TRIAL_FAILED) });
+        }
+    }
+
+    /// Tries a node that has joined, if there is anybody to judge it.
+    fn enter(&mut self, info: &Connected, now: i64, out: &mut Vec<Effect>) {
+        let Self { rules, nodes, trials, trust, .. } = self;
+        let until_ms =
+            now + rules.lease_ms + rules.reveal_ms + rules.referee_ms * trials::MAX_REFEREES as i64;
+        let tried = rules.entry_trials && trials.entry(info, trust, &mut Court { rules, nodes, now, out });
+        // Longer than any trial: it is only a deadline where a trial was lost.
+        self.nodes.set_on_trial(&info.node, tried.then_some(until_ms));
     }
 
     fn joined(&mut self, info: Connected, now: i64, out: &mut Vec<Effect>) {
@@ -216,7 +292,11 @@ impl State {
             self.nodes.leave(&node);
             self.lost(&node, now, out);
         }
-        self.nodes.join(info);
+        let is_new = self.nodes.get(&node).is_none();
+        self.nodes.join(info.clone());
+        if is_new {
+            self.enter(&info, now, out);
+        }
         self.each_working(now, out, |attempt, desk| {
             attempt.resumed(&node, desk);
             Progress::Open
@@ -226,6 +306,7 @@ impl State {
 
     fn lost(&mut self, node: &NodeId, now: i64, out: &mut Vec<Effect>) {
         self.each_working(now, out, |attempt, desk| attempt.disconnected(node, desk));
+        self.court(now, out, |trials, court| trials.left(node, court));
         out.push(Effect::SlotsChanged);
     }
 
@@ -295,6 +376,7 @@ impl State {
     fn closed(&mut self, request: Uuid, now: i64, out: &mut Vec<Effect>) -> Result<(), Rejection> {
         let mut held = self.requests.remove(&request).ok_or(Rejection::Stale)?;
         if let Phase::Working(attempt) = &mut held.phase {
+            self.trials.note_peers(request, attempt);
             let mut desk = Desk { rules: &self.rules, offer: &held.offer, nodes: &mut self.nodes, now, out };
             attempt.end("closed", &mut desk);
         }
@@ -326,6 +408,10 @@ impl State {
     fn tick(&mut self, now: i64, out: &mut Vec<Effect>) {
         self.hand_back(now, out);
         self.each_working(now, out, |attempt, desk| attempt.tick(desk));
+        self.court(now, out, Trials::tick);
+        for info in self.nodes.to_be_tried(now) {
+            self.enter(&info, now, out);
+        }
         for (request, held) in &mut self.requests {
             if held.ask_close_at_ms > now {
                 continue;
@@ -400,9 +486,12 @@ impl State {
         let Some((class, eligible)) = self.set_for(&model, k, epoch) else { return };
         let Some(held) = self.requests.get_mut(&request) else { return };
         let Phase::Waiting { attempt, traceparent, .. } = &held.phase else { return };
+        let set = eligible.clone();
         let begun = Begun { number: *attempt, epoch, class, eligible, traceparent: traceparent.clone() };
         let mut desk = Desk { rules: &self.rules, offer: &held.offer, nodes: &mut self.nodes, now, out };
-        held.phase = Phase::Working(Box::new(Attempt::begin(begun, &mut desk)));
+        let mut attempt = Attempt::begin(begun, &mut desk);
+        self.trials.canary(&mut attempt, &set, &mut desk);
+        held.phase = Phase::Working(Box::new(attempt));
     }
 
     /// The set of this epoch, and the class to draw from. One that can't serve the request, because nodes have come or

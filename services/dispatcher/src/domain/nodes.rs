@@ -31,6 +31,8 @@ pub struct NodeView {
     pub info: Connected,
     pub busy: u32,
     pub draining: bool,
+    /// See [`super::trials`].
+    pub on_trial: bool,
 }
 
 /// Slots for one model, in the class that the next request would be drawn from.
@@ -48,13 +50,15 @@ pub struct ModelSlots {
 struct Entry {
     info: Connected,
     draining: bool,
+    /// Takes no work of requests before its entry trial is over; at that time it is tried again.
+    on_trial: Option<i64>,
     leases: BTreeSet<Uuid>,
 }
 
 impl Entry {
     fn free(&self) -> u32 {
         let busy = u32::try_from(self.leases.len()).unwrap_or(u32::MAX);
-        if self.draining { 0 } else { self.info.slots.saturating_sub(busy) }
+        if self.draining || self.on_trial.is_some() { 0 } else { self.info.slots.saturating_sub(busy) }
     }
 }
 
@@ -77,7 +81,8 @@ impl Nodes {
             }
             None => {
                 let node = info.node;
-                self.by_id.insert(node, Entry { info, draining: false, leases: BTreeSet::new() });
+                self.by_id
+                    .insert(node, Entry { info, draining: false, on_trial: None, leases: BTreeSet::new() });
             }
         }
     }
@@ -121,6 +126,27 @@ impl Nodes {
         }
     }
 
+    /// Whether the node waits for the end of its entry trial, and when it is tried again (ms).
+    pub fn set_on_trial(&mut self, node: &NodeId, on_trial: Option<i64>) {
+        self.changes += 1;
+        if let Some(entry) = self.by_id.get_mut(node) {
+            entry.on_trial = on_trial;
+        }
+    }
+
+    /// Whose entry trial is due again at `now`.
+    pub fn to_be_tried(&self, now: i64) -> Vec<Connected> {
+        let due = |entry: &&Entry| entry.on_trial.is_some_and(|at| at <= now);
+        self.by_id.values().filter(due).map(|entry| entry.info.clone()).collect()
+    }
+
+    /// Whether the node that was frozen is still there as it was, with this model.
+    pub fn serves(&self, frozen: &Eligible, model: &Hash32) -> bool {
+        self.get(&frozen.node).is_some_and(|info| {
+            info.operator == frozen.operator && info.class == frozen.class && info.model_root == *model
+        })
+    }
+
     /// Whether the node can take one more lease.
     pub fn is_free(&self, node: &NodeId) -> bool {
         self.by_id.get(node).is_some_and(|entry| entry.free() > 0)
@@ -129,7 +155,7 @@ impl Nodes {
     /// The nodes of a model that may be drawn, as they stand now: those that drain are left out.
     pub fn eligible(&self, model: &Hash32, trust: &Ledger) -> Vec<Eligible> {
         self.of_model(model)
-            .filter(|entry| !entry.draining)
+            .filter(|entry| !entry.draining && entry.on_trial.is_none())
             .map(|entry| Eligible {
                 node: entry.info.node,
                 operator: entry.info.operator,
@@ -197,6 +223,7 @@ impl Nodes {
                 info: entry.info.clone(),
                 busy: u32::try_from(entry.leases.len()).unwrap_or(u32::MAX),
                 draining: entry.draining,
+                on_trial: entry.on_trial.is_some(),
             })
             .collect()
     }

@@ -79,11 +79,7 @@ impl Referees {
             let Some(who) = job.left.pop() else { break };
             let node = who.node;
             let subjects = job.evidence.subjects(&node, &job.answers);
-            let there = desk.nodes.get(&node).is_some_and(|info| {
-                info.operator == who.operator
-                    && info.class == who.class
-                    && info.model_root == desk.offer.model()
-            });
+            let there = desk.nodes.serves(&who, &desk.offer.model());
             let until_ms = desk.now + desk.rules.referee_ms;
             let mut referee =
                 Referee { who, until_ms, subjects, state: State::Leased, detail: String::new() };

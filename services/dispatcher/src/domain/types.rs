@@ -13,6 +13,7 @@ use uuid::Uuid;
 
 use super::nodes::Connected;
 use super::peers::PeerReport;
+use super::trials::Ended;
 use super::trust::Ledger;
 
 /// Longest delta frame, tokens.
@@ -38,6 +39,10 @@ pub struct Rules {
     /// How long a request waits here before a replica that has room for it gets it.
     pub hand_back_ms: i64,
     pub max_requests: usize,
+    /// Share of jobs that are canaries, 10^-6.
+    pub canary_ppm: u32,
+    /// Newcomers are tried before they are drawn.
+    pub entry_trials: bool,
 }
 
 /// A request that the mempool offered.
@@ -221,6 +226,8 @@ pub enum Effect {
         first: SignedCommitment,
         second: SignedCommitment,
     },
+    /// A trial is over: take what follows into the records.
+    Tried(Box<Ended>),
     /// Free slots, nodes or offers held are no longer what the last report says.
     SlotsChanged,
 }

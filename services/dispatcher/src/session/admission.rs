@@ -6,10 +6,9 @@ use std::time::Duration;
 use actix::{AsyncContext, Context};
 use infera_protocol::admission::{Range, ranges, verify_slice};
 use infera_protocol::bytes::Hash32;
-use infera_protocol::trust::{Reason, Rules};
+use infera_protocol::trust::Reason;
 use infera_runtime::clock;
 use infera_wire::v1;
-use sea_orm::TransactionTrait;
 use uuid::Uuid;
 
 use super::NodeSession;
@@ -100,16 +99,11 @@ impl NodeSession {
     fn unproven(&mut self, reason: String, ctx: &mut Context<Self>) {
         // Before it was admitted it only failed to get in.
         if let (Some(node), Some(hello)) = (self.node, &self.hello) {
-            let deed = Deed::fault(hello.claims.operator, node, Uuid::nil(), Reason::Challenge);
+            let deeds = [Deed::fault(hello.claims.operator, node, Uuid::nil(), Reason::Challenge)];
             let shared = self.shared.clone();
             actix_rt::spawn(async move {
-                let calibration = &shared.registry.calibration;
-                let noted = async {
-                    let tx = shared.db.begin().await?;
-                    standing::note(&tx, &Rules::default(), calibration, &deed, clock::now_ms()).await?;
-                    tx.commit().await
-                };
-                if let Err(error) = noted.await {
+                if let Err(error) = standing::note_now(&shared.db, &shared.registry.calibration, &deeds).await
+                {
                     tracing::error!(%error, %node, "a challenge that failed is not noted");
                 }
             });

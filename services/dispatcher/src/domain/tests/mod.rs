@@ -3,6 +3,7 @@
 mod interleavings;
 mod referees;
 mod tables;
+mod trials;
 
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -41,6 +42,8 @@ fn rules() -> Rules {
         close_grace_ms: 10_000,
         hand_back_ms: 2_000,
         max_requests: 3,
+        canary_ppm: 0,
+        entry_trials: false,
     }
 }
 
@@ -160,6 +163,10 @@ struct Bench {
     evidence: Option<Evidence>,
     /// Referees' jobs, in the order in which they were sent.
     jobs: Vec<(NodeId, v1::RefereeLease)>,
+    /// Trials that ended.
+    tried: Vec<super::trials::Ended>,
+    leases: Vec<(NodeId, Request)>,
+    refused: Vec<(NodeId, String)>,
 }
 
 impl Bench {
@@ -179,6 +186,9 @@ impl Bench {
             handed_back: 0,
             evidence: None,
             jobs: Vec::new(),
+            tried: Vec::new(),
+            leases: Vec::new(),
+            refused: Vec::new(),
         }
     }
 
@@ -246,6 +256,7 @@ impl Bench {
             }
             Effect::Delta { .. } => self.deltas += 1,
             Effect::AskClose { .. } => self.asked_close += 1,
+            Effect::Tried(ended) => self.tried.push(*ended),
             Effect::SlotsChanged => {}
         }
     }
@@ -253,7 +264,12 @@ impl Bench {
     fn check_frame(&mut self, node: NodeId, frame: v1::FromDispatcher) {
         match frame.message.unwrap() {
             Message::Lease(lease) => {
-                let request = convert::request(&lease.request.unwrap()).unwrap().id;
+                let asked = convert::request(lease.request.as_ref().unwrap()).unwrap();
+                let request = asked.id;
+                self.leases.push((node, asked));
+                if self.state.nodes().iter().any(|view| view.info.node == node && view.on_trial) {
+                    return;
+                }
                 assert_eq!(Some(&lease.attempt), self.attempts.get(&request), "stored before it is leased");
                 let operator =
                     self.state.nodes().iter().find(|view| view.info.node == node).map(|v| v.info.operator);
@@ -262,13 +278,19 @@ impl Bench {
                 assert_eq!(holder, node, "no operator has two nodes in one attempt");
             }
             Message::RefereeLease(lease) => self.jobs.push((node, lease)),
+            Message::Refused(refused) => self.refused.push((node, refused.code)),
             Message::RevealRequest(asked) => {
                 let request = Uuid::from_slice(&asked.request_id).unwrap();
                 if !self.asked.insert((request, asked.attempt, node)) {
                     // Repeated for a node that reconnected.
                     return;
                 }
-                let attempt = self.state.attempt(request).unwrap();
+                let slot_of = |attempt: &Attempt| attempt.slots().iter().any(|slot| slot.who.node == node);
+                let Some(attempt) = self.state.attempt(request).filter(|attempt| slot_of(attempt)) else {
+                    // A trial: nobody else's commitment is waited for.
+                    assert!(self.leases.iter().any(|(who, asked)| *who == node && asked.id == request));
+                    return;
+                };
                 assert!(!attempt.slots().iter().any(slot::Slot::is_leased), "somebody still computes");
             }
             _ => {}
@@ -283,7 +305,7 @@ impl Bench {
     /// Numbers of the nodes that are drawn, in the order of the draw.
     fn drawn(&self) -> Vec<u8> {
         let attempt = self.state.attempt(Uuid::from_u128(1)).unwrap();
-        let number = |node| (1..=5).find(|n| node_id(&key(*n)) == node).unwrap();
+        let number = |node| (1..=9).find(|n| node_id(&key(*n)) == node).unwrap();
         attempt.slots().iter().map(|slot| number(slot.who.node)).collect()
     }
 

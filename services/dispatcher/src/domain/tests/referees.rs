@@ -27,12 +27,15 @@ fn asked(count: u32) -> Bench {
     bench
 }
 
-fn key_of(node: NodeId) -> SigningKey {
-    (1..=5).map(key).find(|key| node_id(key) == node).unwrap()
+pub(super) fn key_of(node: NodeId) -> SigningKey {
+    (1..=9).map(key).find(|key| node_id(key) == node).unwrap()
 }
 
 /// The report that a job asks for; `change` may spoil the signed scores.
-fn report((node, lease): &(NodeId, v1::RefereeLease), change: impl Fn(&mut SignedScores)) -> Command {
+pub(super) fn report(
+    (node, lease): &(NodeId, v1::RefereeLease),
+    change: impl Fn(&mut SignedScores),
+) -> Command {
     let request = convert::request(lease.request.as_ref().unwrap()).unwrap();
     let fingerprint = Fingerprint::new(vec![Entry { token: 9, logprob: 0 }]).unwrap();
     let score = TokenScore { margin_micro: 0, fingerprint };

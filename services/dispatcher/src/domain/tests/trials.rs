@@ -1,0 +1,312 @@
+//! Canaries and entry trials.
+
+use infera_protocol::judgement::Finding;
+use infera_protocol::referee::{Report, report_digest};
+use infera_protocol::trust::{Alarm, Event, Reason, Record};
+
+use super::referees::{key_of, report};
+use super::*;
+use crate::domain::trials::{Ended, Kind, Outcome};
+
+/// Request 1 at `nodes` nodes of as many operators, and a canary beside it.
+fn with_canary(nodes: u8) -> Bench {
+    let mut bench = Bench::new();
+    bench.state = State::new(Rules { canary_ppm: 500_000, ..rules() });
+    for n in 1..=nodes {
+        let operator = Address([20 + n; 20]);
+        bench.run(Command::NodeJoined(Connected { operator, ..connected(n, 1) })).unwrap();
+    }
+    bench.run(Command::Offered(Box::new(offer(1)))).unwrap();
+    bench
+}
+
+/// The node with the canary, and what it was asked.
+fn canary(bench: &Bench) -> (NodeId, Request) {
+    let original = offer(1).funded.submitted.request.seed;
+    let all: Vec<_> = bench.leases.iter().filter(|(_, request)| request.seed != original).collect();
+    assert_eq!(all.len(), 1, "one canary");
+    all[0].clone()
+}
+
+fn number(node: NodeId) -> u8 {
+    (1..=9).find(|n| node_id(&key(*n)) == node).unwrap()
+}
+
+/// Commits to this answer in a trial, and reveals it.
+fn answer_trial(bench: &mut Bench, node: NodeId, asked: &Request, token: u32) {
+    let output = Output { tokens: vec![token], ..answer(1, 0).output };
+    let reveal = Reveal { output, salt: Hash32([7; 32]) };
+    let slot = Slot { request_hash: asked.hash(&DOMAIN), attempt: 1, node };
+    let digest = commitment(&DOMAIN, &slot, &reveal.output, &reveal.salt);
+    let commit = SignedCommitment { digest, signature: sign(&key_of(node), &digest) };
+    bench.run(Command::Committed { node, request: asked.id, attempt: 1, commit }).unwrap();
+    bench.run(Command::Revealed { node, request: asked.id, attempt: 1, reveal: Box::new(reveal) }).unwrap();
+}
+
+/// The last job's report: right, or far off.
+fn say(bench: &mut Bench, is_good: bool) {
+    let job = bench.jobs.last().unwrap().clone();
+    let asked = convert::request(job.1.request.as_ref().unwrap()).unwrap();
+    let subject = &job.1.subjects[0];
+    let said = report(&job, |signed| {
+        if is_good {
+            return;
+        }
+        let mut wrong = Report::decode(&signed.scores).unwrap();
+        wrong.scores[0].margin_micro = u32::MAX;
+        signed.scores = wrong.encode();
+        let output = Output {
+            tokens: subject.tokens.clone(),
+            fingerprints: Vec::new(),
+            finish: convert::finish("finish", subject.finish).unwrap(),
+        };
+        let digest = report_digest(
+            &DOMAIN,
+            &asked.hash(&DOMAIN),
+            job.1.attempt,
+            &job.0,
+            &output.hash(),
+            &signed.scores,
+        );
+        signed.signature = sign(&key_of(job.0), &digest);
+    });
+    bench.run(said).unwrap();
+}
+
+fn ended(bench: &Bench) -> &Ended {
+    assert_eq!(bench.tried.len(), 1);
+    &bench.tried[0]
+}
+
+fn findings(ended: &Ended) -> Vec<Finding> {
+    ended.conduct.iter().map(|conduct| conduct.finding).collect()
+}
+
+#[test]
+fn an_honest_canary_passes_and_nobody_waits_for_it() {
+    let mut bench = with_canary(6);
+    let (node, asked) = canary(&bench);
+    assert_eq!(
+        Request { seed: 1, ..asked.clone() },
+        offer(1).funded.submitted.request,
+        "only the seed differs"
+    );
+    let drawn = bench.drawn();
+    assert!(!drawn.contains(&number(node)));
+    for n in &drawn {
+        bench.run(commit(*n, 1, 1, 0)).unwrap();
+    }
+    for n in &drawn {
+        bench.run(reveal(*n, 1, 1, 0)).unwrap();
+    }
+    assert_eq!(bench.collected.len(), 1, "the request goes its way");
+    bench.run(Command::Closed { request: asked.id }).unwrap();
+    answer_trial(&mut bench, node, &asked, 55);
+    let (referee, job) = bench.jobs[0].clone();
+    let about = convert::request(job.request.as_ref().unwrap()).unwrap();
+    assert!(about.id != asked.id && about.seed == asked.seed, "scored under its own seed and another name");
+    assert!(referee != node && !drawn.contains(&number(referee)), "by somebody from outside");
+    say(&mut bench, true);
+    let ended = ended(&bench);
+    assert_eq!((ended.kind, ended.outcome), (Kind::Canary, Outcome::Passed));
+    assert_eq!(findings(ended), [Finding::Completed, Finding::Completed]);
+    assert_eq!((ended.conduct[0].node, ended.conduct[1].node), (node, referee));
+    assert_eq!(bench.busy(), 0);
+}
+
+#[test]
+fn a_copy_fails_its_own_seed() {
+    for (peers, reason) in [(true, Reason::Copy), (false, Reason::Answer)] {
+        let mut bench = with_canary(6);
+        let (node, asked) = canary(&bench);
+        for n in bench.drawn() {
+            bench.run(commit(n, 1, 1, 0)).unwrap();
+        }
+        for n in bench.drawn() {
+            bench.run(reveal(n, 1, 1, 0)).unwrap();
+        }
+        let copied = answer(1, 0).output.tokens[0];
+        answer_trial(&mut bench, node, &asked, if peers { copied } else { 77 });
+        say(&mut bench, false);
+        assert!(bench.tried.is_empty(), "one referee alone condemns nobody");
+        say(&mut bench, false);
+        assert_eq!(ended(&bench).outcome, Outcome::Failed);
+        assert_eq!(findings(ended(&bench)), [Finding::Bad(reason), Finding::Completed, Finding::Completed]);
+    }
+}
+
+#[test]
+fn a_lying_referee_is_outvoted() {
+    let mut bench = with_canary(7);
+    let (node, asked) = canary(&bench);
+    answer_trial(&mut bench, node, &asked, 55);
+    for is_good in [false, true, true] {
+        say(&mut bench, is_good);
+    }
+    assert_eq!(ended(&bench).outcome, Outcome::Passed);
+    let report = Finding::Bad(Reason::Report);
+    assert_eq!(findings(ended(&bench)), [Finding::Completed, report, Finding::Completed, Finding::Completed]);
+}
+
+#[test]
+fn nothing_follows_where_nobody_can_judge() {
+    let mut bench = with_canary(6);
+    let (node, asked) = canary(&bench);
+    answer_trial(&mut bench, node, &asked, 55);
+    say(&mut bench, false);
+    let second = bench.jobs[1].0;
+    bench.run(Command::NodeLeft { node: second, session: Uuid::from_u128(1) }).unwrap();
+    assert_eq!((ended(&bench).outcome, findings(ended(&bench))), (Outcome::Void, vec![]));
+}
+
+#[test]
+fn who_does_not_answer_has_missed_it() {
+    let leave: [fn(&mut Bench, NodeId); 3] = [
+        |bench, _| bench.tick(1_000),
+        |bench, node| bench.run(Command::NodeLeft { node, session: Uuid::from_u128(1) }).unwrap(),
+        |bench, node| bench.run(decline(number(node), 1, 1)).unwrap(),
+    ];
+    for leave in leave {
+        let mut bench = with_canary(6);
+        let (node, _) = canary(&bench);
+        leave(&mut bench, node);
+        let about: Vec<_> = bench.tried.iter().filter(|ended| ended.node == node).collect();
+        assert_eq!(about.len(), 1);
+        assert_eq!(findings(about[0]), [Finding::Missed]);
+        assert!(bench.jobs.is_empty());
+    }
+    let mut bench = with_canary(6);
+    let (node, asked) = canary(&bench);
+    answer_trial(&mut bench, node, &asked, 55);
+    // Each referee is silent.
+    bench.tick(700);
+    bench.tick(700);
+    assert_eq!(ended(&bench).outcome, Outcome::Void);
+}
+
+#[test]
+fn a_reveal_that_does_not_open_the_commitment_is_bad() {
+    let mut bench = with_canary(6);
+    let (node, asked) = canary(&bench);
+    let digest = Hash32([1; 32]);
+    let commit = SignedCommitment { digest, signature: sign(&key_of(node), &digest) };
+    bench.run(Command::Committed { node, request: asked.id, attempt: 1, commit }).unwrap();
+    let reveal = Box::new(answer(1, 0));
+    bench.run(Command::Revealed { node, request: asked.id, attempt: 1, reveal }).unwrap();
+    assert_eq!(findings(ended(&bench)), [Finding::Bad(Reason::Mismatch)]);
+}
+
+#[test]
+fn the_canary_replaces_nobody_and_few_operators_have_none() {
+    let mut bench = with_canary(6);
+    let (node, _) = canary(&bench);
+    for _ in 0..6 {
+        let Some(n) =
+            bench.drawn().into_iter().zip(bench.outcomes()).find(|(_, o)| o.is_none()).map(|(n, _)| n)
+        else {
+            break;
+        };
+        bench.run(decline(n, 1, 1)).unwrap();
+        if bench.attempts[&Uuid::from_u128(1)] > 1 {
+            break;
+        }
+        let drawn = bench.drawn().into_iter().zip(bench.outcomes());
+        for (n, outcome) in drawn.filter(|(n, _)| *n == number(node)) {
+            assert_eq!(outcome, Some(SlotOutcome::Busy), "{n}");
+        }
+    }
+    let bench = with_canary(5);
+    let original = offer(1).funded.submitted.request.seed;
+    assert!(bench.leases.iter().all(|(_, request)| request.seed == original));
+}
+
+#[test]
+fn a_canary_that_sees_both_seeds_shows_nothing() {
+    // Six operators: three answer, one has the canary; all of the others referee the attempt.
+    let mut bench = with_canary(6);
+    let (node, asked) = canary(&bench);
+    for n in bench.drawn() {
+        bench.run(commit(n, 1, 1, 0)).unwrap();
+    }
+    for n in bench.drawn() {
+        bench.run(reveal(n, 1, 1, 0)).unwrap();
+    }
+    let answers = bench.evidence.as_ref().unwrap().answers().iter().map(|(hash, ..)| *hash).collect();
+    let request = asked.id;
+    bench.run(Command::MoreReferees { request, attempt: 1, round: 1, count: 3, answers }).unwrap();
+    assert!(bench.jobs.iter().any(|(referee, _)| *referee == node));
+    answer_trial(&mut bench, node, &asked, 55);
+    say(&mut bench, true);
+    assert_eq!((ended(&bench).outcome, findings(ended(&bench))), (Outcome::Void, vec![]));
+}
+
+/// Nodes 1 to 3 of trusted operators; 4 has just joined.
+fn entering(trusted: u8) -> Bench {
+    let mut bench = Bench::new();
+    bench.state = State::new(Rules { entry_trials: true, ..rules() });
+    let rules = infera_protocol::trust::Rules::default();
+    let records = (1..=trusted).map(|n| {
+        let mut record = Record::default();
+        for _ in 0..1_000 {
+            [Event::Offered, Event::Completed, Event::Verified]
+                .into_iter()
+                .for_each(|event| record.apply(&rules, 0, event));
+        }
+        (Address([20 + n; 20]), record)
+    });
+    for n in 1..=3 {
+        let operator = Address([20 + n; 20]);
+        bench.run(Command::NodeJoined(Connected { operator, ..connected(n, 1) })).unwrap();
+    }
+    let ledger = Ledger::new(&rules, &Alarm::default(), &records.collect(), 0);
+    bench.run(Command::Trust(Box::new(ledger))).unwrap();
+    bench.run(Command::NodeJoined(Connected { operator: Address([24; 20]), ..connected(4, 1) })).unwrap();
+    bench
+}
+
+fn on_trial(bench: &Bench) -> bool {
+    bench.state.nodes().iter().any(|view| view.on_trial)
+}
+
+#[test]
+fn a_newcomer_is_tried_before_it_is_drawn() {
+    for (is_good, refused) in [(true, false), (false, true)] {
+        let mut bench = entering(3);
+        assert!(on_trial(&bench) && bench.state.model_slots(&MODEL).0.free == 6);
+        let (node, asked) = bench.leases[0].clone();
+        assert_eq!((number(node), asked.prompt.len()), (4, 24));
+        answer_trial(&mut bench, node, &asked, 5);
+        let votes = if is_good { 1 } else { 2 };
+        (0..votes).for_each(|_| say(&mut bench, is_good));
+        assert_eq!(ended(&bench).kind, Kind::Entry);
+        assert_eq!(bench.refused.iter().any(|(who, code)| *who == node && code == "trial_failed"), refused);
+        assert_eq!(on_trial(&bench), refused);
+        let first = if refused { Finding::Bad(Reason::Challenge) } else { Finding::Completed };
+        assert_eq!(findings(ended(&bench))[0], first);
+    }
+}
+
+#[test]
+fn without_a_trusted_operator_newcomers_are_let_in() {
+    let bench = entering(0);
+    assert!(!on_trial(&bench) && bench.leases.is_empty());
+}
+
+#[test]
+fn who_declines_is_tried_again_and_who_is_silent_is_refused() {
+    let mut bench = entering(3);
+    let (node, asked) = bench.leases[0].clone();
+    let digest =
+        decline_digest(&DOMAIN, &Slot { request_hash: asked.hash(&DOMAIN), attempt: 1, node }, "full");
+    let decline = SignedDecline { reason: "full".into(), signature: sign(&key_of(node), &digest) };
+    bench.run(Command::Declined { node, request: asked.id, attempt: 1, decline }).unwrap();
+    assert!(on_trial(&bench) && bench.refused.is_empty());
+    bench.tick(4_900);
+    assert_eq!(bench.leases.len(), 1);
+    bench.tick(100);
+    assert_eq!(bench.leases.len(), 2);
+    assert_ne!(bench.leases[1].1.prompt, asked.prompt, "another prompt each time");
+    bench.tick(1_000);
+    assert_eq!(bench.refused, [(node, "trial_failed".to_owned())]);
+    assert!(bench.tried.iter().all(|ended| ended.conduct.is_empty()), "nothing is held against it");
+}

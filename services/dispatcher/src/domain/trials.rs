@@ -1,0 +1,384 @@
+//! Trials: leases whose answers nobody waits for, scored by referees to see whether a node computes what it says.
+//!
+//! ```text
+//!  Leased ─commitment─> Asked ─reveal─> Scored ─report─> kept or refuted by two of three ─> conduct
+//! ```
+//!
+//! A canary (protocol section 8) stands beside the k of an attempt and looks like one of its leases; see
+//! [`infera_protocol::canary`]. The entry trial (section 2) comes before a node is drawn for the first time of its session:
+//! a prompt that nobody has seen, scored by trusted referees inside the bounds of the two classes. Where nobody is trusted
+//! yet there is none; then everything that a newcomer answers is refereed anyway.
+//!
+//! Trials live in memory: one that is lost with the process says nothing about anybody.
+
+mod trial;
+
+use std::sync::Arc;
+
+use infera_protocol::assignment::{Eligible, draw_referees, freeze, operators};
+use infera_protocol::bytes::NodeId;
+use infera_protocol::canary;
+use infera_protocol::commitment;
+use infera_protocol::evidence::{Reveal, SignedCommitment};
+use infera_protocol::hash::keccak;
+use infera_protocol::identity::verify;
+use infera_protocol::ids::message_id;
+use infera_protocol::judgement::Conduct;
+use infera_protocol::request::check_output;
+use infera_protocol::trust::Reason;
+use infera_protocol::vrf;
+use infera_wire::convert;
+use infera_wire::v1::{self, from_dispatcher::Message};
+use uuid::Uuid;
+
+use trial::{Stage, Step, Trial, Verdict};
+
+use super::attempt::{Attempt, Desk};
+use super::nodes::{Connected, Nodes};
+use super::trust::Ledger;
+use super::{Effect, Rejection, Rules, SignedScores, frames};
+
+/// Most trials at a time; while there are so many, no further ones begin.
+const MAX_TRIALS: usize = 64;
+/// Most referees of one trial.
+pub const MAX_REFEREES: usize = 5;
+
+/// What trials work with.
+pub struct Court<'a> {
+    pub rules: &'a Rules,
+    pub nodes: &'a mut Nodes,
+    pub now: i64,
+    pub out: &'a mut Vec<Effect>,
+}
+
+/// Why a node is tried.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Kind {
+    Canary,
+    Entry,
+}
+
+impl Kind {
+    /// Its name on `/metrics`.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Canary => "canary",
+            Self::Entry => "entry",
+        }
+    }
+}
+
+/// Whether a node computes what it says.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Outcome {
+    Passed,
+    Failed,
+    /// It declined: at another time.
+    Declined,
+    /// Nobody could judge it, or it may have known what it was.
+    Void,
+}
+
+impl Outcome {
+    /// Its name on `/metrics`.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Passed => "passed",
+            Self::Failed => "failed",
+            Self::Declined => "declined",
+            Self::Void => "void",
+        }
+    }
+}
+
+/// What came of a trial.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Ended {
+    pub kind: Kind,
+    pub request: Uuid,
+    pub node: NodeId,
+    pub outcome: Outcome,
+    /// The node's, then the referees'. Empty where nothing follows.
+    pub conduct: Vec<Conduct>,
+}
+
+/// All that are under way.
+#[derive(Debug, Default)]
+pub struct Trials {
+    live: Vec<Trial>,
+}
+
+impl Trials {
+    /// Leases a canary beside an attempt that has just begun, where one is due and somebody is free for it.
+    pub fn canary(&mut self, attempt: &mut Attempt, set: &Arc<Vec<Eligible>>, desk: &mut Desk) {
+        let beta = attempt.beta();
+        let k = desk.offer.funded.submitted.k;
+        let due = canary::is_due(&beta, k, operators(set.iter()), desk.rules.canary_ppm);
+        if !due || self.live.len() >= MAX_TRIALS {
+            return;
+        }
+        let drawn = |operator: &_| attempt.slots().iter().any(|slot| slot.who.operator == *operator);
+        let found = canary::order(&beta, set, drawn)
+            .into_iter()
+            .find(|e| desk.nodes.is_free(&e.node) && desk.nodes.serves(e, &desk.offer.model()));
+        let Some(who) = found.cloned() else { return };
+        let request = canary::request(&beta, &desk.offer.funded.submitted.request);
+        let order = draw_referees(&keccak(&[b"infera.trial.v1", &beta.0]), set, |operator| {
+            *operator == who.operator || drawn(operator)
+        });
+        let referees = order.into_iter().take(MAX_REFEREES).rev().cloned().collect();
+        attempt.stands_beside(who.operator);
+        let trial = Trial {
+            kind: Kind::Canary,
+            hash: request.hash(&desk.rules.domain),
+            job: message_id("trial.job", request.id, attempt.number.into()),
+            attempt: attempt.number,
+            peers: Vec::new(),
+            is_void: false,
+            stage: Stage::Leased { until_ms: desk.now + desk.rules.lease_ms },
+            who,
+            request,
+            referees,
+        };
+        let stream = desk.offer.funded.submitted.stream;
+        let mut court = Court { rules: desk.rules, nodes: desk.nodes, now: desk.now, out: desk.out };
+        self.lease(trial, stream, attempt.traceparent(), &mut court);
+    }
+
+    /// Tries a node that has just joined. `false`: there is nobody to judge it, or too many are tried.
+    pub fn entry(&mut self, info: &Connected, trust: &Ledger, court: &mut Court) -> bool {
+        let Some(model) = court.rules.registry.by_root(&info.model_root) else { return false };
+        let set = freeze(court.nodes.eligible(&info.model_root, trust));
+        let (nonce, now) = (info.session.as_bytes(), court.now.to_be_bytes());
+        let beta =
+            vrf::beta(&court.rules.key.prove(&keccak(&[b"infera.entry.v1", &info.node.0, nonce, &now])));
+        let order = draw_referees(&beta, &set, |operator| *operator == info.operator);
+        let trusted = order.into_iter().take_while(|e| e.trusted).take(MAX_REFEREES);
+        let mut referees: Vec<Eligible> = trusted.cloned().collect();
+        referees.reverse();
+        if referees.is_empty() || self.live.len() >= MAX_TRIALS {
+            return false;
+        }
+        let trial = Trial::entry(info, &beta, model, referees, court);
+        self.lease(trial, false, "", court);
+        true
+    }
+
+    fn lease(&mut self, trial: Trial, stream: bool, traceparent: &str, court: &mut Court) {
+        let node = trial.who.node;
+        let lease = v1::Lease {
+            request: Some(convert::request_to_wire(&trial.request)),
+            attempt: trial.attempt,
+            commit_deadline_ms: court.now + court.rules.lease_ms,
+            stream,
+            traceparent: traceparent.to_owned(),
+        };
+        court.nodes.lease(&node, trial.request.id);
+        court.out.push(Effect::Send { node, frame: frames::lease(lease) });
+        court.out.push(Effect::SlotsChanged);
+        self.live.push(trial);
+    }
+
+    /// Whether this is about the lease of a trial.
+    pub fn has(&self, node: &NodeId, request: Uuid, attempt: u32) -> bool {
+        self.find(node, request, attempt).is_some()
+    }
+
+    /// Whether this node was asked to score a trial's answer under this id.
+    pub fn asks(&self, node: &NodeId, job: Uuid) -> bool {
+        self.asking(node, job).is_some()
+    }
+
+    fn find(&self, node: &NodeId, request: Uuid, attempt: u32) -> Option<usize> {
+        let is = |t: &Trial| t.who.node == *node && t.request.id == request && t.attempt == attempt;
+        self.live.iter().position(is)
+    }
+
+    fn asking(&self, node: &NodeId, job: Uuid) -> Option<usize> {
+        self.live.iter().position(|t| t.job == job && t.asked().is_some_and(|who| who.node == *node))
+    }
+
+    /// A commitment in a trial; the reveal is asked for at once.
+    ///
+    /// # Errors
+    /// As for any slot.
+    pub fn commit(
+        &mut self,
+        node: &NodeId,
+        (request, attempt): (Uuid, u32),
+        commit: SignedCommitment,
+        court: &mut Court,
+    ) -> Result<(), Rejection> {
+        let at = self.find(node, request, attempt).ok_or(Rejection::NotLeased)?;
+        verify(node, &commit.digest, &commit.signature).map_err(|_| Rejection::BadSignature)?;
+        let trial = &mut self.live[at];
+        let first = match &trial.stage {
+            Stage::Leased { until_ms } if court.now < *until_ms => {
+                let until_ms = court.now + court.rules.reveal_ms;
+                trial.stage = Stage::Asked { commit, until_ms };
+                court.nodes.release(node, request);
+                let frame = frames::reveal_request(request, attempt, until_ms);
+                court.out.push(Effect::Send { node: *node, frame });
+                court.out.push(Effect::SlotsChanged);
+                return Ok(());
+            }
+            Stage::Leased { .. } | Stage::Scored { .. } => return Err(Rejection::Late),
+            Stage::Asked { commit, .. } => *commit,
+        };
+        if first.digest == commit.digest {
+            return Ok(());
+        }
+        let operator = trial.who.operator;
+        court.out.push(Effect::Equivocated {
+            request,
+            attempt,
+            node: *node,
+            operator,
+            first,
+            second: commit,
+        });
+        Err(Rejection::Equivocation)
+    }
+
+    /// A reveal in a trial: if it opens the commitment, referees are asked.
+    ///
+    /// # Errors
+    /// As for any slot.
+    pub fn reveal(
+        &mut self,
+        node: &NodeId,
+        (request, attempt): (Uuid, u32),
+        reveal: Reveal,
+        court: &mut Court,
+    ) -> Result<(), Rejection> {
+        let at = self.find(node, request, attempt).ok_or(Rejection::NotLeased)?;
+        let trial = &mut self.live[at];
+        let commit = match &trial.stage {
+            Stage::Asked { commit, .. } => *commit,
+            Stage::Leased { .. } => return Err(Rejection::NotAsked),
+            Stage::Scored { .. } => return Ok(()),
+        };
+        let place = commitment::Slot { request_hash: trial.hash, attempt, node: *node };
+        let digest = commitment::commitment(&court.rules.domain, &place, &reveal.output, &reveal.salt);
+        let step = if digest == commit.digest && check_output(&trial.request, &reveal.output).is_ok() {
+            trial.stage = Stage::Scored { output: reveal.output, votes: Vec::new(), asked: None };
+            trial.ask(court)
+        } else {
+            Step::Ends(Verdict::Bad(Reason::Mismatch))
+        };
+        self.after(at, step, court);
+        Ok(())
+    }
+
+    /// The node does not take part, or a referee does not.
+    ///
+    /// # Errors
+    /// [`Rejection::NotLeased`], [`Rejection::Late`].
+    pub fn decline(
+        &mut self,
+        node: &NodeId,
+        (request, attempt): (Uuid, u32),
+        court: &mut Court,
+    ) -> Result<(), Rejection> {
+        if let Some(at) = self.asking(node, request) {
+            let step = self.live[at].ask(court);
+            self.after(at, step, court);
+            return Ok(());
+        }
+        let at = self.find(node, request, attempt).ok_or(Rejection::NotLeased)?;
+        if !matches!(self.live[at].stage, Stage::Leased { .. }) {
+            return Err(Rejection::Late);
+        }
+        self.after(at, Step::Ends(Verdict::Declined), court);
+        Ok(())
+    }
+
+    /// A referee's report about a trial's answer. One that is none is passed over.
+    ///
+    /// # Errors
+    /// [`Rejection::NotLeased`], [`Rejection::BadSignature`].
+    pub fn refereed(
+        &mut self,
+        node: &NodeId,
+        job: Uuid,
+        reports: &[SignedScores],
+        court: &mut Court,
+    ) -> Result<(), Rejection> {
+        let at = self.asking(node, job).ok_or(Rejection::NotLeased)?;
+        let step = self.live[at].take(reports, court)?;
+        self.after(at, step, court);
+        Ok(())
+    }
+
+    /// What an attempt revealed, so that a copy can be told from any other wrong answer.
+    pub fn note_peers(&mut self, request: Uuid, attempt: &Attempt) {
+        for trial in &mut self.live {
+            if trial.request.id == request && trial.attempt == attempt.number {
+                trial.peers =
+                    attempt.slots().iter().filter_map(|s| s.reveal()).map(|r| r.output.hash()).collect();
+            }
+        }
+    }
+
+    /// Looks at what is sent: a node that is asked to referee the attempt beside which it is tried sees both seeds.
+    pub fn watch(&mut self, out: &[Effect]) {
+        if self.live.is_empty() {
+            return;
+        }
+        for effect in out {
+            let Effect::Send { node, frame } = effect else { continue };
+            let Some(Message::RefereeLease(lease)) = &frame.message else { continue };
+            let id = lease.request.as_ref().map(|request| request.id.as_slice());
+            for trial in &mut self.live {
+                let early = matches!(trial.stage, Stage::Leased { .. });
+                if early && trial.who.node == *node && id == Some(trial.request.id.as_bytes()) {
+                    trial.is_void = true;
+                }
+            }
+        }
+    }
+
+    /// The node's session ended.
+    pub fn left(&mut self, node: &NodeId, court: &mut Court) {
+        let mut at = 0;
+        while let Some(trial) = self.live.get_mut(at) {
+            let step = if trial.who.node == *node && !matches!(trial.stage, Stage::Scored { .. }) {
+                Step::Ends(Verdict::Missed)
+            } else if trial.asked().is_some_and(|who| who.node == *node) {
+                trial.ask(court)
+            } else {
+                Step::Goes
+            };
+            if !self.after(at, step, court) {
+                at += 1;
+            }
+        }
+    }
+
+    /// Ends what is overdue.
+    pub fn tick(&mut self, court: &mut Court) {
+        let mut at = 0;
+        while let Some(trial) = self.live.get_mut(at) {
+            let step = match &trial.stage {
+                Stage::Leased { until_ms } | Stage::Asked { until_ms, .. } if *until_ms <= court.now => {
+                    Step::Ends(Verdict::Missed)
+                }
+                Stage::Scored { asked: Some((_, until_ms)), .. } if *until_ms <= court.now => {
+                    trial.ask(court)
+                }
+                _ => Step::Goes,
+            };
+            if !self.after(at, step, court) {
+                at += 1;
+            }
+        }
+    }
+
+    /// True if the trial at `at` is over, and gone.
+    fn after(&mut self, at: usize, step: Step, court: &mut Court) -> bool {
+        let Step::Ends(verdict) = step else { return false };
+        let trial = self.live.swap_remove(at);
+        trial.end(verdict, court);
+        true
+    }
+}

@@ -1,0 +1,230 @@
+//! One trial, from its lease to what follows.
+
+use infera_protocol::admission;
+use infera_protocol::agreement::{Standing, Votes};
+use infera_protocol::assignment::Eligible;
+use infera_protocol::bytes::Hash32;
+use infera_protocol::evidence::SignedCommitment;
+use infera_protocol::identity::verify;
+use infera_protocol::ids::message_id;
+use infera_protocol::judgement::{Conduct, Finding, Mean};
+use infera_protocol::referee::{Report, judge, report_digest};
+use infera_protocol::registry::Model;
+use infera_protocol::request::{Output, Request};
+use infera_protocol::trust::Reason;
+use infera_wire::convert;
+use infera_wire::v1;
+use uuid::Uuid;
+
+use super::{Court, Ended, Kind, Outcome};
+use crate::domain::nodes::Connected;
+use crate::domain::{Effect, Rejection, SignedScores, frames};
+
+#[derive(Debug)]
+pub(super) struct Trial {
+    pub(super) kind: Kind,
+    pub(super) who: Eligible,
+    pub(super) request: Request,
+    pub(super) hash: Hash32,
+    pub(super) attempt: u32,
+    /// The id under which referees score the answer: they are not told which request it is about.
+    pub(super) job: Uuid,
+    /// Who may score it, the next one last.
+    pub(super) referees: Vec<Eligible>,
+    /// Answers of the attempt beside which a canary stands, by hash.
+    pub(super) peers: Vec<Hash32>,
+    /// The node may know what this is: nothing follows from it.
+    pub(super) is_void: bool,
+    pub(super) stage: Stage,
+}
+
+#[derive(Debug)]
+pub(super) enum Stage {
+    Leased { until_ms: i64 },
+    Asked { commit: SignedCommitment, until_ms: i64 },
+    Scored { output: Output, votes: Vec<Vote>, asked: Option<(Eligible, i64)> },
+}
+
+#[derive(Debug)]
+pub(super) struct Vote {
+    pub(super) who: Eligible,
+    is_good: bool,
+    mean: Mean,
+}
+
+/// What a step of a trial leads to.
+pub(super) enum Step {
+    Goes,
+    Ends(Verdict),
+}
+
+/// What is known in the end.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Verdict {
+    Good,
+    Bad(Reason),
+    Missed,
+    Declined,
+    /// Nobody is left who could judge it.
+    Open,
+}
+
+impl Trial {
+    pub(super) fn entry(
+        info: &Connected,
+        beta: &Hash32,
+        model: &Model,
+        referees: Vec<Eligible>,
+        court: &Court,
+    ) -> Self {
+        let id = Uuid::from_u128(u128::from_be_bytes(std::array::from_fn(|i| beta.0[i])));
+        let request = admission::trial(beta, id, model);
+        Self {
+            kind: Kind::Entry,
+            who: Eligible {
+                node: info.node,
+                operator: info.operator,
+                class: info.class.clone(),
+                weight: 1,
+                audit_ppm: 0,
+                trusted: false,
+            },
+            hash: request.hash(&court.rules.domain),
+            job: message_id("trial.job", id, 1),
+            request,
+            attempt: 1,
+            referees,
+            peers: Vec::new(),
+            is_void: false,
+            stage: Stage::Leased { until_ms: court.now + court.rules.lease_ms },
+        }
+    }
+
+    pub(super) fn asked(&self) -> Option<&Eligible> {
+        match &self.stage {
+            Stage::Scored { asked: Some((who, _)), .. } => Some(who),
+            _ => None,
+        }
+    }
+
+    fn votes(&self) -> &[Vote] {
+        match &self.stage {
+            Stage::Scored { votes, .. } => votes,
+            Stage::Leased { .. } | Stage::Asked { .. } => &[],
+        }
+    }
+
+    fn standing(&self) -> Standing {
+        let count =
+            |good| u32::try_from(self.votes().iter().filter(|v| v.is_good == good).count()).unwrap_or(0);
+        Votes { good: count(true), bad: count(false) }.standing()
+    }
+
+    /// Asks the next referee, or ends: two of three have decided, or nobody is left.
+    pub(super) fn ask(&mut self, court: &mut Court) -> Step {
+        match self.standing() {
+            Standing::Confirmed => return Step::Ends(Verdict::Good),
+            Standing::Refuted => {
+                let copied = matches!(&self.stage, Stage::Scored { output, .. } if self.peers.contains(&output.hash()));
+                let reason = if copied { Reason::Copy } else { Reason::Answer };
+                return Step::Ends(Verdict::Bad(reason));
+            }
+            Standing::Unscored | Standing::Contested => {}
+        }
+        let job = v1::Request { id: self.job.as_bytes().to_vec(), ..convert::request_to_wire(&self.request) };
+        let Stage::Scored { output, asked, .. } = &mut self.stage else { return Step::Goes };
+        *asked = None;
+        while let Some(who) = self.referees.pop() {
+            if !court.nodes.serves(&who, &self.request.model_root) {
+                continue;
+            }
+            let until_ms = court.now + court.rules.referee_ms;
+            let lease = v1::RefereeLease {
+                request: Some(job),
+                attempt: self.attempt,
+                subjects: vec![v1::Subject {
+                    tokens: output.tokens.clone(),
+                    finish: convert::finish_to_wire(output.finish).into(),
+                }],
+                deadline_ms: until_ms,
+                traceparent: String::new(),
+            };
+            court.out.push(Effect::Send { node: who.node, frame: frames::referee_lease(lease) });
+            *asked = Some((who, until_ms));
+            return Step::Goes;
+        }
+        Step::Ends(Verdict::Open)
+    }
+
+    /// Takes the report of the referee that was asked.
+    pub(super) fn take(&mut self, reports: &[SignedScores], court: &mut Court) -> Result<Step, Rejection> {
+        let job = Request { id: self.job, ..self.request.clone() };
+        let Stage::Scored { output, votes, asked: Some((who, _)) } = &mut self.stage else {
+            return Err(Rejection::NotLeased);
+        };
+        let [SignedScores { scores, signature }] = reports else { return Ok(self.ask(court)) };
+        let hash = job.hash(&court.rules.domain);
+        let digest =
+            report_digest(&court.rules.domain, &hash, self.attempt, &who.node, &output.hash(), scores);
+        verify(&who.node, &digest, signature).map_err(|_| Rejection::BadSignature)?;
+        let bounds = court.rules.registry.calibration.bounds(&who.class, &self.who.class);
+        if let (Some(bounds), Ok(report)) = (bounds, Report::decode(scores))
+            && report.scores.len() == output.tokens.len()
+        {
+            let mean = Mean {
+                micro: report.clipped_mean_micro(bounds.clip_milli),
+                class: self.who.class.clone(),
+                referee_class: who.class.clone(),
+            };
+            let is_good = judge(output.tokens.len(), &report, bounds).is_ok();
+            votes.push(Vote { who: who.clone(), is_good, mean });
+        }
+        Ok(self.ask(court))
+    }
+
+    /// Tells what came of it, to the node too.
+    pub(super) fn end(self, verdict: Verdict, court: &mut Court) {
+        let (node, request) = (self.who.node, self.request.id);
+        if matches!(self.stage, Stage::Leased { .. }) {
+            court.nodes.release(&node, request);
+            let frame = frames::cancel(request, self.attempt, "lease expired");
+            court.out.push(Effect::Send { node, frame });
+        }
+        court.out.push(Effect::Send { node, frame: frames::released(request, self.attempt) });
+        court.out.push(Effect::SlotsChanged);
+        let outcome = match verdict {
+            Verdict::Declined => Outcome::Declined,
+            _ if self.is_void => Outcome::Void,
+            Verdict::Good => Outcome::Passed,
+            Verdict::Bad(_) | Verdict::Missed => Outcome::Failed,
+            Verdict::Open => Outcome::Void,
+        };
+        let conduct = if outcome == Outcome::Void { Vec::new() } else { self.conduct(verdict) };
+        court.out.push(Effect::Tried(Box::new(Ended { kind: self.kind, request, node, outcome, conduct })));
+    }
+
+    fn conduct(&self, verdict: Verdict) -> Vec<Conduct> {
+        let finding = match (self.kind, verdict) {
+            // Before it was admitted it only failed to get in; what it answered wrong is a challenge that it did not meet.
+            (Kind::Entry, Verdict::Missed | Verdict::Declined) | (_, Verdict::Open) => return Vec::new(),
+            (Kind::Entry, Verdict::Bad(_)) => Finding::Bad(Reason::Challenge),
+            (_, Verdict::Good) => Finding::Completed,
+            (_, Verdict::Bad(reason)) => Finding::Bad(reason),
+            (_, Verdict::Missed | Verdict::Declined) => Finding::Missed,
+        };
+        let Eligible { node, operator, .. } = self.who;
+        let mean = self.votes().iter().map(|vote| vote.mean.clone()).min();
+        let mut conduct = vec![Conduct { node, operator, finding, mean }];
+        let standing = self.standing();
+        for Vote { who, is_good, .. } in self.votes() {
+            let outvoted = match standing {
+                Standing::Confirmed => !is_good,
+                Standing::Refuted => *is_good,
+                Standing::Unscored | Standing::Contested => false,
+            };
+            let finding = if outvoted { Finding::Bad(Reason::Report) } else { Finding::Completed };
+            conduct.push(Conduct { node: who.node, operator: who.operator, finding, mean: None });
+        }
+        conduct
+    }
+}
