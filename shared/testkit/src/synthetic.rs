@@ -7,6 +7,8 @@
 //!
 //! Honest nodes give equal answers: [`answer`] depends on the request alone.
 
+mod player;
+
 use std::net::SocketAddr;
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
@@ -30,6 +32,8 @@ use tokio::task::JoinHandle;
 use tokio_tungstenite::tungstenite::Message;
 use tokio_tungstenite::{MaybeTlsStream, WebSocketStream, connect_async};
 use uuid::Uuid;
+
+use player::Player;
 
 use crate::evidence::{Network, fingerprint, key, output, weights};
 
@@ -68,6 +72,8 @@ pub enum Behaviour {
     Equivocate,
     /// Ends its session when it gets its first lease.
     Vanish,
+    /// Gives the answer of whoever else shares, where there is one already, whatever the seed.
+    Share,
 }
 
 /// A node that plays its session in a task of its own.
@@ -408,112 +414,5 @@ impl Running {
 impl Drop for Running {
     fn drop(&mut self) {
         self.task.abort();
-    }
-}
-
-/// A lease that was committed to.
-struct Committed {
-    lease: v1::Lease,
-    output: Output,
-    salt: Hash32,
-}
-
-struct Player {
-    node: SyntheticNode,
-    behaviour: Behaviour,
-    socket: Socket,
-    frames: Arc<Mutex<Vec<from_dispatcher::Message>>>,
-    gate: Arc<Semaphore>,
-    leases: Vec<Committed>,
-}
-
-impl Player {
-    async fn play(mut self) {
-        let (ready, mut leases) = tokio::sync::mpsc::unbounded_channel();
-        loop {
-            tokio::select! {
-                frame = self.socket.next_unhurried() => {
-                    let Some(frame) = frame else { return };
-                    self.frames.lock().expect("nobody panicked").push(frame.clone());
-                    match frame {
-                        from_dispatcher::Message::Lease(_) if self.behaviour == Behaviour::Vanish => return,
-                        from_dispatcher::Message::Lease(lease) => {
-                            let (gate, ready) = (self.gate.clone(), ready.clone());
-                            tokio::spawn(async move {
-                                gate.acquire().await.expect("the gate stays open").forget();
-                                let _ = ready.send(lease);
-                            });
-                        }
-                        from_dispatcher::Message::RevealRequest(asked) => self.reveal(&asked).await,
-                        from_dispatcher::Message::RangeChallenge(challenge) => {
-                            let proof = self.node.prove(&challenge);
-                            self.socket.send(from_node::Message::RangeProof(proof)).await;
-                        }
-                        from_dispatcher::Message::RefereeLease(lease) if self.behaviour != Behaviour::Silent => {
-                            let report = self.node.report(&lease);
-                            self.socket.send(from_node::Message::RefereeReport(report)).await;
-                        }
-                        _ => {}
-                    }
-                }
-                Some(lease) = leases.recv() => self.answer(lease).await,
-            }
-        }
-    }
-
-    async fn answer(&mut self, lease: v1::Lease) {
-        let request = convert::request(lease.request.as_ref().expect("a request")).expect("a valid request");
-        let honest = answer(&request);
-        match self.behaviour {
-            Behaviour::Silent | Behaviour::Vanish => return,
-            Behaviour::Decline => {
-                let decline = self.node.decline(&lease, "full");
-                return self.socket.send(from_node::Message::Decline(decline)).await;
-            }
-            _ => {}
-        }
-        let output = if self.behaviour == Behaviour::Garbage { self.garbage(&honest) } else { honest };
-        if lease.stream {
-            for (offset, token) in (0..).zip(&output.tokens) {
-                self.socket
-                    .send(from_node::Message::Deltas(v1::Deltas {
-                        request_id: request.id.as_bytes().to_vec(),
-                        attempt: lease.attempt,
-                        offset,
-                        tokens: vec![*token],
-                    }))
-                    .await;
-            }
-        }
-        let (commit, salt) = self.node.commit(&lease, &output);
-        self.socket.send(from_node::Message::Commit(commit)).await;
-        if self.behaviour == Behaviour::Equivocate {
-            let (second, _) = self.node.commit(&lease, &self.garbage(&output));
-            self.socket.send(from_node::Message::Commit(second)).await;
-        }
-        self.leases.push(Committed { lease, output, salt });
-    }
-
-    /// An answer that no other node gives.
-    fn garbage(&self, honest: &Output) -> Output {
-        let last = u32::from(self.node.id().0[0]) + 1_000;
-        let mut tokens = honest.tokens.clone();
-        tokens.pop();
-        tokens.push(last);
-        output(&tokens, honest.finish)
-    }
-
-    async fn reveal(&mut self, asked: &v1::RevealRequest) {
-        let found = self.leases.iter().find(|c| {
-            let request = c.lease.request.as_ref().expect("a request");
-            request.id == asked.request_id && c.lease.attempt == asked.attempt
-        });
-        let Some(Committed { lease, output, salt }) = found else { return };
-        let reveal = match self.behaviour {
-            Behaviour::NoReveal => return,
-            Behaviour::Mismatch => self.node.reveal(lease, &self.garbage(output), salt),
-            _ => self.node.reveal(lease, output, salt),
-        };
-        self.socket.send(from_node::Message::Reveal(reveal)).await;
     }
 }

@@ -176,3 +176,113 @@ async fn referees_embedded() {
 async fn referees_cluster() {
     Box::pin(referees_report_and_conduct_is_remembered(On::Cluster)).await;
 }
+
+/// Two of seven operators share their answers; half of all jobs are canaries here, so that it does not take long.
+async fn canaries_find_who_shares(on: On) {
+    let mut world = World::new(on).await;
+    let mut config = world.config();
+    config.canary_ppm = 500_000;
+    let running = world.start(config).await;
+    let mut playing = Vec::new();
+    for (n, node) in (1..).zip(nodes(&world, 7)) {
+        let behaviour = if n <= 2 { Behaviour::Share } else { Behaviour::Honest };
+        playing.push(node.run(running.address, behaviour).await);
+    }
+    let standing = async |n: usize| -> Value {
+        let operator = playing[n].operator;
+        serde_json::from_str(&running.get(&format!("/v1/operators/{operator}")).await).unwrap()
+    };
+    let until = tokio::time::Instant::now() + PATIENCE;
+    let found = async || {
+        for n in [0, 1] {
+            if standing(n).await["last_faults"][0]["reason"] == "copy" {
+                // Asked again: record and faults are read one after the other.
+                assert_eq!(standing(n).await["eligible"], false);
+                return true;
+            }
+        }
+        false
+    };
+    while !found().await {
+        assert!(tokio::time::Instant::now() < until, "nobody is found");
+        let funded = world.funded(Uuid::now_v7(), 3);
+        world.offer(&funded);
+        let (_, evidence) = world.collected().await;
+        world.fail(evidence.request.id);
+    }
+    for honest in 2..7 {
+        assert!(standing(honest).await["last_faults"].is_null(), "{honest}");
+    }
+    let passed = r#"infera_dispatcher_trials_total{kind="canary",outcome="passed"}"#;
+    assert!(world.metric(&running, passed).await > 0.0, "honest canaries pass");
+    running.stop().await;
+}
+
+#[actix_rt::test]
+async fn canaries_embedded() {
+    Box::pin(canaries_find_who_shares(On::Embedded)).await;
+}
+
+#[actix_rt::test]
+async fn canaries_cluster() {
+    Box::pin(canaries_find_who_shares(On::Cluster)).await;
+}
+
+/// A newcomer that computes something else is sent away once there are trusted operators that can tell.
+#[actix_rt::test]
+async fn newcomers_are_tried_by_trusted_operators() {
+    let mut world = World::new(On::Embedded).await;
+    let running = world.start(world.config()).await;
+    let mut playing = Vec::new();
+    for node in nodes(&world, 3) {
+        playing.push(node.run(running.address, Behaviour::Honest).await);
+    }
+    let trusted = async || {
+        let list: Value = serde_json::from_str(&running.get("/v1/operators").await).unwrap();
+        let all = list["operators"].as_array().unwrap().clone();
+        all.len() == 3 && all.iter().all(|operator| operator["trusted"] == true)
+    };
+    let until = tokio::time::Instant::now() + PATIENCE;
+    while !trusted().await {
+        assert!(tokio::time::Instant::now() < until, "nobody is trusted");
+        for _ in 0..10 {
+            let funded = world.funded(Uuid::now_v7(), 3);
+            let offered = world.offer(&funded);
+            let (_, evidence) = world.collected().await;
+            let verified = evidence.slots.iter().map(|slot| {
+                let conduct = Conduct {
+                    node: slot.node,
+                    operator: slot.operator,
+                    finding: Finding::Verified,
+                    mean: None,
+                };
+                convert::conduct_to_wire(&conduct)
+            });
+            world.close_with(&offered, Uuid::now_v7(), verified.collect()).await;
+        }
+    }
+    let all = nodes(&world, 5);
+    let on_trial = async |n: usize| {
+        let list: Value = serde_json::from_str(&running.get("/v1/nodes").await).unwrap();
+        let id = all[n].id().to_string();
+        let nodes = list["nodes"].as_array().unwrap().clone();
+        nodes.iter().find(|node| node["node"] == id.as_str()).map(|node| node["on_trial"] == true)
+    };
+    // The draws learn of the records a little later than they are written.
+    let liar = async || {
+        let running = all[3].run(running.address, Behaviour::Garbage).await;
+        eventually(PATIENCE, async || running.has_ended() || on_trial(3).await == Some(false)).await;
+        running.has_ended()
+    };
+    while !liar().await {
+        assert!(tokio::time::Instant::now() < until, "a liar is let in");
+    }
+    let told = running.get(&format!("/v1/operators/{}", all[3].operator())).await;
+    let told: Value = serde_json::from_str(&told).unwrap();
+    assert_eq!(told["last_faults"][0]["reason"], "challenge", "{told}");
+    let honest = all[4].run(running.address, Behaviour::Honest).await;
+    eventually(PATIENCE, async || on_trial(4).await == Some(false)).await;
+    assert!(!honest.has_ended());
+    assert!(!honest.leases().is_empty(), "it was tried");
+    running.stop().await;
+}
