@@ -22,6 +22,8 @@ use crate::{
 
 /// The log-probability of a token that is no candidate is at most this: at least 64 are as likely.
 const OUTSIDE: f64 = -4.158_883;
+/// ln 65.
+const LN_65: f64 = 4.174_387;
 /// A half-precision number is this close, as a share of it.
 const HALF: f64 = 1.0 / 2_048.0;
 
@@ -146,10 +148,13 @@ impl Court<'_> {
         let warm = f64::from(params.temperature);
         let noise = |token| warm * gumbel(seed, u32::try_from(at).unwrap_or(0), token);
         let entries = || print.entries().iter().map(|e| (e.token, f64::from(e.logprob())));
-        let best = entries().next().map_or(0.0, |(t, l)| l - l.abs() * HALF + noise(t));
         let listed = entries().find(|(t, _)| *t == token).map(|(t, l)| l + l.abs() * HALF + noise(t));
         let last = entries().next_back().map_or(f64::INFINITY, |(t, l)| l + l.abs() * HALF + noise(t));
-        best - listed.unwrap_or(last.max(OUTSIDE + noise(token)))
+        let score = listed.unwrap_or(last.max(OUTSIDE + noise(token)));
+        // A rival counts by its distance to the first that is no candidate at most: 65 tokens are as likely as that one.
+        let lead =
+            |(t, l): (u32, f64)| (l - l.abs() * HALF + noise(t) - score).min(l - l.abs() * HALF + LN_65);
+        entries().filter(|(t, _)| *t != token).map(lead).fold(0.0, f64::max)
     }
 
     fn score_jobs(&self, cases: &[&Case]) -> Vec<ScoreJob> {

@@ -6,6 +6,7 @@ mod cells;
 mod decision;
 #[cfg(test)]
 mod drift_tests;
+mod entry;
 mod honest;
 mod judge;
 mod network;
@@ -17,7 +18,13 @@ mod simulate;
 mod stats;
 mod weights;
 
-use std::{cell::RefCell, fs, path::PathBuf, process::ExitCode, time::Instant};
+use std::{
+    cell::RefCell,
+    fs,
+    path::{Path, PathBuf},
+    process::ExitCode,
+    time::Instant,
+};
 
 use clap::Parser;
 use infera_embed::Embedder;
@@ -38,8 +45,26 @@ const PROMPTS: &str = include_str!("../prompts.txt");
 enum Command {
     /// Answers of honest nodes and of cheaters before every layer
     Content(Content),
+    /// Trials of newcomers, honest and with cheaper weights
+    Entry(Entry),
     /// A network of thousands under the rules of trust
     Network(Network),
+}
+
+#[derive(clap::Args)]
+struct Entry {
+    /// The model file, GGUF
+    #[arg(long)]
+    model: PathBuf,
+    /// The registry, for the bounds
+    #[arg(long, default_value = "deploy/models.json")]
+    registry: PathBuf,
+    /// Trials of each kind
+    #[arg(long, default_value_t = 1_000, value_parser = clap::value_parser!(u32).range(1..=100_000))]
+    trials: u32,
+    /// The report
+    #[arg(long, default_value = "target/reports/bench-trust.json")]
+    out: PathBuf,
 }
 
 #[derive(clap::Args)]
@@ -105,12 +130,22 @@ struct Published {
     calibration: Calibration,
 }
 
+fn registry(path: &Path) -> Result<Registry, String> {
+    let failed = |e: &dyn std::fmt::Display| format!("{}: {e}", path.display());
+    let bytes = fs::read(path).map_err(|e| failed(&e))?;
+    serde_json::from_slice(&bytes).map_err(|e| failed(&e))
+}
+
 fn threshold(args: &Content) -> Result<u32, String> {
-    let failed = |e: &dyn std::fmt::Display| format!("{}: {e}", args.registry.display());
-    let bytes = fs::read(&args.registry).map_err(|e| failed(&e))?;
-    let registry: Registry = serde_json::from_slice(&bytes).map_err(|e| failed(&e))?;
-    let model = registry.models.first().ok_or_else(|| failed(&"no model"))?;
+    let registry = registry(&args.registry)?;
+    let model = registry.models.first().ok_or_else(|| format!("{}: no model", args.registry.display()))?;
     Ok(model.similarity_threshold_millionths)
+}
+
+fn entry(args: &Entry) -> Result<(), String> {
+    let metrics = entry::measure(&args.model, &registry(&args.registry)?, args.trials)?;
+    report::merge(&args.out, &metrics)?;
+    report::print(&metrics)
 }
 
 fn network(args: &Network) -> Result<(), String> {
@@ -175,6 +210,7 @@ fn content(args: &Content) -> Result<(), String> {
 fn main() -> ExitCode {
     let outcome = match Command::parse() {
         Command::Content(args) => content(&args),
+        Command::Entry(args) => entry(&args),
         Command::Network(args) => network(&args),
     };
     match outcome {

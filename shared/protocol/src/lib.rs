@@ -11,7 +11,7 @@
 //! | 6 commit and reveal | [`commitment`] |
 //! | 7 agreement | [`agreement`], [`calibration`] |
 //! | 7, 8 what follows from evidence | [`judgement`] |
-//! | 8 referees, canaries | [`referee`], [`canary`] |
+//! | 8 referees, canaries | [`referee`], [`margin`], [`canary`] |
 //! | 8 trust | [`trust`] |
 //! | 1, 6, 10 what contracts check | [`typed`] |
 //! | 10 settlement | [`evidence`], [`receipt`], [`document`], [`merkle`], [`money`] |
@@ -32,6 +32,7 @@ pub mod identity;
 pub mod ids;
 pub mod judgement;
 mod logits;
+pub mod margin;
 pub mod mask;
 pub mod merkle;
 pub mod money;

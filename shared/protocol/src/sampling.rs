@@ -12,7 +12,7 @@ use std::collections::BTreeMap;
 use serde::{Deserialize, Serialize};
 use thiserror::Error;
 
-use crate::logits::{View, log_sum_exp, scan};
+use crate::logits::{Scan, View, log_sum_exp, scan};
 use crate::mask::Mask;
 
 /// Most candidates that a draw may consider.
@@ -240,12 +240,7 @@ pub fn candidates(
     emitted: &Counts,
     mask: Option<&Mask>,
 ) -> Result<Vec<Candidate>, SampleError> {
-    params.validate()?;
-    if logits.is_empty() || u32::try_from(logits.len() - 1).is_err() {
-        return Err(SampleError::Vocabulary(logits.len()));
-    }
-    let scan = scan(logits)
-        .map_err(|token| SampleError::NonFinite { token: token as u32, value: logits[token].to_string() })?;
+    let scan = checked(logits, params)?;
     let changed = changed(logits, params, emitted);
     let top = View { logits, changed: &changed, mask }.top(&scan, params.top_k as usize);
     if top.is_empty() {
@@ -263,8 +258,18 @@ pub fn candidates(
         .collect())
 }
 
+/// The first pass over the logits of a draw that can be made.
+pub(crate) fn checked(logits: &[f32], params: &SamplingParams) -> Result<Scan, SampleError> {
+    params.validate()?;
+    if logits.is_empty() || u32::try_from(logits.len() - 1).is_err() {
+        return Err(SampleError::Vocabulary(logits.len()));
+    }
+    scan(logits)
+        .map_err(|token| SampleError::NonFinite { token: token as u32, value: logits[token].to_string() })
+}
+
 /// The logits that bias and penalties change, ascending by token.
-fn changed(logits: &[f32], params: &SamplingParams, emitted: &Counts) -> Vec<(u32, f32)> {
+pub(crate) fn changed(logits: &[f32], params: &SamplingParams, emitted: &Counts) -> Vec<(u32, f32)> {
     let penalties = params.frequency_penalty != 0.0 || params.presence_penalty != 0.0;
     let mut tokens: Vec<u32> = params.logit_bias.keys().copied().collect();
     if penalties {
@@ -283,7 +288,7 @@ fn changed(logits: &[f32], params: &SamplingParams, emitted: &Counts) -> Vec<(u3
 }
 
 /// How many of the ordered candidates `top_p` and `min_p` leave: at least one.
-fn nucleus(top: &[(f32, u32)], params: &SamplingParams) -> usize {
+pub(crate) fn nucleus(top: &[(f32, u32)], params: &SamplingParams) -> usize {
     let Some(&(max, _)) = top.first() else {
         return 0;
     };

@@ -74,8 +74,7 @@ pub struct Score {
     pub token: u32,
     /// Its place among the candidates by `z + T g`, 0 for the one that the scorer draws; `None`: no candidate.
     pub rank: Option<u32>,
-    /// The best candidate's `z + T g` minus the token's, in logits: 0 where the scorer draws the same. Of a token that is
-    /// no candidate at least its logit's distance to the last candidate's.
+    /// [`infera_protocol::margin`], in logits: 0 where the scorer draws the same.
     pub margin: f64,
     /// Log-softmax of the model's logits at the token.
     pub raw_logprob: f32,

@@ -6,8 +6,9 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use infera_grammar::Matcher;
 use infera_prompt::{StopMatcher, Tokenizer};
 use infera_protocol::fingerprint::Fingerprint;
+use infera_protocol::margin::{Place, standing};
 use infera_protocol::request::Finish;
-use infera_protocol::sampling::{Candidate, Counts, SamplingParams, candidates, choose, gumbel};
+use infera_protocol::sampling::{Candidate, Counts, SamplingParams, candidates, choose};
 use tokio::sync::{mpsc, oneshot};
 use uuid::Uuid;
 
@@ -303,25 +304,25 @@ impl Sequence {
     /// Scores the token at `position` of the sequence from the logits before it.
     fn score(&mut self, logits: &[f32], position: usize) -> Result<(), DrawError> {
         let token = self.job.tokens[position];
-        let at = (position - self.job.prompt) as u32;
-        let found = self.candidates(logits)?;
-        let forbidden = self.forbids(token)?;
-        let choice = choose(&found, self.job.params.temperature, self.job.seed, at)?;
-        let rank = choice.scores.iter().position(|s| s.token == token);
-        let (score, raw_logprob, beyond) = match rank {
-            Some(rank) => (choice.scores[rank].score, choice.scores[rank].raw_logprob, 0.0),
-            None => self.outside(logits, &found, token, at),
+        let mask = self.job.grammar.as_mut().map(Matcher::mask).transpose()?;
+        let place = Place {
+            logits,
+            params: &self.job.params,
+            emitted: &self.counts,
+            mask: mask.as_ref(),
+            seed: self.job.seed,
+            position: (position - self.job.prompt) as u32,
         };
-        let best = choice.scores.first().map_or(score, |s| s.score);
+        let standing = standing(&place, token)?;
+        let forbidden = self.forbids(token)?;
         *self.counts.entry(token).or_default() += 1;
         if let Purpose::Score { scores, .. } = &mut self.job.purpose {
             scores.push(Score {
                 token,
-                rank: rank.map(|r| r as u32),
-                // Noise must not make up for what keeps a token out of the draw.
-                margin: if forbidden { f64::INFINITY } else { (best - score).max(beyond) },
-                raw_logprob,
-                fingerprint: Fingerprint::of(&choice),
+                rank: standing.rank.map(|rank| rank as u32),
+                margin: if forbidden { f64::INFINITY } else { standing.margin },
+                raw_logprob: standing.raw_logprob,
+                fingerprint: Fingerprint::of(&standing.choice),
             });
         }
         Ok(())
@@ -337,22 +338,6 @@ impl Sequence {
             grammar.push(token)?;
         }
         Ok(!allowed)
-    }
-
-    /// Score and raw log-probability of a token that is no candidate, as if it were one, and how far its logit is from
-    /// the last candidate's.
-    fn outside(&self, logits: &[f32], found: &[Candidate], token: u32, at: u32) -> (f64, f32, f64) {
-        let z = logits[token as usize];
-        let penalised = self.job.params.adjust(token, z, self.counts.get(&token).copied().unwrap_or(0));
-        let noise = match self.job.params.temperature {
-            t if t > 0.0 => f64::from(t) * gumbel(self.job.seed, at, token),
-            _ => 0.0,
-        };
-        // Raw log-probabilities differ as raw logits do.
-        let raw = found.first().map_or(f32::NEG_INFINITY, |c| c.raw_logprob + z - logits[c.token as usize]);
-        let cut = found.iter().map(|c| c.logit).fold(f32::INFINITY, f32::min);
-        let beyond = f64::from((cut - penalised).max(0.0));
-        (f64::from(penalised) + noise, raw, beyond)
     }
 
     /// Tells whoever waits.
