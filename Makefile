@@ -3,7 +3,7 @@ PROFILE ?= embedded
 DETACH  ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help up down test check audit soak bench-up bench-load bench-node bench-settle bench-trust bench-sim docs clean-data
+.PHONY: help up down test check audit soak bench-up bench-load bench-audits bench-node bench-settle bench-trust bench-sim docs clean-data
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | awk -F'\t' '{ printf "%-16s %s\n", $$1, $$2 }'
@@ -31,6 +31,9 @@ bench-up: ## measure start and first answer -> target/reports/bench-up.json (COL
 
 bench-load: ## answers and first tokens at 1 and at 8 clients -> target/reports/bench-load.json
 	@exec deploy/bench-load
+
+bench-audits: ## what a referee adds to the time of an answer -> target/reports/bench-audits.json
+	@exec deploy/bench-load audits
 
 bench-node: ## the engine beside llama.cpp, which it compiles on first use -> target/reports/bench-node.json, .svg
 	@exec deploy/bench-node

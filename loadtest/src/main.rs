@@ -1,11 +1,13 @@
-//! Load on a running network, as ratios of two things measured in one run: one client against many.
+//! Load on a running network, as ratios of two things measured in one run.
 //!
-//! Rounds of both kinds alternate, so that whatever else the machine does falls on both. Every answer is
-//! streamed and must be verified; one that is not fails the run.
+//! `load`: one client against many. Rounds of both kinds alternate, so that whatever else the machine does falls on both.
+//! Every answer is streamed and must be verified; one that is not fails the run. `audits`: see [`audits`].
+
+mod audits;
 
 use std::{
     fs,
-    path::PathBuf,
+    path::{Path, PathBuf},
     process::ExitCode,
     time::{Duration, Instant},
 };
@@ -22,6 +24,14 @@ const TIMEOUT: Duration = Duration::from_secs(120);
 const MAX_TOKENS: u32 = 24;
 
 #[derive(Parser)]
+enum Command {
+    /// Answers and first tokens, of one client and of many
+    Load(Args),
+    /// What a referee adds to the time of an answer
+    Audits(audits::Args),
+}
+
+#[derive(clap::Args)]
 struct Args {
     /// `up.json` of the network
     #[arg(long, default_value = ".infera/up.json")]
@@ -43,6 +53,7 @@ struct Up {
     api_key: String,
     model: String,
     profile: String,
+    settlement_url: String,
 }
 
 /// One line of a report.
@@ -65,7 +76,11 @@ struct Answer {
 
 #[tokio::main(flavor = "current_thread")]
 async fn main() -> ExitCode {
-    match run(&Args::parse()).await {
+    let done = match Command::parse() {
+        Command::Load(args) => run(&args).await,
+        Command::Audits(args) => audits::run(&args).await,
+    };
+    match done {
         Ok(()) => ExitCode::SUCCESS,
         Err(message) => {
             eprintln!("infera-loadtest: {message}");
@@ -75,9 +90,7 @@ async fn main() -> ExitCode {
 }
 
 async fn run(args: &Args) -> Result<(), String> {
-    let text = fs::read(&args.up).map_err(|e| format!("cannot read {}: {e}", args.up.display()))?;
-    let up: Up = serde_json::from_slice(&text).map_err(|e| e.to_string())?;
-    let client = Client::builder().no_proxy().timeout(TIMEOUT).build().map_err(|e| e.to_string())?;
+    let (up, client) = connect(&args.up)?;
     ask(&client, &up, 0).await?;
     let (mut alone, mut crowded) = (Side::default(), Side::default());
     let mut number = 1;
@@ -85,15 +98,27 @@ async fn run(args: &Args) -> Result<(), String> {
         alone.round(&client, &up, 1, &mut number).await?;
         crowded.round(&client, &up, args.clients, &mut number).await?;
     }
-    let report = report(args, &up, &alone, &crowded);
-    for row in &report {
+    publish(&report(args, &up, &alone, &crowded), &args.out)
+}
+
+/// The network that `path` is about, and a client for it.
+fn connect(path: &Path) -> Result<(Up, Client), String> {
+    let text = fs::read(path).map_err(|e| format!("cannot read {}: {e}", path.display()))?;
+    let up: Up = serde_json::from_slice(&text).map_err(|e| e.to_string())?;
+    let client = Client::builder().no_proxy().timeout(TIMEOUT).build().map_err(|e| e.to_string())?;
+    Ok((up, client))
+}
+
+/// Prints a report and writes it.
+fn publish(report: &[Metric], out: &Path) -> Result<(), String> {
+    for row in report {
         eprintln!(
             "{:28} {:10.2} {:9} {:10.2} {:7.2}",
             row.metric, row.value, row.unit, row.baseline, row.ratio
         );
     }
-    let bytes = serde_json::to_vec_pretty(&report).map_err(|e| e.to_string())?;
-    fs::write(&args.out, bytes).map_err(|e| format!("cannot write {}: {e}", args.out.display()))
+    let bytes = serde_json::to_vec_pretty(report).map_err(|e| e.to_string())?;
+    fs::write(out, bytes).map_err(|e| format!("cannot write {}: {e}", out.display()))
 }
 
 /// All rounds of one kind.
@@ -125,14 +150,18 @@ impl Side {
     }
 
     fn quantile(&self, q: f64, of: impl Fn(&Answer) -> f64) -> f64 {
-        let mut values: Vec<f64> = self.answers.iter().map(of).collect();
-        values.sort_by(f64::total_cmp);
-        let last = values.len().saturating_sub(1);
-        // An index below the count of answers.
-        #[allow(clippy::cast_possible_truncation, clippy::cast_sign_loss, clippy::cast_precision_loss)]
-        let place = (q * last as f64).round() as usize;
-        values.get(place).copied().unwrap_or_default()
+        quantile(q, self.answers.iter().map(of).collect())
     }
+}
+
+/// The value that a share `q` of all is not above; 0 of none.
+fn quantile(q: f64, mut values: Vec<f64>) -> f64 {
+    values.sort_by(f64::total_cmp);
+    let last = values.len().saturating_sub(1);
+    // An index below the count of values.
+    #[allow(clippy::cast_possible_truncation, clippy::cast_sign_loss, clippy::cast_precision_loss)]
+    let place = (q * last as f64).round() as usize;
+    values.get(place).copied().unwrap_or_default()
 }
 
 fn report(args: &Args, up: &Up, alone: &Side, crowded: &Side) -> Vec<Metric> {

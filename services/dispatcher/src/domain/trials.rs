@@ -6,7 +6,7 @@
 //!
 //! A canary (protocol section 8) stands beside the k of an attempt and looks like one of its leases; see
 //! [`infera_protocol::canary`]. The entry trial (section 2) comes before a node is drawn for the first time of its session:
-//! a prompt that nobody has seen, scored by trusted referees inside the bounds of the two classes. Where nobody is trusted
+//! a prompt that nobody has seen, scored by trusted referees of its class. Where nobody is trusted
 //! yet there is none; then everything that a newcomer answers is refereed anyway.
 //!
 //! Trials live in memory: one that is lost with the process says nothing about anybody.
@@ -153,7 +153,8 @@ impl Trials {
         let beta =
             vrf::beta(&court.rules.key.prove(&keccak(&[b"infera.entry.v1", &info.node.0, nonce, &now])));
         let order = draw_referees(&beta, &set, |operator| *operator == info.operator);
-        let trusted = order.into_iter().take_while(|e| e.trusted).take(MAX_REFEREES);
+        // Within a class the bounds hold whatever the prompt; between classes they were measured on texts.
+        let trusted = order.into_iter().filter(|e| e.trusted && e.class == info.class).take(MAX_REFEREES);
         let mut referees: Vec<Eligible> = trusted.cloned().collect();
         referees.reverse();
         if referees.is_empty() || self.live.len() >= MAX_TRIALS {
