@@ -36,7 +36,8 @@ pub struct Measured {
     pub gap_max: f64,
     /// Largest difference of a shared candidate's log-probability.
     pub fingerprint_max: f64,
-    /// Largest margin that a referee of the one class gave to a token of the other. Logits.
+    /// Largest margin that a referee of the one class gave to a token of the other, in answers to texts and to
+    /// meaningless prompts. Logits.
     pub margin_max: f64,
     /// Largest clipped mean of an answer, cut at any length. 10^-6 logits a token.
     pub prefix_mean_max_micro: f64,
@@ -82,10 +83,14 @@ pub struct Pair<'a> {
     pub margins: [Vec<f64>; 2],
 }
 
-/// Measures two classes by the honest answers to the same requests.
-pub fn measure(classes: [&str; 2], pairs: &[Pair<'_>]) -> Measured {
-    let mut m =
-        Measured { classes: classes.map(str::to_owned), requests: pairs.len(), ..Measured::default() };
+/// Measures two classes by the honest answers to the same requests. `widest`: the largest margin of other honest answers.
+pub fn measure(classes: [&str; 2], pairs: &[Pair<'_>], widest: f64) -> Measured {
+    let mut m = Measured {
+        classes: classes.map(str::to_owned),
+        requests: pairs.len(),
+        margin_max: widest,
+        ..Measured::default()
+    };
     for pair in pairs {
         distances(&mut m, pair);
         let all = pair.margins.iter().flatten();

@@ -88,11 +88,12 @@ impl Margins {
     }
 }
 
-/// The bounds of all pairs of classes, from every second prompt.
+/// The bounds of all pairs of classes, from every second prompt; `widest`: between the classes, of meaningless prompts.
 pub fn calibrate(
     court: &Court<'_>,
     again: &Again,
     margins: &Margins,
+    widest: f64,
 ) -> Result<(Vec<Measured>, Calibration), String> {
     let drawn = |p: usize, m: usize| Setup::draw(p, m);
     let mut cross = Vec::new();
@@ -126,9 +127,9 @@ pub fn calibrate(
                 Pair { a: &first[p * MODES + m], b: answer, temperature: params.temperature, seed, margins }
             })
             .collect();
-        Ok::<_, String>(measure([class.name(), class.name()], &pairs))
+        Ok::<_, String>(measure([class.name(), class.name()], &pairs, 0.0))
     };
-    let measured = vec![same(Class::Exact)?, measure(["exact", "fast"], &cross), same(Class::Fast)?];
+    let measured = vec![same(Class::Exact)?, measure(["exact", "fast"], &cross, widest), same(Class::Fast)?];
     Ok((measured.clone(), calibration(&measured)))
 }
 

@@ -136,12 +136,6 @@ fn registry(path: &Path) -> Result<Registry, String> {
     serde_json::from_slice(&bytes).map_err(|e| failed(&e))
 }
 
-fn threshold(args: &Content) -> Result<u32, String> {
-    let registry = registry(&args.registry)?;
-    let model = registry.models.first().ok_or_else(|| format!("{}: no model", args.registry.display()))?;
-    Ok(model.similarity_threshold_millionths)
-}
-
 fn entry(args: &Entry) -> Result<(), String> {
     let metrics = entry::measure(&args.model, &registry(&args.registry)?, args.trials)?;
     report::merge(&args.out, &metrics)?;
@@ -166,7 +160,9 @@ fn network(args: &Network) -> Result<(), String> {
 
 fn content(args: &Content) -> Result<(), String> {
     let began = Instant::now();
-    let threshold = threshold(args)?;
+    let registry = registry(&args.registry)?;
+    let model = registry.models.first().ok_or_else(|| format!("{}: no model", args.registry.display()))?;
+    let threshold = model.similarity_threshold_millionths;
     let setup = Setup::new(&args.model, PROMPTS, args.prompts, args.tokens)?;
     let engines = Engines {
         exact: engine(&args.model, Class::Exact, None)?,
@@ -186,7 +182,8 @@ fn content(args: &Content) -> Result<(), String> {
         embedded: RefCell::default(),
     };
     let margins = Margins::find(&court(&nothing))?;
-    let (measured, calibration) = honest::calibrate(&court(&nothing), &again, &margins)?;
+    let widest = entry::widest(&engines, model)?;
+    let (measured, calibration) = honest::calibrate(&court(&nothing), &again, &margins, widest)?;
     let court = court(&calibration);
     let rule = format!(
         "{} x the largest value that honest nodes showed, at least {}",

@@ -77,7 +77,14 @@ fn item(shared: &Shared, view: NodeView) -> NodeItem {
     NodeItem {
         node: info.node.to_string(),
         operator: info.operator.to_string(),
-        model: shared.registry.by_root(&info.model_root).map(|m| m.id.clone()).unwrap_or_default(),
+        model: shared
+            .live
+            .now()
+            .registries
+            .current()
+            .by_root(&info.model_root)
+            .map(|m| m.id.clone())
+            .unwrap_or_default(),
         model_root: info.model_root.to_string(),
         class: info.class,
         slots: info.slots,

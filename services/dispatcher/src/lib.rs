@@ -37,27 +37,28 @@ pub mod session;
 pub mod standing;
 pub mod store;
 
+use std::collections::BTreeMap;
 use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::Duration;
 
-use actix::Actor;
+use actix::{Actor, Addr};
 use infera_bus::watch::Watch;
 use infera_bus::{Bus, Topology};
 use infera_runtime::health::{self, Health};
 use infera_runtime::kv::Kv;
 use infera_runtime::shutdown::ends_all;
-use infera_runtime::{CancellationToken, clock, db};
+use infera_runtime::{CancellationToken, clock, db, network};
 use sea_orm::DatabaseConnection;
-use tokio::sync::{Notify, Semaphore, oneshot};
+use tokio::sync::{Notify, Semaphore, oneshot, watch};
 use uuid::Uuid;
 
 pub use config::Config;
 pub use error::Error;
 pub use roots::load_or_create_key;
 
-use actor::{Assignments, Tools};
-use domain::{Rules, State};
+use actor::{Assignments, Decided, Tools};
+use domain::{Command, Rules, State};
 use metrics::Metrics;
 use roots::Roots;
 use session::Shared;
@@ -89,23 +90,22 @@ pub async fn run(config: Config, deps: Deps, shutdown: CancellationToken) -> Res
     let health = Health::new("dispatcher");
     let metrics = Metrics::register(&health)?;
     let replica = replica(&config);
-    let domain = roots.manifest.domain;
-    let calibration = roots.registry.calibration.clone();
+    let domain = roots.live.now().manifest.domain;
+    let live = roots.live.clone();
     let tools = Tools {
         bus: deps.bus.clone(),
         db: db.clone(),
         metrics: metrics.clone(),
         replica: replica.clone(),
-        models: roots.registry.models.iter().map(|model| model.weights_root).collect(),
         slots_ttl_ms: i64::from(config.slots_ttl_secs) * 1000,
         shutdown: stop.clone(),
-        calibration: calibration.clone(),
+        live: live.clone(),
     };
     let assignments = Assignments::new(State::new(rules(&config, &roots)), tools).start();
     let shared = Arc::new(Shared {
         assignments: assignments.clone(),
         domain,
-        registry: roots.registry,
+        live: live.clone(),
         db: db.clone(),
         kv: deps.kv,
         metrics,
@@ -119,8 +119,10 @@ pub async fn run(config: Config, deps: Deps, shutdown: CancellationToken) -> Res
     });
     let changed = Arc::new(Notify::new());
     let conduct =
-        standing::follow_verdicts(deps.bus.clone(), db.clone(), calibration, changed.clone(), stop.clone());
+        standing::follow_verdicts(deps.bus.clone(), db.clone(), live.clone(), changed.clone(), stop.clone());
     let ledger = standing::keep_ledger(db.clone(), assignments.clone(), changed, stop.clone());
+    actix_rt::spawn(follow_registry(live.watch(), assignments.clone()));
+    let following = live.follow(stop.clone());
     let places = Arc::new(Semaphore::new(config.max_sessions));
     let watch = Watch::new(&health, deps.bus.clone(), db.clone(), false)?;
     actix_rt::spawn(prune(db, stop.clone()));
@@ -137,7 +139,7 @@ pub async fn run(config: Config, deps: Deps, shutdown: CancellationToken) -> Res
         consumer::offers(deps.bus.clone(), config.max_requests, domain, assignments.clone(), stop.clone());
     let verdicts = consumer::verdicts(deps.bus.clone(), replica.clone(), assignments.clone(), stop.clone());
     let peers = consumer::peers(deps.bus, replica, assignments, stop.clone());
-    let (a, b, c, d, e, f, ()) = tokio::join!(
+    let (a, b, c, d, e, f, (), ()) = tokio::join!(
         ends_all(&stop, Box::pin(async { serve.await.map_err(Error::from) })),
         ends_all(&stop, Box::pin(offers)),
         ends_all(&stop, Box::pin(verdicts)),
@@ -145,6 +147,7 @@ pub async fn run(config: Config, deps: Deps, shutdown: CancellationToken) -> Res
         ends_all(&stop, Box::pin(conduct)),
         ends_all(&stop, Box::pin(ledger)),
         watch.run(stop.clone()),
+        following,
     );
     a.and(b).and(c).and(d).and(e).and(f)
 }
@@ -155,10 +158,12 @@ fn replica(config: &Config) -> String {
 
 fn rules(config: &Config, roots: &Roots) -> Rules {
     let ms = |secs: u32| i64::from(secs) * 1000;
-    Rules {
-        domain: roots.manifest.domain,
+    let now = roots.live.now();
+    let mut rules = Rules {
+        domain: now.manifest.domain,
         key: roots.key.clone(),
-        registry: roots.registry.clone(),
+        registry: now.registries.current().clone(),
+        terms: BTreeMap::new(),
         lease_ms: ms(config.lease_secs),
         reveal_ms: ms(config.reveal_secs),
         referee_ms: ms(config.referee_secs),
@@ -169,6 +174,18 @@ fn rules(config: &Config, roots: &Roots) -> Rules {
         max_requests: usize::from(config.max_requests),
         canary_ppm: config.canary_ppm,
         entry_trials: config.entry_trials,
+    };
+    rules.put_in_force(now.registries.current().clone());
+    rules
+}
+
+/// Tells the draws of every registry that comes into force, until the service ends.
+async fn follow_registry(mut changes: watch::Receiver<Arc<network::Roots>>, assignments: Addr<Assignments>) {
+    while changes.changed().await.is_ok() {
+        let registry = changes.borrow_and_update().registries.current().clone();
+        if assignments.send(Decided(Command::Registry(Box::new(registry)))).await.is_err() {
+            return;
+        }
     }
 }
 

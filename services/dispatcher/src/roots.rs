@@ -6,17 +6,15 @@ use std::os::unix::fs::{OpenOptionsExt, PermissionsExt};
 use std::path::Path;
 
 use infera_protocol::bytes::Hash32;
-use infera_protocol::registry::{Manifest, Registry};
 use infera_protocol::vrf::VrfSecret;
-use infera_runtime::network;
+use infera_runtime::network::Live;
 
 use crate::error::Error;
 
 /// The files, read and checked against each other.
 pub struct Roots {
     pub key: VrfSecret,
-    pub manifest: Manifest,
-    pub registry: Registry,
+    pub live: Live,
 }
 
 impl Roots {
@@ -26,11 +24,11 @@ impl Roots {
     /// [`Error::Key`], [`Error::KeyExposed`], [`Error::UnknownDispatcher`], [`Error::Network`].
     pub fn load(key: &Path, manifest: &Path, registry: &Path) -> Result<Self, Error> {
         let key = load_or_create_key(key)?;
-        let (trusted, registries) = network::load(manifest, registry)?;
-        if !trusted.dispatchers.contains(&key.key()) {
+        let live = Live::load(manifest, registry)?;
+        if !live.now().manifest.dispatchers.contains(&key.key()) {
             return Err(Error::UnknownDispatcher { path: manifest.to_owned(), key: key.key() });
         }
-        Ok(Self { key, manifest: trusted, registry: registries.current().clone() })
+        Ok(Self { key, live })
     }
 }
 

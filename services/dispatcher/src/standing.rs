@@ -16,6 +16,7 @@ use infera_protocol::calibration::Calibration;
 use infera_protocol::ids::message_id;
 use infera_protocol::judgement::{Conduct, Finding};
 use infera_protocol::trust::{Alarm, Event, Reason, Record, Rules};
+use infera_runtime::network::Live;
 use infera_runtime::{CancellationToken, clock};
 use infera_wire::topology::queues;
 use infera_wire::{convert, v1};
@@ -312,13 +313,14 @@ fn damaged(reason: &dyn std::fmt::Display) -> DbErr {
 pub async fn follow_verdicts(
     bus: Bus,
     db: DatabaseConnection,
-    calibration: Calibration,
+    live: Live,
     changed: Arc<Notify>,
     shutdown: CancellationToken,
 ) -> Result<(), Error> {
     let spec = ConsumerSpec { bus, db, queue: queues::DISPATCHER_CONDUCT, prefetch: PREFETCH, relay: None };
-    let handler =
-        async |tx: &DatabaseTransaction, envelope: &Envelope| take(tx, &calibration, envelope).await;
+    let handler = async |tx: &DatabaseTransaction, envelope: &Envelope| {
+        take(tx, &live.now().registries.current().calibration, envelope).await
+    };
     consume_then(spec, shutdown, handler, async |_| changed.notify_one()).await?;
     Ok(())
 }

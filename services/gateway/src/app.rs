@@ -120,7 +120,8 @@ impl App {
     /// The model that a client names.
     pub(crate) fn served(&self, model: &str) -> Result<Arc<Served>, ApiError> {
         self.catalog.get(model).ok_or_else(|| {
-            let known: Vec<&str> = self.catalog.iter().map(|served| served.model.id.as_str()).collect();
+            let known: Vec<String> =
+                self.catalog.all().iter().map(|served| served.model.id.clone()).collect();
             let name: String = model.chars().take(100).collect();
             ApiError::not_found(format!(
                 "the model `{name}` is not served here; there are: {}",

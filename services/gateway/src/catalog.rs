@@ -1,14 +1,17 @@
 //! The models that this gateway serves: what the registry says of them, and their tokenizers.
 
 use std::collections::BTreeMap;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use infera_grammar::Vocabulary;
 use infera_prompt::Prompt;
 use infera_protocol::bytes::Hash32;
 use infera_protocol::registry::{Model, Registry};
-use infera_runtime::network;
+use infera_runtime::CancellationToken;
+use infera_runtime::network::{self, Live};
+use parking_lot::RwLock;
+use tokio::task::spawn_blocking;
 
 use crate::config::Config;
 use crate::error::Error;
@@ -24,52 +27,117 @@ pub struct Served {
     pub longest_token: usize,
 }
 
-/// Served models by id; clones share them.
+/// Served models by id; clones share them. Which they are follows the registry: a model is served while it is listed and
+/// its file is here.
 #[derive(Debug, Clone)]
 pub struct Catalog {
-    models: Arc<BTreeMap<String, Arc<Served>>>,
+    files: Arc<BTreeMap<String, PathBuf>>,
+    folder: Option<PathBuf>,
+    /// `None`: the registry's file alone was given, and is not followed.
+    live: Option<Live>,
+    models: Arc<RwLock<BTreeMap<String, Arc<Served>>>>,
 }
 
 impl Catalog {
-    /// Reads registry, manifest and the tokenizers of all configured models. Takes about 0.3 s a model and
-    /// blocks: call it in `spawn_blocking`.
+    /// Reads registry, manifest and the tokenizers of all listed models that have a file here. Takes about 0.3 s a model
+    /// and blocks: call it in `spawn_blocking`.
     ///
     /// # Errors
     /// One sentence: a file that is missing, or that is not what the registry lists.
     pub fn load(config: &Config) -> Result<Self, Error> {
         let common = &config.common;
-        let registries = if common.manifest_path.as_os_str().is_empty() {
-            network::registries(&common.registry_path)?
-        } else {
-            network::load(&common.manifest_path, &common.registry_path)?.1
+        let mut catalog = Self {
+            files: Arc::new(config.models.clone()),
+            folder: config.model_folder.clone(),
+            live: None,
+            models: Arc::default(),
         };
-        let registry = registries.current();
-        let mut models = BTreeMap::new();
-        for (id, path) in &config.models {
-            models.insert(id.clone(), Arc::new(served(registry, id, path)?));
+        if common.manifest_path.as_os_str().is_empty() {
+            catalog.update(network::registries(&common.registry_path)?.current())?;
+        } else {
+            let live = Live::load(&common.manifest_path, &common.registry_path)?;
+            catalog.update(live.now().registries.current())?;
+            catalog.live = Some(live);
         }
-        if models.is_empty() {
-            tracing::warn!("no model is configured: every request will be answered with model_not_found");
+        if catalog.models.read().is_empty() {
+            tracing::warn!(
+                "no listed model has a file here: every request will be answered with model_not_found"
+            );
         }
-        Ok(Self { models: Arc::new(models) })
+        Ok(catalog)
     }
 
     /// The model that clients call `id`.
     pub fn get(&self, id: &str) -> Option<Arc<Served>> {
-        self.models.get(id).cloned()
+        self.models.read().get(id).cloned()
     }
 
     /// All models, by id.
-    pub fn iter(&self) -> impl Iterator<Item = &Served> {
-        self.models.values().map(AsRef::as_ref)
+    pub fn all(&self) -> Vec<Arc<Served>> {
+        self.models.read().values().cloned().collect()
+    }
+
+    /// Serves what every registry lists that comes into force, until `stop`. What was asked before is finished.
+    pub async fn follow(&self, stop: CancellationToken) {
+        let Some(live) = &self.live else { return stop.cancelled().await };
+        let taken_over = async {
+            let mut changes = live.watch();
+            // It may have changed since it was loaded.
+            changes.mark_changed();
+            while changes.changed().await.is_ok() {
+                let (catalog, roots) = (self.clone(), changes.borrow_and_update().clone());
+                let updated = spawn_blocking(move || catalog.update(roots.registries.current())).await;
+                if let Err(error) = updated.map_err(|e| Error::Models(e.to_string())).flatten() {
+                    tracing::error!(%error, "a model of the registry can't be served here");
+                }
+            }
+        };
+        tokio::select! {
+            () = live.follow(stop.clone()) => {}
+            () = taken_over => {}
+        }
+    }
+
+    /// Serves what `registry` lists. A model that can't be served is left out, and the first one's error returned.
+    fn update(&self, registry: &Registry) -> Result<(), Error> {
+        let (mut models, mut failed) = (BTreeMap::new(), Ok(()));
+        for model in &registry.models {
+            let id = &model.id;
+            let known = self.get(id).filter(|known| known.model == *model);
+            let in_folder =
+                || Some(self.folder.as_ref()?.join(format!("{id}.gguf"))).filter(|path| path.is_file());
+            let served = match (known, self.files.get(id).cloned().or_else(in_folder)) {
+                (Some(known), _) => Ok(known),
+                (None, Some(path)) => served(model, &path).map(Arc::new),
+                (None, None) => {
+                    tracing::warn!(
+                        model = id,
+                        "the registry lists a model that has no file here: not served"
+                    );
+                    continue;
+                }
+            };
+            match served {
+                Ok(served) => drop(models.insert(id.clone(), served)),
+                Err(error) => failed = failed.and(Err(error)),
+            }
+        }
+        for id in self.files.keys().filter(|id| registry.by_id(id).is_none()) {
+            tracing::warn!(
+                model = id,
+                "`models.{id}` is not in the registry: not served until the holders admit it"
+            );
+        }
+        for id in self.models.read().keys().filter(|id| !models.contains_key(*id)) {
+            tracing::info!(model = id, "model is not served any more");
+        }
+        *self.models.write() = models;
+        failed
     }
 }
 
-fn served(registry: &Registry, id: &str, path: &Path) -> Result<Served, Error> {
-    let model = registry.by_id(id).ok_or_else(|| {
-        let known: Vec<&str> = registry.models.iter().map(|model| model.id.as_str()).collect();
-        Error::Models(format!("`models.{id}` is not in the registry, which lists {}", known.join(", ")))
-    })?;
+fn served(model: &Model, path: &Path) -> Result<Served, Error> {
+    let id = &model.id;
     let prompt = Prompt::load(path)
         .map_err(|error| Error::Models(format!("`models.{id}` = {}: {error}", path.display())))?;
     let differs = |what: &str, actual: String, listed: String| {
@@ -94,6 +162,6 @@ fn served(registry: &Registry, id: &str, path: &Path) -> Result<Served, Error> {
         (0..model.vocab_size).map(|token| tokenizer.token_bytes(token).len()).max().unwrap_or(1).max(1);
     let vocabulary = Vocabulary::new(tokenizer, &model.end_tokens)
         .map_err(|error| Error::Models(format!("`models.{id}` = {}: {error}", path.display())))?;
-    tracing::info!(model = id, context_length = model.context_length, "model is served");
+    tracing::info!(model = %id, context_length = model.context_length, "model is served");
     Ok(Served { model: model.clone(), prompt, vocabulary, longest_token })
 }

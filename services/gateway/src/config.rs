@@ -33,6 +33,7 @@ pub struct Config {
     pub keep_hours: u64,
     pub prefetch: u16,
     pub models: BTreeMap<String, PathBuf>,
+    pub model_folder: Option<PathBuf>,
 }
 
 impl Config {

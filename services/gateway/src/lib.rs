@@ -104,6 +104,10 @@ pub async fn run(config: Config, deps: Deps, shutdown: CancellationToken) -> Res
     let parts = Parts { bus: &bus, db: &db, relay: &relay, replies: &replies, stop: &stop, work: &work };
     let tasks = parts.start(&config, &replica).await?;
     actix_rt::spawn(Watch::new(&health, bus.clone(), db.clone(), true)?.run(work.clone()));
+    {
+        let (catalog, work) = (catalog.clone(), work.clone());
+        actix_rt::spawn(async move { catalog.follow(work).await });
+    }
     actix_rt::spawn(watch_kv(health.check("kv"), kv.clone(), work.clone()));
     actix_rt::spawn(prune(db.clone(), config.keep_hours, work.clone()));
     actix_rt::spawn(drain(

@@ -21,6 +21,7 @@ pub struct Config {
     pub prefetch: u16,
     /// Registry id -> GGUF file.
     pub models: BTreeMap<String, PathBuf>,
+    pub model_folder: Option<PathBuf>,
     pub vectors: IndexConfig,
 }
 

@@ -1,18 +1,17 @@
 //! `verifier.collected` and `verifier.close`: one transaction each, from which one verdict follows.
 
-use std::collections::HashMap;
 use std::sync::Arc;
 
 use infera_bus::{Envelope, Reject, outbox};
 use infera_embed::{Embedder, similarity_millionths};
 use infera_grammar::{GrammarError, Vocabulary};
-use infera_prompt::Prompt;
 use infera_protocol::agreement::Relation;
 use infera_protocol::bytes::{Hash32, NodeId};
 use infera_protocol::grammar::Grammar;
 use infera_protocol::ids::message_id;
 use infera_protocol::request::Output;
 use infera_runtime::clock;
+use infera_runtime::network::Live;
 use infera_wire::topology::keys;
 use infera_wire::{MAX_BUS_BODY_BYTES, Message, v1};
 use sea_orm::DatabaseTransaction;
@@ -20,20 +19,15 @@ use tokio::sync::Notify;
 use tracing::Instrument;
 use uuid::Uuid;
 
-use crate::domain::{self, Case, EXACT_CLASS, Finding, Judgement, Rejection, Rules};
+use crate::domain::{self, Case, EXACT_CLASS, Finding, Judgement, Rejection};
 use crate::metrics::Metrics;
 use crate::store::{self, verdicts};
-
-/// Tokenizers by the model's weights.
-pub(crate) type Prompts = HashMap<Hash32, Arc<Prompt>>;
-/// Vocabularies for grammars, by the model's weights.
-pub(crate) type Vocabularies = HashMap<Hash32, Arc<Vocabulary>>;
+use crate::texts::{Text, Texts};
 
 /// What both consumers share.
 pub(crate) struct Arbiter {
-    pub rules: Rules,
-    pub prompts: Prompts,
-    pub vocabularies: Vocabularies,
+    pub live: Live,
+    pub texts: Texts,
     pub embedder: Embedder,
     pub metrics: Metrics,
     /// Wakes the indexer.
@@ -45,7 +39,7 @@ impl Arbiter {
     pub async fn collected(&self, tx: &DatabaseTransaction, envelope: &Envelope) -> Result<(), Reject> {
         let timer = self.metrics.decide_seconds.start_timer();
         let wire: v1::ResultsCollected = self.decode("results.collected", envelope)?;
-        let mut case = domain::admit(&self.rules, &wire, clock::now_ms()).map_err(|e| self.reject(e))?;
+        let mut case = domain::admit(&self.live.now(), &wire, clock::now_ms()).map_err(|e| self.reject(e))?;
         drop(wire);
         let (id, round) = (case.request_id(), case.round_key());
         if let Some(stored) = store::closing(tx, id).await? {
@@ -73,11 +67,7 @@ impl Arbiter {
     async fn unfit(&self, case: &Case) -> Result<Vec<NodeId>, Reject> {
         let Some(grammar) = case.evidence.request.grammar.clone() else { return Ok(Vec::new()) };
         let model = &case.evidence.request.model_root;
-        let vocabulary = self
-            .vocabularies
-            .get(model)
-            .cloned()
-            .ok_or_else(|| Reject::Retry(format!("the vocabulary of model {model} is not loaded")))?;
+        let vocabulary = self.text(model)?.vocabulary.clone();
         let results = case.outputs().into_iter().map(|(node, output)| (node, output.clone())).collect();
         let id = case.request_id();
         let found = tokio::task::spawn_blocking(move || unfit(&vocabulary, &grammar, results));
@@ -86,6 +76,11 @@ impl Arbiter {
             tracing::warn!(request_id = %id, %node, reason, "a result does not keep to its grammar");
         }
         Ok(found.into_iter().map(|(node, _)| node).collect())
+    }
+
+    fn text(&self, model: &Hash32) -> Result<Arc<Text>, Reject> {
+        let text = self.texts.get(model);
+        text.ok_or_else(|| Reject::Retry(format!("the tokenizer of model {model} is not loaded")))
     }
 
     async fn decide(&self, tx: &DatabaseTransaction, case: &Case) -> Result<(), Reject> {
@@ -195,11 +190,8 @@ impl Arbiter {
             return Ok(());
         }
         let model = &case.evidence.request.model_root;
-        let prompt = self
-            .prompts
-            .get(model)
-            .ok_or_else(|| Reject::Retry(format!("the tokenizer of model {model} is not loaded")))?;
-        let texts = answers.iter().map(|(_, _, output)| prompt.decode(&output.tokens)).collect();
+        let text = self.text(model)?;
+        let texts = answers.iter().map(|(_, _, output)| text.prompt.decode(&output.tokens)).collect();
         let vectors = self.embedder.embed(texts).await.map_err(|e| Reject::Retry(e.to_string()))?;
         domain::note_similarities(&mut case.evidence, |i, j| similarity_millionths(&vectors[i], &vectors[j]));
         Ok(())

@@ -15,7 +15,6 @@ use infera_protocol::assignment::order_nodes;
 use infera_protocol::bytes::{Hash32, NodeId, VrfKey};
 use infera_protocol::evidence::{Evidence, EvidenceError, Similarity, Terms};
 use infera_protocol::receipt::lowest_similarity;
-use infera_protocol::registry::{History, Manifest};
 use infera_protocol::request::{MAX_REPLICAS, Output};
 use infera_wire::convert::{self, CloseReason, Submitted};
 use infera_wire::{Message, WireError, v1};
@@ -28,13 +27,8 @@ pub const CLOSE_ROUND: i64 = 0;
 /// Most rounds of an attempt: they share an integer with the attempt.
 const MAX_ROUND: u32 = 0xff;
 
-/// By what the verifier judges.
-#[derive(Debug, Clone)]
-pub struct Rules {
-    pub manifest: Manifest,
-    /// The registry in force, and those under which open requests may have been funded.
-    pub registries: History,
-}
+/// By what the verifier judges: the registry in force, and those under which open requests may have been funded.
+pub use infera_runtime::network::Roots as Rules;
 
 /// Why collected results are no evidence. They go to the dead letters.
 #[derive(Debug, Clone, PartialEq, thiserror::Error)]
@@ -108,10 +102,14 @@ pub fn attempt_of(round_key: i64) -> i64 {
 /// [`Rejection`]: no honest dispatcher sent this.
 pub fn admit(rules: &Rules, wire: &v1::ResultsCollected, decided_at_ms: i64) -> Result<Case, Rejection> {
     let domain = rules.manifest.domain;
-    let registry = rules.registries.current();
     let funded = convert::required("collected.funded", &wire.funded)?;
     let submitted = convert::required("funded.submitted", &funded.submitted)?;
-    let model = registry.by_id(&submitted.model).ok_or_else(|| Rejection::model(&submitted.model))?;
+    // One that was withdrawn meanwhile is finished under the last version that lists it.
+    let (registry, model) = rules
+        .registries
+        .in_force(submitted.submitted_at_ms, decided_at_ms)
+        .find_map(|registry| Some((registry, registry.by_id(&submitted.model)?)))
+        .ok_or_else(|| Rejection::model(&submitted.model))?;
     let terms = Terms::of(registry, model);
     let reply_to = submitted.reply_to.clone();
     let evidence = convert::evidence(wire, domain, terms, decided_at_ms)?;
@@ -378,7 +376,8 @@ mod tests {
             current.calibration.pairs[0].bounds.near_tie_milli += 1;
             current.replaces = Some(Replaced { registry_hash: network.registry.hash().unwrap(), at_ms });
             let former = serde_json::to_vec(&network.registry).unwrap();
-            let registries = History::follow(current, |_| Ok(Some(former.clone()))).unwrap();
+            let registries =
+                infera_protocol::registry::History::follow(current, |_| Ok(Some(former.clone()))).unwrap();
             Rules { manifest: network.manifest.clone(), registries }
         };
         let rules = changed_at(case.submitted_at_ms + 500);

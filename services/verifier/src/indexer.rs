@@ -7,15 +7,15 @@ use std::time::Duration;
 
 use infera_embed::{Embedder, Index, Point};
 use infera_runtime::health::CheckHandle;
+use infera_runtime::network::Live;
 use infera_runtime::{CancellationToken, planned};
 use infera_wire::{Message, v1};
 use sea_orm::DatabaseConnection;
 use tokio::sync::Notify;
 
-use crate::consumer::Prompts;
-use crate::domain::Rules;
 use crate::metrics::Metrics;
 use crate::store::{self, unindexed};
+use crate::texts::Texts;
 
 /// Rows taken at a time.
 const BATCH: u64 = 32;
@@ -26,8 +26,8 @@ const LAST_BACKOFF: Duration = Duration::from_secs(30);
 
 pub(crate) struct Indexer {
     pub db: DatabaseConnection,
-    pub rules: Rules,
-    pub prompts: Prompts,
+    pub live: Live,
+    pub texts: Texts,
     pub embedder: Embedder,
     pub index: Arc<dyn Index>,
     pub metrics: Metrics,
@@ -101,18 +101,16 @@ impl Indexer {
         let Some(stored) = stored else { return Ok(None) };
         let Ok(verdict) = v1::Verdict::decode(stored.body.as_slice()) else { return Ok(None) };
         let Some(v1::verdict::Outcome::Verified(verified)) = verdict.outcome else { return Ok(None) };
-        let prompt = self
-            .rules
-            .registries
-            .current()
-            .by_id(&stored.model)
-            .and_then(|model| self.prompts.get(&model.weights_root));
-        let Some(prompt) = prompt else {
+        let roots = self.live.now();
+        let registries = roots.registries.in_force(stored.decided_at_ms, stored.decided_at_ms);
+        let model = registries.filter_map(|registry| registry.by_id(&stored.model)).next();
+        let text = model.and_then(|model| self.texts.get(&model.weights_root));
+        let Some(text) = text else {
             tracing::warn!(request_id = %row.request_id, model = stored.model,
                 "the model left the registry, its answer is not indexed");
             return Ok(None);
         };
-        let text = prompt.decode(&verified.tokens);
+        let text = text.prompt.decode(&verified.tokens);
         Ok((!text.trim().is_empty()).then_some((stored.model, text)))
     }
 }

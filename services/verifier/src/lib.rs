@@ -26,6 +26,7 @@ mod http;
 mod indexer;
 mod metrics;
 mod store;
+mod texts;
 
 use std::net::SocketAddr;
 use std::sync::Arc;
@@ -34,20 +35,18 @@ use infera_bus::outbox::Relay;
 use infera_bus::watch::Watch;
 use infera_bus::{Bus, ConsumerSpec, Topology, consume};
 use infera_embed::{Embedder, Index};
-use infera_grammar::Vocabulary;
-use infera_prompt::Prompt;
-use infera_protocol::registry::Registry;
 use infera_runtime::health::Health;
+use infera_runtime::network::Live;
 use infera_runtime::shutdown::ends_all;
-use infera_runtime::{CancellationToken, db, http as server, network};
+use infera_runtime::{CancellationToken, db, http as server};
 use infera_wire::topology::queues;
 use sea_orm::DatabaseConnection;
 use tokio::sync::{Notify, oneshot};
 
-use consumer::{Arbiter, Prompts, Vocabularies};
-use domain::Rules;
+use consumer::Arbiter;
 use indexer::Indexer;
 use metrics::Metrics;
+use texts::Texts;
 
 pub use config::{Config, DEFAULTS};
 pub use error::Error;
@@ -76,9 +75,10 @@ impl Deps {
 /// [`Error`], one sentence; nothing is half done then.
 pub async fn run(config: Config, deps: Deps, shutdown: CancellationToken) -> Result<(), Error> {
     config.validate()?;
-    let rules = rules(&config)?;
-    let prompts = prompts(&config, rules.registries.current()).await?;
-    let vocabularies = vocabularies(&prompts, rules.registries.current()).await?;
+    let live = Live::load(&config.common.manifest_path, &config.common.registry_path)?;
+    // From before the models are loaded, so that no change is missed.
+    let changes = live.watch();
+    let texts = Texts::load(&config, live.now().registries.current()).await?;
     let embedder = match deps.embedder {
         Some(embedder) => embedder,
         None => {
@@ -100,21 +100,24 @@ pub async fn run(config: Config, deps: Deps, shutdown: CancellationToken) -> Res
     let indexable = Arc::new(Notify::new());
     let indexer = Indexer {
         db: db.clone(),
-        rules: rules.clone(),
-        prompts: prompts.clone(),
+        texts: texts.clone(),
+        live: live.clone(),
         embedder: embedder.clone(),
         index,
         metrics: metrics.clone(),
         wake: indexable.clone(),
         health: health.check("index"),
     };
-    let arbiter = Arc::new(Arbiter { rules, prompts, vocabularies, embedder, metrics, indexable });
+    let arbiter =
+        Arc::new(Arbiter { live: live.clone(), texts: texts.clone(), embedder, metrics, indexable });
+    let models = health.check("models");
     let parts = Parts { config, bus: deps.bus, db, health, arbiter };
     // Ends everything when one part ends, so that no half of a service stays behind.
     let stop = shutdown.child_token();
     let indexing = actix_rt::spawn(indexer.run(stop.clone()));
-    let result = parts.run(deps.bound, &stop).await;
-    let _ = indexing.await;
+    let loading = actix_rt::spawn(texts.follow(changes, models, stop.clone()));
+    let (result, ()) = futures::join!(parts.run(deps.bound, &stop), live.follow(stop.clone()));
+    let _ = futures::join!(indexing, loading);
     result
 }
 
@@ -169,41 +172,6 @@ impl Parts {
         let _ = watching.await;
         results.0.and(results.1).and(results.2)
     }
-}
-
-fn rules(config: &Config) -> Result<Rules, Error> {
-    let common = &config.common;
-    let (manifest, registries) = network::load(&common.manifest_path, &common.registry_path)?;
-    Ok(Rules { manifest, registries })
-}
-
-/// The tokenizers of every model of the registry.
-async fn prompts(config: &Config, registry: &Registry) -> Result<Prompts, Error> {
-    let mut prompts = Prompts::new();
-    for model in &registry.models {
-        let id = model.id.clone();
-        let path = config.models.get(&id).cloned().ok_or_else(|| Error::NoModelFile { model: id.clone() })?;
-        let prompt = on_a_thread(move || Prompt::load(&path)).await?;
-        let prompt = prompt.map_err(|source| Error::Prompt { model: id.clone(), source })?;
-        if prompt.tokenizer_hash() != model.tokenizer_hash.0 {
-            return Err(Error::WrongTokenizer { model: id });
-        }
-        prompts.insert(model.weights_root, Arc::new(prompt));
-    }
-    Ok(prompts)
-}
-
-/// The same tokenizers, prepared for grammars.
-async fn vocabularies(prompts: &Prompts, registry: &Registry) -> Result<Vocabularies, Error> {
-    let mut vocabularies = Vocabularies::new();
-    for model in &registry.models {
-        let Some(prompt) = prompts.get(&model.weights_root).cloned() else { continue };
-        let end_tokens = model.end_tokens.clone();
-        let made = on_a_thread(move || Vocabulary::new(prompt.tokenizer(), &end_tokens)).await?;
-        let made = made.map_err(|source| Error::Vocabulary { model: model.id.clone(), source })?;
-        vocabularies.insert(model.weights_root, Arc::new(made));
-    }
-    Ok(vocabularies)
 }
 
 async fn on_a_thread<T: Send + 'static>(work: impl FnOnce() -> T + Send + 'static) -> Result<T, Error> {

@@ -6,20 +6,27 @@
 use std::fs::{self, File};
 use std::io::{self, Read};
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::Duration;
 
 use infera_protocol::bytes::Hash32;
-use infera_protocol::registry::{History, HistoryError, Manifest, Registry};
+use infera_protocol::registry::{History, HistoryError, Manifest, Registry, Replaced};
+use serde::Serialize;
 use serde::de::DeserializeOwned;
+use tokio::sync::watch;
+use tokio_util::sync::CancellationToken;
 
 /// Largest manifest or registry that is read, bytes.
 pub const MAX_FILE_BYTES: u64 = 4 * 1024 * 1024;
+/// How often the files are looked at.
+const LOOK: Duration = Duration::from_secs(1);
 /// The folder of former registries, beside the one in force.
 const FORMER: &str = "registries";
 
 /// Why the files cannot be used. One sentence each.
 #[derive(Debug, thiserror::Error)]
 pub enum NetworkError {
-    #[error("{what} {} cannot be read: {reason}", path.display())]
+    #[error("{what} {} cannot be used: {reason}", path.display())]
     File { what: &'static str, path: PathBuf, reason: String },
     #[error(
         "the registry {} is not the one that the manifest names: its hash is {actual}, expected {expected}; both must \
@@ -45,7 +52,10 @@ pub fn manifest(path: &Path) -> Result<Manifest, NetworkError> {
 /// # Errors
 /// [`NetworkError::File`] and [`NetworkError::History`].
 pub fn registries(path: &Path) -> Result<History, NetworkError> {
-    let current: Registry = json("the registry", path)?;
+    follow(json("the registry", path)?, path)
+}
+
+fn follow(current: Registry, path: &Path) -> Result<History, NetworkError> {
     History::follow(current, |hash| match read(&former(path, hash)) {
         Ok(bytes) => Ok(Some(bytes)),
         Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
@@ -54,23 +64,79 @@ pub fn registries(path: &Path) -> Result<History, NetworkError> {
     .map_err(|source| NetworkError::History { path: path.to_owned(), source })
 }
 
-/// Reads both, which must belong together.
+/// Reads both, which must belong together. Where a new registry is written and the manifest names the one before still,
+/// that one is in force.
 ///
 /// # Errors
 /// [`NetworkError`].
 pub fn load(manifest_path: &Path, registry_path: &Path) -> Result<(Manifest, History), NetworkError> {
     let manifest = manifest(manifest_path)?;
+    let expected = manifest.registry_hash;
     let registries = registries(registry_path)?;
-    let unreadable = |error: serde_json::Error| file("the registry", registry_path, &error);
-    let actual = registries.current().hash().map_err(unreadable)?;
-    if actual != manifest.registry_hash {
-        return Err(NetworkError::NotNamed {
-            path: registry_path.to_owned(),
-            actual,
-            expected: manifest.registry_hash,
-        });
+    let actual = hash(registry_path, registries.current())?;
+    if actual == expected {
+        return Ok((manifest, registries));
     }
-    Ok((manifest, registries))
+    let replaced = registries.current().replaces.map(|former| former.registry_hash);
+    let before = former(registry_path, &expected);
+    if replaced == Some(expected) && before.is_file() {
+        let current: Registry = json("the registry", &before)?;
+        if hash(&before, &current)? == expected {
+            return Ok((manifest, follow(current, registry_path)?));
+        }
+    }
+    Err(NetworkError::NotNamed { path: registry_path.to_owned(), actual, expected })
+}
+
+fn hash(path: &Path, registry: &Registry) -> Result<Hash32, NetworkError> {
+    registry.hash().map_err(|error| file("the registry", path, &error))
+}
+
+/// Makes `wanted` the registry at `path`, whose content says since when (`now_ms`) and what it replaces; what is there is
+/// kept under its hash. The same content as before changes nothing. Returns what is at `path` then. The manifest is to be
+/// written afterwards.
+///
+/// # Errors
+/// [`NetworkError::File`].
+pub fn replace(path: &Path, wanted: &Registry, now_ms: i64) -> Result<Registry, NetworkError> {
+    let stored: Registry = json("the registry", path)?;
+    let same = stored.models == wanted.models && stored.releases == wanted.releases;
+    if same && stored.calibration == wanted.calibration {
+        return Ok(stored);
+    }
+    let registry_hash = hash(path, &stored)?;
+    write_json(&former(path, &registry_hash), &stored)?;
+    // A clock that was set back must not make the new one older than what it replaces.
+    let after = stored.replaces.map_or(i64::MIN, |former| former.at_ms.saturating_add(1));
+    let replaces = Some(Replaced { registry_hash, at_ms: now_ms.max(after) });
+    let registry = Registry { replaces, ..wanted.clone() };
+    write_json(path, &registry)?;
+    Ok(registry)
+}
+
+/// Writes a value as compact JSON, whole or not at all.
+///
+/// # Errors
+/// [`NetworkError::File`].
+pub fn write_json<T: Serialize>(path: &Path, value: &T) -> Result<(), NetworkError> {
+    let failed = |reason: &dyn std::fmt::Display| file("the file", path, reason);
+    let bytes = serde_json::to_vec(value).map_err(|error| failed(&error))?;
+    if let Some(folder) = path.parent() {
+        fs::create_dir_all(folder).map_err(|error| failed(&error))?;
+    }
+    write_atomically(path, &bytes).map_err(|error| failed(&error))
+}
+
+/// Writes a file so that a reader, or a start after a crash, sees the former content or the new one.
+///
+/// # Errors
+/// The file system's.
+pub fn write_atomically(path: &Path, bytes: &[u8]) -> io::Result<()> {
+    let temporary = path.with_extension("new");
+    let mut file = File::create(&temporary)?;
+    io::Write::write_all(&mut file, bytes)?;
+    file.sync_all()?;
+    fs::rename(&temporary, path)
 }
 
 /// Where the version `hash` is kept once another took its place in the file `registry`.
@@ -95,4 +161,87 @@ fn read(path: &Path) -> io::Result<Vec<u8>> {
 
 fn file(what: &'static str, path: &Path, reason: &dyn std::fmt::Display) -> NetworkError {
     NetworkError::File { what, path: path.to_owned(), reason: reason.to_string() }
+}
+
+/// Both files as they were at one moment, belonging together.
+#[derive(Debug, Clone)]
+pub struct Roots {
+    pub manifest: Manifest,
+    pub registries: History,
+}
+
+/// The network's roots as they are now, in a process that goes on while holders vote: whoever follows the chain writes a
+/// new registry and then the manifest that names it, and everybody else takes them over from the files.
+#[derive(Debug, Clone)]
+pub struct Live {
+    manifest_path: PathBuf,
+    registry_path: PathBuf,
+    publish: Arc<watch::Sender<Arc<Roots>>>,
+}
+
+impl Live {
+    /// Reads both files. They are followed by [`Live::follow`].
+    ///
+    /// # Errors
+    /// [`NetworkError`].
+    pub fn load(manifest_path: &Path, registry_path: &Path) -> Result<Self, NetworkError> {
+        let (manifest, registries) = load(manifest_path, registry_path)?;
+        let (publish, _) = watch::channel(Arc::new(Roots { manifest, registries }));
+        Ok(Self {
+            manifest_path: manifest_path.to_owned(),
+            registry_path: registry_path.to_owned(),
+            publish: Arc::new(publish),
+        })
+    }
+
+    pub fn now(&self) -> Arc<Roots> {
+        self.publish.borrow().clone()
+    }
+
+    /// Sees every change from now on; several in a row may be seen as one.
+    pub fn watch(&self) -> watch::Receiver<Arc<Roots>> {
+        self.publish.subscribe()
+    }
+
+    /// Takes changes of the registry over until `stop`. Of the manifest nothing else may change while a process runs:
+    /// such a file is not taken over, and the log says so.
+    pub async fn follow(&self, stop: CancellationToken) {
+        let mut seen = None;
+        loop {
+            tokio::select! {
+                () = stop.cancelled() => return,
+                () = tokio::time::sleep(LOOK) => {}
+            }
+            let written = [&self.manifest_path, &self.registry_path].map(|path| {
+                let meta = fs::metadata(path).ok()?;
+                Some((meta.len(), meta.modified().ok()?))
+            });
+            if seen == Some(written) {
+                continue;
+            }
+            match load(&self.manifest_path, &self.registry_path) {
+                Ok((manifest, registries)) => {
+                    seen = Some(written);
+                    self.take(Roots { manifest, registries });
+                }
+                // Between two writes the files do not belong together: the next look finds that they do.
+                Err(error) => tracing::debug!(%error, "the network's files are not taken over"),
+            }
+        }
+    }
+
+    fn take(&self, found: Roots) {
+        let now = self.now();
+        let same = Manifest { registry_hash: now.manifest.registry_hash, ..found.manifest.clone() };
+        if same != now.manifest {
+            return tracing::error!(
+                path = %self.manifest_path.display(),
+                "the manifest differs in more than its registry: restart to take it over"
+            );
+        }
+        if found.manifest.registry_hash != now.manifest.registry_hash {
+            tracing::info!(registry = %found.manifest.registry_hash, "another registry is in force");
+            self.publish.send_replace(Arc::new(found));
+        }
+    }
 }

@@ -61,7 +61,13 @@ impl Assignments {
                     let kept = async {
                         let tx = tools.db.begin().await?;
                         store::keep_equivocation(&tx, request, attempt, node, both, now).await?;
-                        standing::note_all(&tx, &tools.calibration, &deeds, now).await?;
+                        standing::note_all(
+                            &tx,
+                            &tools.live.now().registries.current().calibration,
+                            &deeds,
+                            now,
+                        )
+                        .await?;
                         tx.commit().await
                     };
                     if let Err(error) = kept.await {
@@ -90,7 +96,10 @@ impl Assignments {
         let deeds: Vec<Deed> = conduct.into_iter().map(|conduct| Deed::of(conduct, request)).collect();
         let tools = self.tools.clone();
         let noted = async move {
-            if let Err(error) = standing::note_now(&tools.db, &tools.calibration, &deeds).await {
+            if let Err(error) =
+                standing::note_now(&tools.db, &tools.live.now().registries.current().calibration, &deeds)
+                    .await
+            {
                 tracing::error!(%error, %request, %node, "what a trial showed is not noted");
             }
         };

@@ -12,8 +12,8 @@ use std::time::Duration;
 
 use actix::{Actor, ActorContext, AsyncContext, Context, Handler, Message, MessageResult};
 use infera_bus::{Bus, Delivery, Envelope};
-use infera_protocol::bytes::{Hash32, NodeId};
-use infera_protocol::calibration::Calibration;
+use infera_protocol::bytes::NodeId;
+use infera_runtime::network::Live;
 use infera_runtime::{CancellationToken, clock, planned};
 use infera_wire::topology::keys;
 use infera_wire::{Message as _, v1};
@@ -41,11 +41,9 @@ pub struct Tools {
     pub db: DatabaseConnection,
     pub metrics: Metrics,
     pub replica: String,
-    /// Models of the registry: each is reported, with or without nodes.
-    pub models: Vec<Hash32>,
     pub slots_ttl_ms: i64,
     pub shutdown: CancellationToken,
-    pub calibration: Calibration,
+    pub live: Live,
 }
 
 /// The actor.
@@ -164,10 +162,12 @@ impl Assignments {
     fn report(&mut self) {
         self.report_due = false;
         let now = clock::now_ms();
+        // Each is reported, with or without nodes.
         let models = self
-            .tools
-            .models
-            .iter()
+            .state
+            .rules()
+            .terms
+            .keys()
             .map(|model| {
                 let (slots, held) = self.state.model_slots(model);
                 v1::ModelSlots {

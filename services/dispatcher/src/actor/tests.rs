@@ -1,7 +1,8 @@
-use infera_protocol::bytes::Address;
+use infera_protocol::bytes::{Address, Hash32};
 use infera_protocol::identity::node_id;
 use infera_runtime::db;
 use infera_runtime::health::Health;
+use infera_runtime::network::Live;
 use infera_testkit::evidence::{Case, Network, key};
 use infera_testkit::{TempDir, eventually, sqlite_url};
 use infera_wire::convert;
@@ -38,18 +39,20 @@ async fn a_node_that_falls_behind_is_cut_off() {
     bus.declare(&infera_bus::Topology::network()).await.unwrap();
     let network = Network::new();
     let shutdown = CancellationToken::new();
+    network.write(dir.path());
+    let live = Live::load(&dir.path().join("network.json"), &dir.path().join("models.json")).unwrap();
     let tools = Tools {
         bus: bus.clone(),
         db,
         metrics: Metrics::register(&Health::new("test")).unwrap(),
         replica: "test".to_owned(),
-        models: vec![],
         slots_ttl_ms: 5_000,
         shutdown: shutdown.clone(),
-        calibration: network.registry.calibration.clone(),
+        live,
     };
     let domain = network.manifest.domain;
-    let rules = Rules {
+    let mut rules = Rules {
+        terms: std::collections::BTreeMap::new(),
         canary_ppm: 0,
         entry_trials: false,
         domain,
@@ -64,6 +67,7 @@ async fn a_node_that_falls_behind_is_cut_off() {
         hand_back_ms: 2_000,
         max_requests: 16,
     };
+    rules.put_in_force(network.registry.clone());
     let actor = Assignments::new(State::new(rules), tools).start();
     // Three of them have no room left, so whoever is drawn, one of those is.
     let mut killed = Vec::new();

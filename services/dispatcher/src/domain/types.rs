@@ -1,11 +1,12 @@
 //! What the dispatcher is told, what it answers, and what it refuses.
 
+use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use infera_protocol::bytes::{Address, Hash32, NodeId, Signature};
 use infera_protocol::evidence::{Reveal, SignedCommitment, SignedDecline, Terms};
 use infera_protocol::identity::Domain;
-use infera_protocol::registry::Registry;
+use infera_protocol::registry::{Model, Registry};
 use infera_protocol::vrf::VrfSecret;
 use infera_wire::convert::Funded;
 use infera_wire::v1;
@@ -19,11 +20,13 @@ use super::trust::Ledger;
 /// Longest delta frame, tokens.
 pub const MAX_DELTA_TOKENS: usize = 4_096;
 
-/// What does not change while the service runs.
+/// What the service goes by. The registry alone changes while it runs.
 pub struct Rules {
     pub domain: Domain,
     pub key: VrfSecret,
     pub registry: Registry,
+    /// By model, those that were withdrawn included: what was funded before is finished.
+    pub terms: BTreeMap<Hash32, Terms>,
     pub lease_ms: i64,
     pub reveal_ms: i64,
     /// How long a referee has for its report.
@@ -154,6 +157,8 @@ pub enum Command {
     },
     /// What is known of the operators has changed.
     Trust(Box<Ledger>),
+    /// The holders have decided.
+    Registry(Box<Registry>),
     /// A closing verdict, whatever attempt it is about.
     Closed {
         request: Uuid,
@@ -176,7 +181,14 @@ pub struct SignedScores {
 impl Rules {
     /// What the registry says that a verdict about this model depends on.
     pub fn terms(&self, model: &Hash32) -> Option<Terms> {
-        self.registry.by_root(model).map(|model| Terms::of(&self.registry, model))
+        self.terms.get(model).cloned()
+    }
+
+    /// Takes another registry over.
+    pub fn put_in_force(&mut self, registry: Registry) {
+        let terms = |model: &Model| (model.weights_root, Terms::of(&registry, model));
+        self.terms.extend(registry.models.iter().map(terms));
+        self.registry = registry;
     }
 }
 

@@ -67,7 +67,11 @@ impl NodeSession {
     /// Asks for ranges of the weights; who does not prove them in time is refused.
     pub(super) fn ask_for_ranges(&mut self, ctx: &mut Context<Self>) {
         let Some(root) = self.hello.as_ref().map(|hello| hello.claims.weights_root) else { return };
-        let Some(model) = self.shared.registry.by_root(&root) else { return };
+        let roots = self.shared.live.now();
+        let Some(model) = roots.registries.current().by_root(&root) else {
+            let reason = "the holders have withdrawn this model: serve another one";
+            return self.refuse(&Refusal::new("model_withdrawn", reason), ctx);
+        };
         let challenge = Challenge::new(root, model.weights_bytes);
         let patience = Duration::from_secs(u64::from(self.shared.proof_secs));
         let deadline_ms = clock::now_ms() + i64::from(self.shared.proof_secs) * 1_000;
@@ -102,7 +106,12 @@ impl NodeSession {
             let deeds = [Deed::fault(hello.claims.operator, node, Uuid::nil(), Reason::Challenge)];
             let shared = self.shared.clone();
             actix_rt::spawn(async move {
-                if let Err(error) = standing::note_now(&shared.db, &shared.registry.calibration, &deeds).await
+                if let Err(error) = standing::note_now(
+                    &shared.db,
+                    &shared.live.now().registries.current().calibration,
+                    &deeds,
+                )
+                .await
                 {
                     tracing::error!(%error, %node, "a challenge that failed is not noted");
                 }

@@ -17,8 +17,8 @@ use actix_ws::{AggregatedMessage, ProtocolError};
 use bytes::Bytes;
 use infera_protocol::bytes::NodeId;
 use infera_protocol::identity::Domain;
-use infera_protocol::registry::Registry;
 use infera_runtime::kv::Kv;
+use infera_runtime::network::Live;
 use infera_runtime::{CancellationToken, clock};
 use infera_wire::v1::{self, from_dispatcher, from_node};
 use infera_wire::{MAX_FRAME_BYTES, Message, WireError, convert};
@@ -40,7 +40,7 @@ const MAX_MISSED: u32 = 3;
 pub struct Shared {
     pub assignments: Addr<Assignments>,
     pub domain: Domain,
-    pub registry: Registry,
+    pub live: Live,
     pub db: DatabaseConnection,
     pub kv: Kv,
     pub metrics: Metrics,
@@ -173,7 +173,8 @@ impl NodeSession {
 
     fn hello(&mut self, wire: &v1::Hello, ctx: &mut Context<Self>) {
         let now = clock::now_ms();
-        let checked = hello::check(wire, &self.nonce, &self.shared.domain, &self.shared.registry, now);
+        let roots = self.shared.live.now();
+        let checked = hello::check(wire, &self.nonce, &self.shared.domain, roots.registries.current(), now);
         let hello = match checked {
             Ok(hello) => hello,
             Err(refusal) => return self.refuse(&refusal, ctx),

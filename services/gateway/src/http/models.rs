@@ -11,7 +11,7 @@ use crate::app::App;
 
 pub(crate) async fn list(app: Data<App>, request: HttpRequest) -> Result<HttpResponse, ApiError> {
     auth::caller(&app, &request).await?;
-    let data: Vec<Value> = app.catalog.iter().map(|served| body(&served.model)).collect();
+    let data: Vec<Value> = app.catalog.all().iter().map(|served| body(&served.model)).collect();
     Ok(HttpResponse::Ok().json(json!({ "object": "list", "data": data })))
 }
 

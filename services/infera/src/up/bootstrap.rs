@@ -12,13 +12,13 @@ use infera_protocol::{
     registry::{Manifest, Registry},
     vrf::VrfSecret,
 };
-use infera_runtime::{clock, jwt::Signer};
+use infera_runtime::{clock, jwt::Signer, network};
 use infera_settlement::chain::{ChainReader, Deployment, deploy, parse_key};
 
 use super::registry;
 use crate::{
     keys,
-    layout::{Layout, write_atomically, write_secret},
+    layout::{Layout, write_secret},
 };
 
 /// anvil's usual chain id.
@@ -134,8 +134,7 @@ fn read_manifest(layout: &Layout) -> Result<Option<Manifest>, String> {
 }
 
 pub(super) fn write_json<T: serde::Serialize>(path: &Path, value: &T) -> Result<(), String> {
-    let bytes = serde_json::to_vec(value).map_err(|e| e.to_string())?;
-    write_atomically(path, &bytes).map_err(|e| format!("cannot write {}: {e}", path.display()))
+    network::write_json(path, value).map_err(|e| e.to_string())
 }
 
 async fn fund(rpc_url: &str, accounts: &[EvmAddress]) -> Result<(), String> {

@@ -3,11 +3,11 @@
 
 use std::{fs, io, path::Path};
 
-use infera_protocol::registry::{Manifest, Registry, Replaced};
+use infera_protocol::registry::{Manifest, Registry};
 use infera_runtime::network;
 
 use super::bootstrap::write_json;
-use crate::layout::{Layout, write_atomically};
+use crate::layout::Layout;
 
 /// Makes `wanted` the registry in force and returns it as it is stored. Where another one was in force, that one is
 /// kept under its hash, and the new one says since when it replaces it. `manifest` is the one of the last start.
@@ -44,19 +44,7 @@ pub fn put_in_force(
             path.display()
         ));
     }
-    let same = stored.models == wanted.models && stored.releases == wanted.releases;
-    if same && stored.calibration == wanted.calibration {
-        return Ok(stored);
-    }
-    let kept = network::former(&path, &hash);
-    let canonical = serde_json::to_vec(&stored).map_err(|e| e.to_string())?;
-    write_atomically(&kept, &canonical).map_err(|e| format!("cannot write {}: {e}", kept.display()))?;
-    // A clock that was set back must not make the new one older than what it replaces.
-    let after = stored.replaces.map_or(i64::MIN, |former| former.at_ms.saturating_add(1));
-    let replaces = Some(Replaced { registry_hash: hash, at_ms: now_ms.max(after) });
-    let registry = Registry { replaces, ..wanted.clone() };
-    write_json(&path, &registry)?;
-    Ok(registry)
+    network::replace(&path, wanted, now_ms).map_err(|e| e.to_string())
 }
 
 /// What to say where a file of an earlier start can't be read.

@@ -30,7 +30,7 @@ fn registry() -> Registry {
 }
 
 fn rules() -> Rules {
-    Rules {
+    let mut rules = Rules {
         domain: DOMAIN,
         key: VrfSecret::from_seed(&[3; 32]).unwrap(),
         registry: registry(),
@@ -44,7 +44,10 @@ fn rules() -> Rules {
         max_requests: 3,
         canary_ppm: 0,
         entry_trials: false,
-    }
+        terms: BTreeMap::new(),
+    };
+    rules.put_in_force(registry());
+    rules
 }
 
 fn key(n: u8) -> SigningKey {

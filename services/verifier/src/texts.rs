@@ -1,0 +1,105 @@
+//! What texts need of each model: its tokenizer, and its tokens prepared for grammars. A model that the holders admit is
+//! loaded when its registry comes into force; one that they withdraw stays, for what is still open.
+
+use std::collections::{BTreeMap, HashMap};
+use std::path::PathBuf;
+use std::sync::Arc;
+
+use infera_grammar::Vocabulary;
+use infera_prompt::Prompt;
+use infera_protocol::bytes::Hash32;
+use infera_protocol::registry::{Model, Registry};
+use infera_runtime::CancellationToken;
+use infera_runtime::health::CheckHandle;
+use infera_runtime::network::Roots;
+use parking_lot::RwLock;
+use tokio::sync::watch;
+
+use crate::config::Config;
+use crate::error::Error;
+use crate::on_a_thread;
+
+/// One model's.
+pub(crate) struct Text {
+    pub prompt: Arc<Prompt>,
+    pub vocabulary: Arc<Vocabulary>,
+}
+
+/// All models'; clones share them.
+#[derive(Clone)]
+pub(crate) struct Texts {
+    files: Arc<BTreeMap<String, PathBuf>>,
+    folder: Option<PathBuf>,
+    loaded: Arc<RwLock<HashMap<Hash32, Arc<Text>>>>,
+}
+
+impl Texts {
+    /// Loads every model of the registry.
+    ///
+    /// # Errors
+    /// The first model without its file, or with another one than the registry's.
+    pub async fn load(config: &Config, registry: &Registry) -> Result<Self, Error> {
+        let texts = Self {
+            files: Arc::new(config.models.clone()),
+            folder: config.model_folder.clone(),
+            loaded: Arc::default(),
+        };
+        texts.add(registry).await?;
+        Ok(texts)
+    }
+
+    /// By the model's weights.
+    pub fn get(&self, model_root: &Hash32) -> Option<Arc<Text>> {
+        self.loaded.read().get(model_root).cloned()
+    }
+
+    /// Loads the models of every registry that comes into force, until `stop`. While one has no file here, `check` says so
+    /// and what concerns it waits.
+    pub async fn follow(
+        self,
+        mut changes: watch::Receiver<Arc<Roots>>,
+        check: CheckHandle,
+        stop: CancellationToken,
+    ) {
+        check.up();
+        loop {
+            tokio::select! {
+                () = stop.cancelled() => return,
+                changed = changes.changed() => if changed.is_err() { return },
+            }
+            let roots = changes.borrow_and_update().clone();
+            match self.add(roots.registries.current()).await {
+                Ok(()) => check.up(),
+                Err(error) => {
+                    tracing::error!(%error, "a model of the registry can't be verified here");
+                    check.down(error.to_string());
+                }
+            }
+        }
+    }
+
+    async fn add(&self, registry: &Registry) -> Result<(), Error> {
+        for model in registry.models.iter().filter(|model| self.get(&model.weights_root).is_none()) {
+            let text = self.read(model).await?;
+            self.loaded.write().insert(model.weights_root, Arc::new(text));
+        }
+        Ok(())
+    }
+
+    async fn read(&self, model: &Model) -> Result<Text, Error> {
+        let id = model.id.clone();
+        let in_folder =
+            || Some(self.folder.as_ref()?.join(format!("{id}.gguf"))).filter(|path| path.is_file());
+        let path = self.files.get(&id).cloned().or_else(in_folder);
+        let path = path.ok_or_else(|| Error::NoModelFile { model: id.clone() })?;
+        let prompt = on_a_thread(move || Prompt::load(&path)).await?;
+        let prompt = Arc::new(prompt.map_err(|source| Error::Prompt { model: id.clone(), source })?);
+        if prompt.tokenizer_hash() != model.tokenizer_hash.0 {
+            return Err(Error::WrongTokenizer { model: id });
+        }
+        let (tokenizer, end_tokens) = (prompt.clone(), model.end_tokens.clone());
+        let made = on_a_thread(move || Vocabulary::new(tokenizer.tokenizer(), &end_tokens)).await?;
+        let vocabulary = Arc::new(made.map_err(|source| Error::Vocabulary { model: id, source })?);
+        Ok(Text { prompt, vocabulary })
+    }
+}
