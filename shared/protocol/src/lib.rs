@@ -14,6 +14,7 @@
 //! | 8 referees, canaries | [`referee`], [`margin`], [`canary`] |
 //! | 8 trust | [`trust`] |
 //! | 1, 6, 10 what contracts check | [`typed`] |
+//! | how wallets sign in (ERC-4361) | [`siwe`], [`rfc3339`] |
 //! | 10 settlement | [`evidence`], [`receipt`], [`document`], [`merkle`], [`money`] |
 
 pub mod admission;
@@ -40,7 +41,9 @@ pub mod receipt;
 pub mod referee;
 pub mod registry;
 pub mod request;
+pub mod rfc3339;
 pub mod sampling;
+pub mod siwe;
 pub mod trust;
 pub mod typed;
 pub mod vrf;
