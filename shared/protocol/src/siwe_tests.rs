@@ -76,9 +76,11 @@ fn checksums_are_those_of_the_eip() {
 
 #[test]
 fn what_wallets_sign_is_known() {
-    // alloy's eip191_hash_message("hello").
-    let digest = digest("hello").to_string();
-    assert_eq!(digest, "0x50b2c43fd39106bafbba0da34fc430e1f91e3c96ea2acee2bc34119f92b37750");
+    // eth-account 0.14.0: Account.sign_message(encode_defunct(text="hello"), the key above).
+    let expected = "0xf16ea9a3478698f695fd1401bfe27e9e4a7e8e3da94aa72b021125e31fa899cc573c48ea3fe1d4ab61a9db10c19032026e3ed2dbccba5a178235ac27f94504311c";
+    assert_eq!(sign("hello", &key()).unwrap().to_string(), expected);
+    let hash = "0x50b2c43fd39106bafbba0da34fc430e1f91e3c96ea2acee2bc34119f92b37750";
+    assert_eq!(digest("hello").to_string(), hash);
 }
 
 #[test]
