@@ -4,6 +4,7 @@
 //! | section | module |
 //! |---|---|
 //! | 1 identities | [`identity`], [`registry`] |
+//! | 1 how wallets sign in (ERC-4361) | [`siwe`], [`rfc3339`] |
 //! | 2 admission | [`admission`] |
 //! | 3 request | [`request`], [`grammar`] |
 //! | 4 assignment | [`assignment`], [`vrf`] |
@@ -14,7 +15,6 @@
 //! | 8 referees, canaries | [`referee`], [`margin`], [`canary`] |
 //! | 8 trust | [`trust`] |
 //! | 1, 6, 10 what contracts check | [`typed`] |
-//! | how wallets sign in (ERC-4361) | [`siwe`], [`rfc3339`] |
 //! | 10 settlement | [`evidence`], [`receipt`], [`document`], [`merkle`], [`money`] |
 
 pub mod admission;
