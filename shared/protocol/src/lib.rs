@@ -15,7 +15,7 @@
 //! | 8 referees, canaries | [`referee`], [`margin`], [`canary`] |
 //! | 8 trust | [`trust`] |
 //! | 1, 6, 10 what contracts check | [`typed`] |
-//! | 10 settlement | [`evidence`], [`receipt`], [`document`], [`merkle`], [`money`] |
+//! | 10 settlement | [`evidence`], [`receipt`], [`document`], [`merkle`], [`money`], [`voucher`] |
 
 pub mod admission;
 pub mod agreement;
@@ -46,4 +46,5 @@ pub mod sampling;
 pub mod siwe;
 pub mod trust;
 pub mod typed;
+pub mod voucher;
 pub mod vrf;
