@@ -8,7 +8,7 @@ use infera_protocol::{
     bytes::Address,
     rfc3339,
     siwe::{self, Message, Origin},
-    typed,
+    voucher::Voucher,
 };
 use reqwest::Method;
 use serde_json::{Value, json};
@@ -242,8 +242,8 @@ async fn voucher(who: &AccountWho, text: &str, more: bool) -> Result<(), String>
         }
         (false, _) => wanted,
     };
-    let digest = typed::voucher_digest(&domain, &address, cumulative_micro);
-    let signature = typed::sign(&digest, wallet.credential()).map_err(|e| e.to_string())?;
+    let voucher = Voucher { account: address, cumulative_micro };
+    let signature = voucher.sign(&domain, wallet.credential()).map_err(|e| e.to_string())?;
     // Before it leaves: what may have arrived counts as signed.
     write_secret(&path, cumulative_micro.to_string().as_bytes())
         .map_err(|e| format!("cannot write {}: {e}", path.display()))?;
