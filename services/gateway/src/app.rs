@@ -32,6 +32,8 @@ use crate::domain::merge::Mode;
 use crate::error::database;
 use crate::http::LeaveGuard;
 use crate::metrics::Metrics;
+use crate::settlement::Settlement;
+use crate::sign_in::SignIn;
 use crate::store::{self, NewRequest, request};
 use crate::wait::Waiter;
 
@@ -46,6 +48,10 @@ pub(crate) struct App {
     pub replies: Addr<Replies>,
     pub relay: Relay,
     pub metrics: Metrics,
+    /// `None` where wallets cannot sign in.
+    pub sign_in: Option<SignIn>,
+    /// `None` where accounts are not served.
+    pub settlement: Option<Settlement>,
     /// Prompts that may be rendered at a time.
     pub renders: Arc<Semaphore>,
     /// Cancelled when waiting clients must be sent away.
@@ -132,15 +138,12 @@ impl App {
         })
     }
 
-    /// What is asked for, one request of the network for each answer. Only the first one has the key.
-    async fn fix(
+    /// What every node will be asked: the messages as token ids, limits and parameters checked.
+    pub(crate) async fn request(
         &self,
-        account: &str,
         chat: &ChatRequest,
-        key: Option<String>,
         served: &Arc<Served>,
-        body_hash: Hash32,
-    ) -> Result<Vec<Fixed>, ApiError> {
+    ) -> Result<Request, ApiError> {
         // Hopelessly long texts are not tokenised, which would take seconds.
         let bytes: usize = chat.messages.iter().map(|message| message.content.len()).sum();
         fit(None, 1, bytes / served.longest_token, served)?;
@@ -161,10 +164,23 @@ impl App {
             grammar: chat.form.as_ref().map(|form| form.grammar.clone()),
         };
         request.validate().map_err(|error| ApiError::bad_request(None, error.to_string()))?;
+        Ok(request)
+    }
+
+    /// What is asked for, one request of the network for each answer. Only the first one has the key.
+    async fn fix(
+        &self,
+        account: &str,
+        chat: &ChatRequest,
+        key: Option<String>,
+        served: &Arc<Served>,
+        body_hash: Hash32,
+    ) -> Result<Vec<Fixed>, ApiError> {
+        let request = self.request(chat, served).await?;
         let submitted_ms = clock::now_ms();
         let one = |index| {
             let request = Request {
-                id: choice_id(id, index),
+                id: choice_id(request.id, index),
                 seed: choice_seed(request.seed, index),
                 ..request.clone()
             };
@@ -341,7 +357,7 @@ impl App {
             model: served.model.id.clone(),
             weights_root: served.model.weights_root,
             created: submitted_ms / 1000,
-            receipts_url: self.config.receipts_url.clone(),
+            receipts_url: self.config.receipts_base().to_owned(),
         }
     }
 

@@ -5,6 +5,7 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use infera_protocol::request::{MAX_REPLICAS, MAX_TOKENS, MIN_REPLICAS};
+use infera_protocol::siwe::Origin;
 use infera_runtime::config::{Common, ConfigError, load};
 use serde::{Deserialize, Serialize};
 
@@ -19,7 +20,20 @@ pub struct Config {
     pub common: Common,
     #[serde(default)]
     pub replica: Option<String>,
+    pub public_url: String,
     pub receipts_url: String,
+    pub settlement_url: String,
+    pub settlement_timeout_secs: u64,
+    pub settlement_max_mib: u64,
+    pub settlement_max_open: usize,
+    pub signing_key_path: PathBuf,
+    pub sign_in_origins: Vec<String>,
+    pub sign_ins_per_minute: u64,
+    pub trust_forwarded_for: bool,
+    pub nonce_secs: u64,
+    pub session_hours: u64,
+    pub max_keys: u64,
+    pub max_key_days: u64,
     pub replicas: u32,
     pub deadline_secs: u64,
     pub deadline_grace_secs: u64,
@@ -53,12 +67,6 @@ impl Config {
     /// Names the key and what it must be.
     pub fn validate(&self) -> Result<(), ConfigError> {
         let bad = |message: String| Err(ConfigError::invalid("gateway", message));
-        let within = |key: &str, value: u64, min: u64, max: u64| {
-            if (min..=max).contains(&value) {
-                return Ok(());
-            }
-            Err(ConfigError::invalid("gateway", format!("`{key}` must be {min} to {max}, got {value}")))
-        };
         within("replicas", self.replicas.into(), MIN_REPLICAS.into(), MAX_REPLICAS.into())?;
         within("deadline_secs", self.deadline_secs, 1, 24 * 3600)?;
         within("deadline_grace_secs", self.deadline_grace_secs, 0, 600)?;
@@ -77,13 +85,64 @@ impl Config {
         {
             return bad(format!("`replica` must be 1 to 64 of A-Z, a-z, 0-9, _ and -, got `{replica}`"));
         }
-        if !(self.receipts_url.starts_with("http://") || self.receipts_url.starts_with("https://")) {
+        self.validate_accounts()
+    }
+
+    /// What belongs to accounts: where they are reached, and how people sign in.
+    fn validate_accounts(&self) -> Result<(), ConfigError> {
+        let bad = |message: String| Err(ConfigError::invalid("gateway", message));
+        let web = |url: &str| url.starts_with("http://") || url.starts_with("https://");
+        for (key, value) in [("public_url", &self.public_url), ("receipts_url", &self.receipts_url)] {
+            let may_be_empty = key == "receipts_url";
+            if !(web(value) || may_be_empty && value.is_empty()) {
+                return bad(format!("`{key}` must start with http:// or https://, got `{value}`"));
+            }
+        }
+        if !(self.settlement_url.is_empty() || self.settlement_url.starts_with("http://")) {
             return bad(format!(
-                "`receipts_url` must start with http:// or https://, got `{}`",
-                self.receipts_url
+                "`settlement_url` must start with http:// (this build speaks no TLS), or be empty, got `{}`",
+                self.settlement_url
             ));
         }
-        Ok(())
+        for (key, origin) in self.origin_texts() {
+            if web(origin) && Origin::of(origin).is_some() {
+                continue;
+            }
+            return bad(format!("`{key}` must be SCHEME://HOST[:PORT], got `{origin}`"));
+        }
+        if self.signs_in() && self.common.manifest_path.as_os_str().is_empty() {
+            return bad(
+                "`manifest_path` must be set where `signing_key_path` is: a sign-in is for one chain".into(),
+            );
+        }
+        within("settlement_timeout_secs", self.settlement_timeout_secs, 1, 300)?;
+        within("settlement_max_mib", self.settlement_max_mib, 1, 65_536)?;
+        within("settlement_max_open", self.settlement_max_open as u64, 1, 65_536)?;
+        within("sign_ins_per_minute", self.sign_ins_per_minute, 1, 1_000_000)?;
+        within("nonce_secs", self.nonce_secs, 10, 3_600)?;
+        within("session_hours", self.session_hours, 1, 24 * 90)?;
+        within("max_keys", self.max_keys, 1, 1_000)?;
+        within("max_key_days", self.max_key_days, 1, 3_650)
+    }
+
+    fn origin_texts(&self) -> impl Iterator<Item = (&'static str, &str)> {
+        let more = self.sign_in_origins.iter().map(|origin| ("sign_in_origins", origin.as_str()));
+        std::iter::once(("public_url", self.public_url.as_str())).chain(more)
+    }
+
+    /// The places that a sign-in may be for: this gateway first.
+    pub(crate) fn origins(&self) -> Vec<Origin> {
+        self.origin_texts().filter_map(|(_, text)| Origin::of(text)).collect()
+    }
+
+    /// Whether wallets may sign in here.
+    pub(crate) fn signs_in(&self) -> bool {
+        !self.signing_key_path.as_os_str().is_empty()
+    }
+
+    /// Base of the receipts' addresses.
+    pub(crate) fn receipts_base(&self) -> &str {
+        if self.receipts_url.is_empty() { &self.public_url } else { &self.receipts_url }
     }
 
     pub(crate) fn heartbeat(&self) -> Duration {
@@ -103,6 +162,13 @@ impl AsRef<Common> for Config {
     fn as_ref(&self) -> &Common {
         &self.common
     }
+}
+
+fn within(key: &str, value: u64, min: u64, max: u64) -> Result<(), ConfigError> {
+    if (min..=max).contains(&value) {
+        return Ok(());
+    }
+    Err(ConfigError::invalid("gateway", format!("`{key}` must be {min} to {max}, got {value}")))
 }
 
 /// One word of a routing key.
@@ -134,8 +200,22 @@ mod tests {
         assert!(error(|c| c.heartbeat_secs = 11).contains("`heartbeat_secs`"));
         assert!(error(|c| c.replica = Some("a.b".into())).contains("`replica`"));
         assert!(error(|c| c.receipts_url = "localhost".into()).contains("`receipts_url`"));
+        assert!(error(|c| c.public_url = String::new()).contains("`public_url`"));
+        assert!(error(|c| c.public_url = "http://a@b".into()).contains("`public_url`"));
+        assert!(error(|c| c.sign_in_origins = vec!["app.example.org".into()]).contains("`sign_in_origins`"));
+        assert!(error(|c| c.settlement_url = "https://s".into()).contains("`settlement_url`"));
+        assert!(error(|c| c.signing_key_path = "k.pem".into()).contains("`manifest_path`"));
+        assert!(error(|c| c.nonce_secs = 1).contains("`nonce_secs` must be 10 to 3600, got 1"));
         assert!(error(|c| c.common.database_url = "".into()).contains("`database_url`"));
         assert!(error(|c| c.drain_secs = 9).contains("`drain_secs`"));
+    }
+
+    #[test]
+    fn receipts_are_where_the_gateway_is_unless_told_otherwise() {
+        let mut config = defaults();
+        assert_eq!(config.receipts_base(), "http://127.0.0.1:8080");
+        config.receipts_url = "https://receipts.example.org".into();
+        assert_eq!(config.receipts_base(), "https://receipts.example.org");
     }
 
     #[test]

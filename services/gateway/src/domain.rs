@@ -1,5 +1,6 @@
 //! What the gateway decides, without I/O, clock or randomness.
 //!
+//! - [`account`]: the bodies by which people sign in and make keys.
 //! - [`chat`]: a client's JSON -> a checked [`chat::ChatRequest`], or a [`Refusal`] that names the field.
 //! - [`form`]: the part of it that says what the answer must look like, and what is told of its tokens.
 //! - [`merge`]: the replicas' deltas -> the tokens that may be emitted (protocol section 9).
@@ -8,6 +9,7 @@
 //! - [`logprobs`]: fingerprints -> OpenAI's log-probabilities.
 //! - [`answer`]: OpenAI's bodies.
 
+pub mod account;
 pub mod answer;
 pub mod chat;
 pub mod form;

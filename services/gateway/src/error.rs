@@ -26,6 +26,10 @@ pub enum Error {
     Network(#[from] infera_runtime::network::NetworkError),
     #[error("{0}")]
     Models(String),
+    #[error("{0}")]
+    SigningKey(String),
+    #[error("the client for the settlement service cannot be made: {0}")]
+    Settlement(reqwest::Error),
     /// A task of the service ended although nobody asked it to; the process must be started again.
     #[error("{0} stopped unexpectedly: start the gateway again")]
     Stopped(&'static str),

@@ -6,13 +6,24 @@
 //! | `GET /v1/models`, `/v1/models/{id}` | key | what is served |
 //! | `GET /v1/requests/{id}` | key of the account that asked | where it stands |
 //! | `DELETE /v1/requests/{id}` | key of the account that asked, with scope `chat` | cancels it |
+//! | `POST /v1/quote` | key with scope `chat` | what a chat request would cost at most |
+//! | `POST /v1/auth/nonce`, `/v1/auth/login` | | a nonce; an API key for a signed message (ERC-4361) |
+//! | `GET /v1/keys`, `POST /v1/keys` | key with scope `keys`: one of a sign-in | the account's keys; a new one |
+//! | `DELETE /v1/keys/{jti}` | the same, or the key itself | revokes it |
+//! | `GET /v1/balance`, `/v1/usage`, `/v1/statement`, `POST /v1/vouchers` | key | what settlement answers |
+//! | `GET /v1/receipts/{id}` | with a key of the account also the evidence | what settlement answers |
 //! | `/livez`, `/readyz`, `/metrics` | | |
 
 mod auth;
 mod body;
 mod chat;
+mod client;
+mod forward;
+mod keys;
 mod leave;
+mod login;
 mod models;
+mod quote;
 mod requests;
 mod sse;
 
@@ -34,6 +45,17 @@ pub(crate) fn routes(app: web::Data<App>, health: Health) -> impl Fn(&mut Servic
             .configure(defaults(MAX_BODY))
             .app_data(app.clone())
             .route("/v1/chat/completions", web::post().to(chat::create))
+            .route("/v1/quote", web::post().to(quote::quote))
+            .route("/v1/auth/nonce", web::post().to(login::nonce))
+            .route("/v1/auth/login", web::post().to(login::login))
+            .route("/v1/keys", web::get().to(keys::list))
+            .route("/v1/keys", web::post().to(keys::create))
+            .route("/v1/keys/{jti}", web::delete().to(keys::revoke))
+            .route("/v1/balance", web::get().to(forward::balance))
+            .route("/v1/usage", web::get().to(forward::usage))
+            .route("/v1/statement", web::get().to(forward::statement))
+            .route("/v1/vouchers", web::post().to(forward::voucher))
+            .route("/v1/receipts/{id}", web::get().to(forward::receipt))
             .route("/v1/models", web::get().to(models::list))
             .route("/v1/models/{id:.+}", web::get().to(models::get))
             .route("/v1/requests/{id}", web::get().to(requests::get))

@@ -17,11 +17,14 @@
 //! - What a stream emitted is never taken back. It is a prefix of the delivered answer, or the stream
 //!   ends with an error event.
 //! - Prompts and answers are in no log and in no span.
+//! - An API key is made for a signature (ERC-4361) or by `infera keys`; what is kept of it never is the key. A revoked
+//!   key gets 401 on every route, those that settlement answers included.
 //!
 //! Invariants:
 //! - The first closing message of a request counts; it is stored once ([`store::close`]).
 //! - A lost wake-up costs latency only: who waits also looks into the database.
-//! - No service is called: one that is down delays requests until their deadline.
+//! - No service is called for an answer: one that is down delays requests until their deadline. Only what people ask
+//!   about money and receipts is passed on to settlement while they wait ([`settlement`]).
 
 mod actor;
 mod app;
@@ -33,6 +36,8 @@ pub mod error;
 mod http;
 pub mod keys;
 mod metrics;
+mod settlement;
+mod sign_in;
 pub mod store;
 mod wait;
 
@@ -64,6 +69,8 @@ use actor::Replies;
 use app::App;
 use catalog::Catalog;
 use metrics::Metrics;
+use settlement::Settlement;
+use sign_in::SignIn;
 
 /// How often the key-value store is looked at for `/readyz`.
 const CHECK_EVERY: Duration = Duration::from_secs(2);
@@ -88,6 +95,8 @@ pub async fn run(config: Config, deps: Deps, shutdown: CancellationToken) -> Res
     let health = Health::new("gateway");
     let metrics = Metrics::register(&health)?;
     let verifier = Verifier::from_jwks_file(&config.common.jwks_path)?;
+    let sign_in = SignIn::load(&config, &verifier)?;
+    let settlement = Settlement::new(&config)?;
     let catalog = load_catalog(&config).await?;
     let db =
         db::connect(config.common.database_url.expose(), config.common.database_schema.as_deref()).await?;
@@ -129,6 +138,8 @@ pub async fn run(config: Config, deps: Deps, shutdown: CancellationToken) -> Res
         replies,
         relay: relay.clone(),
         metrics,
+        sign_in,
+        settlement,
         renders: Arc::new(Semaphore::new(
             std::thread::available_parallelism().map_or(1, usize::from).div_ceil(2),
         )),
@@ -239,6 +250,11 @@ async fn prune(db: DatabaseConnection, keep_hours: u64, work: CancellationToken)
             Ok(0) => {}
             Ok(count) => tracing::info!(count, "old requests are forgotten"),
             Err(error) => tracing::warn!(%error, "old requests are not forgotten"),
+        }
+        match keys::prune(&db, clock::now_ms()).await {
+            Ok(0) => {}
+            Ok(count) => tracing::info!(count, "expired keys are forgotten"),
+            Err(error) => tracing::warn!(%error, "expired keys are not forgotten"),
         }
     }
 }

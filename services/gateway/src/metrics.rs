@@ -47,6 +47,8 @@ pub struct Metrics {
     tokens: IntCounterVec,
     repeats: IntCounterVec,
     waiting: IntGauge,
+    sign_ins: IntCounterVec,
+    forwards: IntCounterVec,
 }
 
 impl Metrics {
@@ -84,6 +86,16 @@ impl Metrics {
                 &["gen_ai_request_model"],
             )?,
             waiting: health.gauge("infera_gateway_waiting", "Clients that wait for an answer.")?,
+            sign_ins: health.counters(
+                "infera_gateway_sign_ins_total",
+                "Sign-ins with a wallet, by how they ended.",
+                &["outcome"],
+            )?,
+            forwards: health.counters(
+                "infera_gateway_forwards_total",
+                "Requests that settlement answers, by route and by what became of the answer.",
+                &["route", "outcome"],
+            )?,
         })
     }
 
@@ -97,6 +109,16 @@ impl Metrics {
             first: true,
             ended: false,
         }
+    }
+
+    /// Counts a sign-in: signed_in, refused, limited or failed.
+    pub fn sign_in(&self, outcome: &str) {
+        self.sign_ins.with_label_values(&[outcome]).inc();
+    }
+
+    /// Counts a request to settlement: passed, busy, unavailable, too_large or cut.
+    pub fn forward(&self, route: &str, outcome: &str) {
+        self.forwards.with_label_values(&[route, outcome]).inc();
     }
 
     /// Counts a repeat.

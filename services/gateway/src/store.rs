@@ -95,6 +95,49 @@ pub mod revoked {
     impl ActiveModelBehavior for ActiveModel {}
 }
 
+/// What is known of a key that an account made for itself.
+pub mod api_key {
+    use sea_orm::entity::prelude::*;
+
+    #[derive(Clone, Debug, PartialEq, Eq, DeriveEntityModel)]
+    #[sea_orm(table_name = "api_keys")]
+    pub struct Model {
+        #[sea_orm(primary_key, auto_increment = false)]
+        pub jti: String,
+        pub account: String,
+        pub name: String,
+        /// With spaces between.
+        pub scopes: String,
+        /// Made by a sign-in.
+        pub session: bool,
+        pub created_ms: i64,
+        pub expires_ms: i64,
+    }
+
+    #[derive(Copy, Clone, Debug, EnumIter, DeriveRelation)]
+    pub enum Relation {}
+
+    impl ActiveModelBehavior for ActiveModel {}
+}
+
+/// An account that makes keys: the row that whoever adds one writes first.
+pub mod key_owner {
+    use sea_orm::entity::prelude::*;
+
+    #[derive(Clone, Debug, PartialEq, Eq, DeriveEntityModel)]
+    #[sea_orm(table_name = "key_owners")]
+    pub struct Model {
+        #[sea_orm(primary_key, auto_increment = false)]
+        pub account: String,
+        pub touched_ms: i64,
+    }
+
+    #[derive(Copy, Clone, Debug, EnumIter, DeriveRelation)]
+    pub enum Relation {}
+
+    impl ActiveModelBehavior for ActiveModel {}
+}
+
 /// A request to be stored.
 #[derive(Debug, Clone)]
 pub struct NewRequest {

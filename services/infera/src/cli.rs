@@ -4,6 +4,8 @@ use std::path::PathBuf;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
 
+use crate::account::AccountArgs;
+
 #[derive(Debug, Parser)]
 #[command(
     name = "infera",
@@ -27,8 +29,10 @@ pub enum Command {
     Pause(NodeArgs),
     /// Let a paused node work again
     Resume(NodeArgs),
-    /// Make and revoke API keys
+    /// Make and revoke API keys of a network in a data folder
     Keys(KeysArgs),
+    /// Your account at a gateway: sign in with a wallet, API keys, balance, usage, quotes, vouchers
+    Account(AccountArgs),
     /// Show the models of the network, or the registry entry of a model file
     Models(ModelsArgs),
     /// Check a receipt, trusting no service

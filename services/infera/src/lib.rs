@@ -16,6 +16,7 @@ use std::process::ExitCode;
 
 use clap::Parser;
 
+mod account;
 mod cli;
 mod client;
 mod dead;
@@ -45,6 +46,7 @@ pub fn main() -> ExitCode {
         Command::Pause(args) => node(infera_node::pause(&args.data)),
         Command::Resume(args) => node(infera_node::resume(&args.data)),
         Command::Keys(args) => keys::keys(args),
+        Command::Account(args) => account::account(&args),
         Command::Models(args) => models::models(&args),
         Command::Verify(args) => verify::verify(&args),
         Command::History(args) => client::history(&args),

@@ -147,7 +147,7 @@ fn read_json<T: DeserializeOwned>(path: &Path) -> Result<T, String> {
 }
 
 /// INFER with up to six decimals, as 10^-6 INFER.
-fn amount(text: &str) -> Result<u128, String> {
+pub(crate) fn amount(text: &str) -> Result<u128, String> {
     let wrong =
         || format!("the amount `{text}` is none: write INFER with up to six decimals, as 1000 or 0.25");
     let (whole, part) = text.split_once('.').unwrap_or((text, ""));

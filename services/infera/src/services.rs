@@ -111,7 +111,9 @@ impl Setting<'_> {
     pub fn write_services(&self, settler_key: &str) -> Result<(), String> {
         let model = text(&chat_model());
         let mut gateway = self.common("gateway");
-        gateway.insert("receipts_url".into(), self.ports.url("settlement").into());
+        gateway.insert("public_url".into(), self.ports.url("gateway").into());
+        gateway.insert("settlement_url".into(), self.ports.url("settlement").into());
+        gateway.insert("signing_key_path".into(), text(&self.layout.key(crate::keys::SIGNER)).into());
         let mut models = toml::Table::new();
         models.insert(crate::models::DEFAULT_MODEL.into(), model.clone().into());
         gateway.insert("models".into(), models.clone().into());
@@ -133,7 +135,7 @@ impl Setting<'_> {
         verifier.insert("vectors".into(), self.vectors().into());
         let mut explorer = self.common("explorer");
         explorer.insert("embedder_path".into(), text(&embedder()).into());
-        explorer.insert("receipts_url".into(), self.ports.url("settlement").into());
+        explorer.insert("receipts_url".into(), self.ports.url("gateway").into());
         explorer.insert("vectors".into(), self.vectors().into());
         let tables = [
             ("gateway", gateway),

@@ -4,6 +4,7 @@
 //! | section | module |
 //! |---|---|
 //! | 1 identities | [`identity`], [`registry`] |
+//! | 1 how wallets sign in (ERC-4361) | [`siwe`], [`rfc3339`] |
 //! | 2 admission | [`admission`] |
 //! | 3 request | [`request`], [`grammar`] |
 //! | 4 assignment | [`assignment`], [`vrf`] |
@@ -14,7 +15,7 @@
 //! | 8 referees, canaries | [`referee`], [`margin`], [`canary`] |
 //! | 8 trust | [`trust`] |
 //! | 1, 6, 10 what contracts check | [`typed`] |
-//! | 10 settlement | [`evidence`], [`receipt`], [`document`], [`merkle`], [`money`] |
+//! | 10 settlement | [`evidence`], [`receipt`], [`document`], [`merkle`], [`money`], [`voucher`] |
 
 pub mod admission;
 pub mod agreement;
@@ -40,7 +41,10 @@ pub mod receipt;
 pub mod referee;
 pub mod registry;
 pub mod request;
+pub mod rfc3339;
 pub mod sampling;
+pub mod siwe;
 pub mod trust;
 pub mod typed;
+pub mod voucher;
 pub mod vrf;

@@ -32,13 +32,6 @@ pub(crate) fn digest(domain: &Domain, type_string: &str, words: &[[u8; 32]]) -> 
     keccak(&[b"\x19\x01", &separator.0, &message.0])
 }
 
-/// What a consumer signs: the most that may ever be charged to `account`, over its lifetime, 10^-6 INFER. A later voucher
-/// says more; an earlier one that is shown again says nothing new.
-pub fn voucher_digest(domain: &Domain, account: &Address, cumulative_micro: u64) -> Hash32 {
-    let words = [word_address(account), word_u64(cumulative_micro)];
-    digest(domain, "Voucher(address account,uint256 cumulative)", &words)
-}
-
 /// What a node's bound signer signs along with its commitment, so that two different ones are evidence.
 pub fn slot_commitment_digest(domain: &Domain, slot: &Slot, commitment: &Hash32) -> Hash32 {
     let words = [slot.request_hash.0, word_u64(slot.attempt.into()), slot.node.0, commitment.0];
@@ -151,19 +144,15 @@ mod tests {
             hex(slot_reveal_digest(&domain(), &slot, &output, &salt)),
             "0xc7fecd5f0fe1416fb777e575e9abc78e7e96efd86bff473cca06554f3105f3ad"
         );
-        assert_eq!(
-            hex(voucher_digest(&domain(), &Address([0x11; 20]), 1_234_567)),
-            "0x65f8834fc15ce2e0c4953dab67bc894146fdf6efeefc5eb036fd8351e3d6c18f"
-        );
     }
 
     #[test]
     fn a_signature_names_its_signer_in_one_form_only() {
         let key = EvmKey::from_slice(&[7; 32]).unwrap();
-        let digest = voucher_digest(&domain(), &Address([1; 20]), 5);
+        let digest = keccak(&[b"some words"]);
         let signature = sign(&digest, &key).unwrap();
         assert_eq!(recover(&digest, &signature), Ok(evm_address(&key)));
-        let other = voucher_digest(&domain(), &Address([1; 20]), 6);
+        let other = keccak(&[b"other words"]);
         assert_ne!(recover(&other, &signature), Ok(evm_address(&key)));
         let parsed = EcdsaSignature::from_slice(&signature.0[..64]).unwrap();
         let (r, s) = parsed.split_scalars();

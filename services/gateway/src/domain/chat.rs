@@ -55,14 +55,9 @@ impl ChatRequest {
     /// # Errors
     /// [`Refusal`]; the first field that is wrong.
     pub fn parse(body: &[u8]) -> Result<Self, Refusal> {
-        check_depth(body)?;
-        let value: Value = serde_json::from_slice(body)
-            .map_err(|error| Refusal::json(format!("the body is not JSON: {error}")))?;
-        let Value::Object(fields) = value else {
-            return Err(Refusal::json("the body must be a JSON object"));
-        };
+        let fields = object(body)?;
         check_names(&fields)?;
-        let fields = Fields { map: &fields };
+        let fields = Fields::of(&fields);
         let stream = fields.flag("stream")?.unwrap_or(false);
         let (fast, bid_micro) = infera(&fields, stream)?;
         Ok(Self {
@@ -81,6 +76,17 @@ impl ChatRequest {
             form: form::form(&fields)?,
         })
     }
+}
+
+/// The fields of a body.
+pub(super) fn object(body: &[u8]) -> Result<Map<String, Value>, Refusal> {
+    check_depth(body)?;
+    let value: Value = serde_json::from_slice(body)
+        .map_err(|error| Refusal::json(format!("the body is not JSON: {error}")))?;
+    let Value::Object(fields) = value else {
+        return Err(Refusal::json("the body must be a JSON object"));
+    };
+    Ok(fields)
 }
 
 pub(super) fn missing(param: &str) -> Refusal {
@@ -251,6 +257,10 @@ pub(super) struct Fields<'a> {
 }
 
 impl<'a> Fields<'a> {
+    pub(super) fn of(map: &'a Map<String, Value>) -> Self {
+        Self { map }
+    }
+
     pub(super) fn get(&self, name: &str) -> Option<&'a Value> {
         self.map.get(name).filter(|value| !value.is_null())
     }
@@ -259,7 +269,7 @@ impl<'a> Fields<'a> {
         self.get(name).map(|v| v.as_bool().ok_or_else(|| Refusal::kind(name, "a boolean"))).transpose()
     }
 
-    fn text(&self, name: &str) -> Result<Option<String>, Refusal> {
+    pub(super) fn text(&self, name: &str) -> Result<Option<String>, Refusal> {
         let text = |v: &Value| v.as_str().map(str::to_owned).ok_or_else(|| Refusal::kind(name, "a string"));
         self.get(name).map(text).transpose()
     }

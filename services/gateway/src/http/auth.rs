@@ -10,7 +10,10 @@ use infera_runtime::jwt::Claims;
 
 use crate::app::App;
 use crate::error::database;
-use crate::keys::{self, AUDIENCE, MAX_ACCOUNT, SCOPE_CHAT};
+use crate::keys::{self, AUDIENCE, MAX_ACCOUNT, SCOPE_CHAT, SCOPE_KEYS};
+
+/// How one gets the scope that managing keys needs.
+pub(super) const SIGN_IN: &str = "only the key of a sign-in has it: sign in with the account's wallet";
 
 /// Checks the key: form, signature, time, revocation.
 pub(crate) async fn caller(app: &App, request: &HttpRequest) -> Result<Claims, ApiError> {
@@ -35,13 +38,30 @@ pub(crate) async fn caller(app: &App, request: &HttpRequest) -> Result<Claims, A
 /// [`caller`], with the scope that asking for answers, and taking that back, needs.
 pub(crate) async fn scoped_caller(app: &App, request: &HttpRequest) -> Result<Claims, ApiError> {
     let claims = caller(app, request).await?;
-    if !claims.allows(SCOPE_CHAT) {
-        return Err(ApiError::forbidden(format!(
-            "the api key lacks the scope `{SCOPE_CHAT}`; create one that has it"
-        ))
-        .with_code("insufficient_scope"));
-    }
+    need(&claims, SCOPE_CHAT, "create one that has it")?;
     Ok(claims)
+}
+
+/// [`caller`], with the scope that managing keys needs.
+pub(crate) async fn keys_caller(app: &App, request: &HttpRequest) -> Result<Claims, ApiError> {
+    let claims = caller(app, request).await?;
+    need(&claims, SCOPE_KEYS, SIGN_IN)?;
+    Ok(claims)
+}
+
+/// [`caller`], with the quota that looking at an account needs.
+pub(crate) async fn account_caller(app: &App, request: &HttpRequest) -> Result<Claims, ApiError> {
+    let claims = caller(app, request).await?;
+    quota(app, &claims, 1).await?;
+    Ok(claims)
+}
+
+pub(super) fn need(claims: &Claims, scope: &str, remedy: &str) -> Result<(), ApiError> {
+    if claims.allows(scope) {
+        return Ok(());
+    }
+    let message = format!("the api key lacks the scope `{scope}`; {remedy}");
+    Err(ApiError::forbidden(message).with_code("insufficient_scope"))
 }
 
 /// [`scoped_caller`], with the quota that asking for answers needs.

@@ -11,7 +11,7 @@ use tracing::{Instrument, Span, field::Empty};
 use uuid::Uuid;
 
 use super::leave::LeaveGuard;
-use super::{auth, body, sse};
+use super::{MAX_BODY, auth, body, sse};
 use crate::app::{App, Submission, Waiting};
 use crate::domain::answer::{Choice, Place};
 use crate::domain::chat::ChatRequest;
@@ -31,7 +31,7 @@ pub(crate) async fn create(
 ) -> Result<HttpResponse, ApiError> {
     let claims = auth::chat_caller(&app, &request).await?;
     let key = idempotency_key(&request)?;
-    let body = body::read(&request, payload).await?;
+    let body = body::read(&request, payload, MAX_BODY).await?;
     let chat = ChatRequest::parse(&body)?;
     drop(body);
     auth::quota(&app, &claims, u64::from(chat.n) - 1).await?;

@@ -1,4 +1,4 @@
-//! `GET /v1/models`: what is served.
+//! `GET /v1/models`: what is served, and its price.
 
 use actix_web::web::{Data, Path};
 use actix_web::{HttpRequest, HttpResponse};
@@ -6,12 +6,13 @@ use infera_protocol::registry::Model;
 use infera_runtime::http::ApiError;
 use serde_json::{Value, json};
 
-use super::auth;
+use super::{auth, quote::CURRENCY};
 use crate::app::App;
 
 pub(crate) async fn list(app: Data<App>, request: HttpRequest) -> Result<HttpResponse, ApiError> {
     auth::caller(&app, &request).await?;
-    let data: Vec<Value> = app.catalog.all().iter().map(|served| body(&served.model)).collect();
+    let data: Vec<Value> =
+        app.catalog.all().iter().map(|served| body(&served.model, app.config.replicas)).collect();
     Ok(HttpResponse::Ok().json(json!({ "object": "list", "data": data })))
 }
 
@@ -21,10 +22,10 @@ pub(crate) async fn get(
     id: Path<String>,
 ) -> Result<HttpResponse, ApiError> {
     auth::caller(&app, &request).await?;
-    Ok(HttpResponse::Ok().json(body(&app.served(&id)?.model)))
+    Ok(HttpResponse::Ok().json(body(&app.served(&id)?.model, app.config.replicas)))
 }
 
-fn body(model: &Model) -> Value {
+fn body(model: &Model, replicas: u32) -> Value {
     json!({
         "id": model.id,
         "object": "model",
@@ -33,7 +34,10 @@ fn body(model: &Model) -> Value {
         "infera": {
             "weights_root": model.weights_root,
             "context_length": model.context_length,
+            // Per token, prompt and answer alike, and replica.
             "price_micro": model.price_micro,
+            "replicas": replicas,
+            "currency": CURRENCY,
         },
     })
 }

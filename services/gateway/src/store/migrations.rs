@@ -13,6 +13,7 @@ impl MigratorTrait for Migrator {
             infera_bus::outbox::migration(),
             Box::new(Create),
             Box::new(Fingerprints),
+            Box::new(Keys),
         ]
     }
 }
@@ -137,5 +138,65 @@ impl MigrationTrait for Fingerprints {
             manager.alter_table(add).await?;
         }
         Ok(())
+    }
+}
+
+/// The keys that accounts make for themselves.
+struct Keys;
+
+impl MigrationName for Keys {
+    fn name(&self) -> &str {
+        "gateway_0003_keys"
+    }
+}
+
+#[derive(DeriveIden)]
+enum ApiKeys {
+    Table,
+    Jti,
+    Account,
+    Name,
+    Scopes,
+    Session,
+    CreatedMs,
+    ExpiresMs,
+}
+
+#[derive(DeriveIden)]
+enum KeyOwners {
+    Table,
+    Account,
+    TouchedMs,
+}
+
+#[async_trait::async_trait]
+impl MigrationTrait for Keys {
+    async fn up(&self, manager: &SchemaManager) -> Result<(), DbErr> {
+        let keys = Table::create()
+            .table(ApiKeys::Table)
+            .if_not_exists()
+            .col(ColumnDef::new(ApiKeys::Jti).string().not_null().primary_key())
+            .col(ColumnDef::new(ApiKeys::Account).string().not_null())
+            .col(ColumnDef::new(ApiKeys::Name).string().not_null())
+            .col(ColumnDef::new(ApiKeys::Scopes).string().not_null())
+            .col(ColumnDef::new(ApiKeys::Session).boolean().not_null())
+            .col(ColumnDef::new(ApiKeys::CreatedMs).big_integer().not_null())
+            .col(ColumnDef::new(ApiKeys::ExpiresMs).big_integer().not_null())
+            .to_owned();
+        manager.create_table(keys).await?;
+        for (name, column) in
+            [("api_keys_account", ApiKeys::Account), ("api_keys_expires", ApiKeys::ExpiresMs)]
+        {
+            let index =
+                Index::create().name(name).table(ApiKeys::Table).col(column).if_not_exists().to_owned();
+            manager.create_index(index).await?;
+        }
+        let owners = Table::create()
+            .table(KeyOwners::Table)
+            .if_not_exists()
+            .col(ColumnDef::new(KeyOwners::Account).string().not_null().primary_key())
+            .col(ColumnDef::new(KeyOwners::TouchedMs).big_integer().not_null())
+            .to_owned();
+        manager.create_table(owners).await
     }
 }

@@ -20,12 +20,17 @@ macro_rules! both {
     };
 }
 
+mod accounts;
 mod answers;
 mod bad_input;
+mod books;
 mod crash;
 mod forms;
 mod idempotency;
 mod keys;
 mod openai_client;
+mod quotes;
+mod sign_in;
 mod streams;
 mod support;
+mod wallet;

@@ -23,6 +23,10 @@ def refused(kind, call):
 assert [m.id for m in client.models.list()] == [model]
 assert client.models.retrieve(model).owned_by == "infera"
 
+price = client.models.retrieve(model).infera
+quoted = client.post("/quote", body={"model": model, "messages": question, "max_tokens": 30}, cast_to=object)
+assert quoted["hold_micro"] == price["price_micro"] * price["replicas"] * (quoted["prompt_tokens"] + 30)
+
 first = ask()
 assert first.choices[0].message.content == answer and first.choices[0].finish_reason == "stop"
 assert first.infera["verdict"] == "verified" and first.infera["similarity"] == 1.0

@@ -114,7 +114,12 @@ impl Files {
             }
         }
         config.models = [(MODEL.to_owned(), model_path())].into();
+        config.public_url = "http://gateway.test".into();
         config.receipts_url = "http://receipts.test".into();
+        config.settlement_url = String::new();
+        config.signing_key_path = path("keys/api.pem");
+        // Tests share one address and one Redis.
+        config.sign_ins_per_minute = 100_000;
         config.poll_ms = 200;
         config.drain_secs = 1;
         config
@@ -240,6 +245,26 @@ impl World {
     /// Sends a chat request in the background.
     pub fn send(&self, body: &Value) -> tokio::task::JoinHandle<reqwest::Response> {
         spawn(self.post(body))
+    }
+
+    /// A GET of `path` with `key`.
+    pub async fn get(&self, path: &str, key: &str) -> reqwest::Response {
+        self.client.get(self.url(path)).bearer_auth(key).send().await.unwrap()
+    }
+
+    /// A POST of `body` to `path`, with a key if there is one.
+    pub async fn post_to(&self, path: &str, key: Option<&str>, body: &Value) -> reqwest::Response {
+        let request = self.client.post(self.url(path)).body(body.to_string());
+        let request = match key {
+            Some(key) => request.bearer_auth(key),
+            None => request,
+        };
+        request.send().await.unwrap()
+    }
+
+    /// Another replica on the same database, bus and key-value store.
+    pub async fn replica(&self) -> Gateway {
+        Gateway::start(self.config.clone(), self.bus.clone()).await
     }
 
     pub async fn database(&self) -> sea_orm::DatabaseConnection {

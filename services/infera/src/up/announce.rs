@@ -37,7 +37,7 @@ pub(super) fn announce(
 }
 
 fn banner(layout: &Layout, up: &UpFile, took: Duration) -> String {
-    let UpFile { base_url, api_key, explorer_url, settlement_url, model, .. } = up;
+    let UpFile { base_url, api_key, explorer_url, model, .. } = up;
     let python = cache().join("venv/bin/python");
     let python = if python.exists() { python.display().to_string() } else { "python3".into() };
     let infera = layout.program();
@@ -62,7 +62,7 @@ Ask with Python (pip install openai), streamed, with the verdict:
 
 Check an answer's receipt (RECEIPT is the id under `infera`):
 
-  curl -s {settlement_url}/v1/receipts/RECEIPT -H 'Authorization: Bearer {api_key}' -o receipt.json && {infera} verify receipt.json --data {data}
+  curl -s {base_url}/receipts/RECEIPT -H 'Authorization: Bearer {api_key}' -o receipt.json && {infera} verify receipt.json --data {data}
 
 {end}",
         profile = up.profile,

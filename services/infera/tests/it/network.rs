@@ -190,7 +190,7 @@ impl Network {
 
     /// The receipt document's bytes once it is anchored.
     pub async fn anchored_receipt(&self, id: &str) -> Vec<u8> {
-        let url = format!("{}/v1/receipts/{id}", self.url("settlement_url"));
+        let url = format!("{}/receipts/{id}", self.url("base_url"));
         infera_testkit::eventually(Duration::from_secs(60), || async {
             let response = self.http.get(&url).bearer_auth(self.key()).send().await.ok()?;
             let bytes = response.bytes().await.ok()?;

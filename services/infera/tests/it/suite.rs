@@ -6,7 +6,10 @@ use infera_runtime::CancellationToken;
 use infera_testkit::{TempDir, eventually, otlp::Receiver, sqlite_url};
 use serde_json::Value;
 
-use crate::network::{Network, infera, text};
+use crate::{
+    accounts,
+    network::{Network, infera, text},
+};
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn embedded() {
@@ -33,6 +36,7 @@ async fn everything(profile: &'static str) {
     receipts_prove_themselves(&network, &receipt).await;
     the_books_balance(&network).await;
     operators_are_paid(&network).await;
+    accounts::wallets_have_accounts(&network).await;
     history_is_there(&network, &receipt).await;
     one_trace_per_request(&network, &traces).await;
     a_second_start_goes_on(&network, &receipt).await;

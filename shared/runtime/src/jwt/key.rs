@@ -31,7 +31,7 @@ impl KeyPair {
         Self::load(path)
     }
 
-    fn load(path: &Path) -> Result<Self, KeyError> {
+    pub(super) fn load(path: &Path) -> Result<Self, KeyError> {
         let meta = fs::metadata(path).map_err(file_error(path))?;
         if meta.permissions().mode() & 0o077 != 0 {
             return Err(KeyError::Exposed { path: path.to_owned() });

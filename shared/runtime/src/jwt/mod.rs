@@ -147,8 +147,19 @@ impl Signer {
     /// # Errors
     /// [`KeyError`]; also when the file can be read by other users.
     pub fn load_or_create(path: &Path) -> Result<Self, KeyError> {
-        let pair = KeyPair::load_or_create(path)?;
-        Ok(Self { key: EncodingKey::from_ed_der(&pair.pkcs8()), kid: pair.kid(), public: pair.public() })
+        KeyPair::load_or_create(path).map(|pair| Self::of(&pair))
+    }
+
+    /// The same for a file that must be there: a service does not make up a key that nobody else knows.
+    ///
+    /// # Errors
+    /// [`KeyError`]; also when the file can be read by other users.
+    pub fn load(path: &Path) -> Result<Self, KeyError> {
+        KeyPair::load(path).map(|pair| Self::of(&pair))
+    }
+
+    fn of(pair: &KeyPair) -> Self {
+        Self { key: EncodingKey::from_ed_der(&pair.pkcs8()), kid: pair.kid(), public: pair.public() }
     }
 
     /// Signs `claims`.

@@ -1,0 +1,80 @@
+//! What settlement answers, at the gateway's address: accounts and receipts.
+
+use actix_web::http::header::{AUTHORIZATION, CACHE_CONTROL, HeaderValue};
+use actix_web::web::{Data, Path, Payload};
+use actix_web::{HttpRequest, HttpResponse};
+use infera_runtime::http::ApiError;
+use reqwest::Method;
+use uuid::Uuid;
+
+use super::login::MAX_SMALL_BODY;
+use super::{auth, body};
+use crate::app::App;
+use crate::settlement::{Ask, Settlement};
+
+pub(super) async fn balance(app: Data<App>, request: HttpRequest) -> Result<HttpResponse, ApiError> {
+    of_account(&app, &request, "/v1/balance").await
+}
+
+pub(super) async fn usage(app: Data<App>, request: HttpRequest) -> Result<HttpResponse, ApiError> {
+    of_account(&app, &request, "/v1/usage").await
+}
+
+pub(super) async fn statement(app: Data<App>, request: HttpRequest) -> Result<HttpResponse, ApiError> {
+    of_account(&app, &request, "/v1/statement").await
+}
+
+pub(super) async fn voucher(
+    app: Data<App>,
+    request: HttpRequest,
+    payload: Payload,
+) -> Result<HttpResponse, ApiError> {
+    let settlement = enabled(&app)?;
+    auth::account_caller(&app, &request).await?;
+    let body = body::read(&request, payload, MAX_SMALL_BODY).await?;
+    let route = "/v1/vouchers";
+    let ask = Ask { method: Method::POST, route, path: route.to_owned(), client: &request, body: Some(body) };
+    Ok(private(settlement.ask(ask, &app.metrics).await?))
+}
+
+/// Receipts are everybody's; a key that is sent must be good, because it brings the evidence.
+pub(super) async fn receipt(
+    app: Data<App>,
+    request: HttpRequest,
+    id: Path<String>,
+) -> Result<HttpResponse, ApiError> {
+    let settlement = enabled(&app)?;
+    let id = Uuid::parse_str(id.strip_prefix("chatcmpl-").unwrap_or(&id)).map_err(|_| {
+        let message = "`id` must be a receipt's id, as `infera.receipt` of an answer";
+        ApiError::bad_request("id", message).with_code("invalid_value")
+    })?;
+    if request.headers().contains_key(AUTHORIZATION) {
+        auth::account_caller(&app, &request).await?;
+    }
+    let (route, path) = ("/v1/receipts/{id}", format!("/v1/receipts/{id}"));
+    let ask = Ask { method: Method::GET, route, path, client: &request, body: None };
+    Ok(private(settlement.ask(ask, &app.metrics).await?))
+}
+
+async fn of_account(app: &App, request: &HttpRequest, route: &'static str) -> Result<HttpResponse, ApiError> {
+    let settlement = enabled(app)?;
+    auth::account_caller(app, request).await?;
+    let ask = Ask { method: Method::GET, route, path: route.to_owned(), client: request, body: None };
+    Ok(private(settlement.ask(ask, &app.metrics).await?))
+}
+
+fn enabled(app: &App) -> Result<&Settlement, ApiError> {
+    app.settlement.as_ref().ok_or_else(|| {
+        let message = "accounts and receipts are not served at this gateway (`settlement_url` is not set); \
+                       ask its operator where they are";
+        ApiError::not_found(message).with_code("accounts_disabled")
+    })
+}
+
+/// No cache on the way keeps what a key was needed for, unless settlement says otherwise.
+fn private(mut answer: HttpResponse) -> HttpResponse {
+    if !answer.headers().contains_key(CACHE_CONTROL) {
+        answer.headers_mut().insert(CACHE_CONTROL, HeaderValue::from_static("private, no-store"));
+    }
+    answer
+}

@@ -1,0 +1,322 @@
+//! What settlement answers, at the gateway's address.
+
+use infera_gateway::keys;
+use serde_json::json;
+use tokio::io::AsyncWriteExt;
+use tokio::sync::Notify;
+use uuid::Uuid;
+
+use std::sync::Arc;
+
+use crate::books::Books;
+use crate::support::{Column, DEADLINE, World, chat, json_of};
+use crate::wallet::Wallet;
+
+both!(
+    what_settlement_says_is_passed_on,
+    only_what_belongs_to_the_request_is_passed_on,
+    keys_are_checked_first,
+    receipts_are_everybodys,
+    a_long_answer_comes_as_it_is_made,
+    without_settlement,
+    a_slow_settlement,
+    a_huge_answer,
+    answers_that_are_none,
+    a_gateway_without_settlement,
+);
+
+const JSON: &str = "200 OK\r\ncontent-type: application/json";
+
+async fn with(column: Column, books: &Books) -> World {
+    let url = format!("{}/", books.url);
+    World::with(column, move |config| {
+        config.settlement_url = url;
+        config.settlement_timeout_secs = 1;
+        config.settlement_max_mib = 1;
+    })
+    .await
+}
+
+async fn what_settlement_says_is_passed_on(column: Column) {
+    let mut books = Books::saying(JSON, r#"{"account":"alice","available_micro":5}"#).await;
+    let world = with(column, &books).await;
+    let session = Wallet::new().sign_in(&world).await;
+    for key in [&world.key, &session.key] {
+        let response = world.get("/v1/balance", key).await;
+        assert_eq!(response.status(), 200);
+        assert_eq!(response.headers()["content-type"], "application/json");
+        assert_eq!(response.headers()["cache-control"], "private, no-store");
+        assert_eq!(response.headers()["content-length"], "39");
+        assert_eq!(json_of(response).await["available_micro"], 5);
+        let heard = books.heard().remove(0);
+        assert_eq!(heard.line, "GET /v1/balance");
+        assert_eq!(heard.headers["authorization"], format!("Bearer {key}"));
+    }
+    let query = "from=2026-11-01T00%3A00%3A00Z&limit=3&model=a%2Fb&format=csv";
+    for (path, line) in [
+        (format!("/v1/usage?{query}"), format!("GET /v1/usage?{query}")),
+        (format!("/v1/statement?{query}"), format!("GET /v1/statement?{query}")),
+    ] {
+        assert_eq!(world.get(&path, &world.key).await.status(), 200);
+        assert_eq!(books.heard()[0].line, line);
+    }
+    let body = json!({ "cumulative_micro": "123", "signature": "0x00" });
+    assert_eq!(world.post_to("/v1/vouchers", Some(&world.key), &body).await.status(), 200);
+    let heard = books.heard().remove(0);
+    assert_eq!((heard.line.as_str(), heard.body), ("POST /v1/vouchers", body.to_string()));
+
+    // A refusal of settlement's is the client's to read.
+    let refusal = json!({ "error": { "code": "bad_voucher", "message": "`signature` ...", "type": "t", "param": "signature" } });
+    let refusing =
+        Books::saying("409 Conflict\r\ncontent-type: application/json", &refusal.to_string()).await;
+    let world = with(column, &refusing).await;
+    let response = world.post_to("/v1/vouchers", Some(&world.key), &body).await;
+    assert_eq!(response.status(), 409);
+    assert_eq!(json_of(response).await, refusal);
+}
+
+async fn only_what_belongs_to_the_request_is_passed_on(column: Column) {
+    let head = "200 OK\r\ncontent-type: text/csv\r\ncontent-disposition: attachment; filename=\"usage.csv\"\r\n\
+                set-cookie: a=b\r\nx-internal: secret\r\nkeep-alive: timeout=5\r\nserver: books\r\n\
+                x-request-id: theirs\r\ncache-control: private, max-age=5";
+    let mut books = Books::saying(head, "a,b\r\n").await;
+    let world = with(column, &books).await;
+    let request = world.client.get(world.url("/v1/usage")).bearer_auth(&world.key);
+    let request = request
+        .header("accept", "text/csv")
+        .header("cookie", "session=1")
+        .header("x-forwarded-for", "10.0.0.1")
+        .header("x-internal", "1")
+        .header("te", "trailers")
+        .header("host", "gateway.test")
+        .header("x-request-id", "mine-7");
+    let response = request.send().await.unwrap();
+    let headers = response.headers().clone();
+    assert_eq!(
+        (&headers["content-type"], &headers["x-request-id"]),
+        (&"text/csv".parse().unwrap(), &"mine-7".parse().unwrap())
+    );
+    assert_eq!(headers["content-disposition"], "attachment; filename=\"usage.csv\"");
+    assert_eq!(headers["cache-control"], "private, max-age=5");
+    for name in ["set-cookie", "x-internal", "keep-alive", "server"] {
+        assert!(!headers.contains_key(name), "{name}");
+    }
+    assert_eq!(response.text().await.unwrap(), "a,b\r\n");
+    let heard = books.heard().remove(0);
+    assert_eq!(heard.headers["x-request-id"], "mine-7");
+    assert_eq!(heard.headers["accept"], "text/csv");
+    let names: Vec<&str> = heard.headers.keys().map(String::as_str).collect();
+    let mut expected = vec!["accept", "authorization", "host", "x-request-id"];
+    expected.extend(heard.headers.contains_key("traceparent").then_some("traceparent"));
+    expected.sort_unstable();
+    assert_eq!(names, expected);
+    assert_eq!(format!("http://{}", heard.headers["host"]), books.url);
+
+    let long = world.get(&format!("/v1/usage?model={}", "x".repeat(3_000)), &world.key).await;
+    assert_eq!(long.status(), 400);
+    let long = json_of(long).await;
+    assert_eq!(long["error"]["param"], "query");
+    let body = json!({ "signature": "x".repeat(20_000) });
+    assert_eq!(world.post_to("/v1/vouchers", Some(&world.key), &body).await.status(), 413);
+    assert!(books.heard().is_empty());
+}
+
+async fn keys_are_checked_first(column: Column) {
+    let mut books = Books::saying(JSON, "{}").await;
+    let url = books.url.clone();
+    let world = World::with(column, |config| {
+        config.settlement_url = url;
+        config.requests_per_minute = 6;
+    })
+    .await;
+    let (key, jti) = world.files.key("alice");
+    let session = Wallet::new().sign_in(&world).await;
+    keys::revoke(&world.database().await, &jti).await.unwrap();
+    let revoke =
+        world.client.delete(world.url(&format!("/v1/keys/{}", session.jti))).bearer_auth(&session.key);
+    assert_eq!(revoke.send().await.unwrap().status(), 200);
+    let receipt = format!("/v1/receipts/{}", Uuid::now_v7());
+    for path in ["/v1/balance", "/v1/usage", "/v1/statement", &receipt] {
+        for key in [key.as_str(), &session.key, "sk-nonsense"] {
+            let response = world.get(path, key).await;
+            assert_eq!(response.status(), 401, "{path}");
+        }
+    }
+    for key in [Some(key.as_str()), Some("sk-nonsense"), None] {
+        assert_eq!(world.post_to("/v1/vouchers", key, &json!({})).await.status(), 401);
+    }
+    for path in ["/v1/balance", "/v1/usage", "/v1/statement"] {
+        assert_eq!(world.client.get(world.url(path)).send().await.unwrap().status(), 401);
+    }
+    assert!(books.heard().is_empty(), "settlement hears nothing of these");
+    let mut limited = false;
+    for _ in 0..13 {
+        limited |= world.get("/v1/balance", &world.key).await.status() == 429;
+    }
+    assert!(limited, "looking counts as a request");
+}
+
+async fn receipts_are_everybodys(column: Column) {
+    let mut books = Books::saying(JSON, r#"{"receipt":{}}"#).await;
+    let world = with(column, &books).await;
+    let id = Uuid::now_v7();
+    for path in [format!("/v1/receipts/{id}"), format!("/v1/receipts/chatcmpl-{id}")] {
+        let response = world.client.get(world.url(&path)).send().await.unwrap();
+        assert_eq!(response.status(), 200);
+        let heard = books.heard().remove(0);
+        assert_eq!(heard.line, format!("GET /v1/receipts/{id}"));
+        assert!(!heard.headers.contains_key("authorization"));
+    }
+    assert_eq!(world.get(&format!("/v1/receipts/{id}"), &world.key).await.status(), 200);
+    assert!(books.heard()[0].headers.contains_key("authorization"), "the account gets the evidence");
+    for bad in ["nothing", "..%2Fbalance", "%2e%2e", "chatcmpl-"] {
+        let response = world.client.get(world.url(&format!("/v1/receipts/{bad}"))).send().await.unwrap();
+        assert!([400, 404].contains(&response.status().as_u16()), "{bad}");
+    }
+    assert!(books.heard().is_empty());
+}
+
+async fn a_long_answer_comes_as_it_is_made(column: Column) {
+    let goes_on = Arc::new(Notify::new());
+    let waits = goes_on.clone();
+    let books = Books::answering(move |mut socket, _| {
+        let waits = waits.clone();
+        Box::pin(async move {
+            let head = b"HTTP/1.1 200 OK\r\ncontent-type: text/csv\r\ntransfer-encoding: chunked\r\n\r\n";
+            socket.write_all(head).await.unwrap();
+            socket.write_all(b"7\r\nfirst\r\n\r\n").await.unwrap();
+            // The second line is not written before the client has the first.
+            waits.notified().await;
+            socket.write_all(b"8\r\nsecond\r\n\r\n0\r\n\r\n").await.unwrap();
+        })
+    })
+    .await;
+    let url = books.url.clone();
+    let world = World::with(column, |config| config.settlement_url = url).await;
+    let mut response = world.get("/v1/usage?format=csv", &world.key).await;
+    assert!(!response.headers().contains_key("content-length"));
+    let first =
+        tokio::time::timeout(DEADLINE, response.chunk()).await.expect("the first line comes").unwrap();
+    assert_eq!(first.unwrap(), "first\r\n");
+    goes_on.notify_one();
+    assert_eq!(response.text().await.unwrap(), "second\r\n");
+}
+
+async fn without_settlement(column: Column) {
+    let books = Books::saying(JSON, "{}").await;
+    let mut world = with(column, &books).await;
+    drop(books);
+    let response = world.get("/v1/balance", &world.key).await;
+    assert_eq!(response.status(), 503);
+    assert!(response.headers().contains_key("retry-after"));
+    let body = json_of(response).await;
+    assert_eq!(body["error"]["code"], "settlement_unavailable");
+    assert!(body["error"]["message"].as_str().unwrap().contains("settlement service"), "{body}");
+    assert!(!body.to_string().contains("127.0.0.1"), "addresses inside are nobody's business: {body}");
+    // Answers do not wait for it, and the gateway is ready.
+    let pending = world.send(&chat(json!({})));
+    let submitted = world.net.next().await;
+    world.net.answer(&submitted, "Paris");
+    assert_eq!(pending.await.unwrap().status(), 200);
+    assert_eq!(world.client.get(world.url("/readyz")).send().await.unwrap().status(), 200);
+    let metrics = world.client.get(world.url("/metrics")).send().await.unwrap().text().await.unwrap();
+    let counted = r#"infera_gateway_forwards_total{outcome="unavailable",route="/v1/balance"} 1"#;
+    assert!(metrics.contains(counted), "{metrics}");
+}
+
+async fn a_slow_settlement(column: Column) {
+    // One that accepts and says nothing, and one that stops in the middle.
+    let silent = Books::answering(|socket, _| {
+        Box::pin(async move {
+            std::future::pending::<()>().await;
+            drop(socket);
+        })
+    })
+    .await;
+    let world = with(column, &silent).await;
+    let response = world.get("/v1/balance", &world.key).await;
+    assert_eq!(response.status(), 503);
+    assert_eq!(json_of(response).await["error"]["code"], "settlement_unavailable");
+
+    let stalls = Books::answering(|mut socket, heard| {
+        Box::pin(async move {
+            let length =
+                if heard.line.contains("sized") { "content-length: 9" } else { "transfer-encoding: chunked" };
+            let first = if heard.line.contains("sized") { "abcd" } else { "4\r\nabcd\r\n" };
+            let head = format!("HTTP/1.1 200 OK\r\ncontent-type: text/csv\r\n{length}\r\n\r\n{first}");
+            socket.write_all(head.as_bytes()).await.unwrap();
+            if heard.line.contains("hangs") {
+                std::future::pending::<()>().await;
+            }
+        })
+    })
+    .await;
+    let world = with(column, &stalls).await;
+    for how in ["hangs", "hangs&sized", "breaks", "breaks&sized"] {
+        let response = world.get(&format!("/v1/usage?{how}"), &world.key).await;
+        assert_eq!(response.status(), 200);
+        let read = tokio::time::timeout(DEADLINE, response.bytes()).await.expect("it ends");
+        assert!(read.is_err(), "half an answer looks like none: {how}");
+    }
+}
+
+async fn a_huge_answer(column: Column) {
+    let books = Books::answering(|mut socket, heard| {
+        Box::pin(async move {
+            let block = vec![b'x'; 64 * 1024];
+            let sized = heard.line.contains("sized");
+            let length = if sized { "content-length: 20000000" } else { "transfer-encoding: chunked" };
+            let head = format!("HTTP/1.1 200 OK\r\ncontent-type: text/csv\r\n{length}\r\n\r\n");
+            socket.write_all(head.as_bytes()).await.unwrap();
+            let blocks = if heard.line.contains("fits") { 16 } else { 400 };
+            for _ in 0..blocks {
+                let written = async {
+                    socket.write_all(format!("{:x}\r\n", block.len()).as_bytes()).await?;
+                    socket.write_all(&block).await?;
+                    socket.write_all(b"\r\n").await
+                };
+                if written.await.is_err() {
+                    return;
+                }
+            }
+            let _ = socket.write_all(b"0\r\n\r\n").await;
+        })
+    })
+    .await;
+    let world = with(column, &books).await;
+    let fits = world.get("/v1/usage?fits", &world.key).await;
+    assert_eq!(fits.bytes().await.unwrap().len(), 1024 * 1024);
+    let declared = world.get("/v1/usage?sized", &world.key).await;
+    assert_eq!(declared.status(), 502);
+    let body = json_of(declared).await;
+    assert_eq!(body["error"]["code"], "answer_too_large");
+    assert!(body["error"]["message"].as_str().unwrap().contains("1 MiB"), "{body}");
+    let endless = world.get("/v1/usage", &world.key).await;
+    assert_eq!(endless.status(), 200);
+    assert!(endless.bytes().await.is_err(), "it is cut");
+}
+
+async fn answers_that_are_none(column: Column) {
+    for (head, status, code) in [
+        ("302 Found\r\nlocation: http://127.0.0.1:1/", 502, "bad_gateway"),
+        ("502 Bad Gateway\r\ncontent-type: text/html", 503, "settlement_unavailable"),
+        ("nonsense", 503, "settlement_unavailable"),
+    ] {
+        let books = Books::saying(head, "<html>").await;
+        let world = with(column, &books).await;
+        let response = world.get("/v1/balance", &world.key).await;
+        assert_eq!(response.status(), status, "{head}");
+        assert_eq!(json_of(response).await["error"]["code"], code, "{head}");
+    }
+}
+
+async fn a_gateway_without_settlement(column: Column) {
+    let world = World::new(column).await;
+    for path in ["/v1/balance", "/v1/usage", "/v1/statement"] {
+        let response = world.get(path, &world.key).await;
+        assert_eq!(response.status(), 404);
+        let body = json_of(response).await;
+        assert_eq!(body["error"]["code"], "accounts_disabled");
+        assert!(body["error"]["message"].as_str().unwrap().contains("settlement_url"), "{body}");
+    }
+}
