@@ -15,6 +15,7 @@
 //! | 8 referees, canaries | [`referee`], [`margin`], [`canary`] |
 //! | 8 trust | [`trust`] |
 //! | 1, 6, 10 what contracts check | [`typed`] |
+//! | 10 governance | [`governed`] |
 //! | 10 settlement | [`evidence`], [`receipt`], [`document`], [`merkle`], [`money`], [`voucher`] |
 
 pub mod admission;
@@ -27,6 +28,7 @@ pub mod commitment;
 pub mod document;
 pub mod evidence;
 pub mod fingerprint;
+pub mod governed;
 pub mod grammar;
 pub mod hash;
 pub mod identity;

@@ -28,6 +28,7 @@ mod crash;
 mod forms;
 mod idempotency;
 mod keys;
+mod models;
 mod openai_client;
 mod quotes;
 mod sign_in;

@@ -6,6 +6,7 @@ mod db;
 mod http;
 mod jwt;
 mod kv;
+mod network;
 mod process;
 mod telemetry;
 

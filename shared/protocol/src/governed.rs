@@ -1,0 +1,218 @@
+//! The registry that follows from what the holders decided on the chain (protocol section 10). The contract keeps hashes
+//! and limits; what they stand for (end tokens, the file's size, the price asked) is a model's card, a registry entry
+//! that was published with the proposal and that anybody checks against the chain.
+
+use crate::{
+    bytes::Hash32,
+    hash::keccak,
+    registry::{Model, Registry},
+};
+
+/// A model as the contract `ModelRegistry` lists it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Listed {
+    pub id: String,
+    pub weights_root: Hash32,
+    pub tokenizer_hash: Hash32,
+    pub template_hash: Hash32,
+    /// See [`end_tokens_hash`].
+    pub end_tokens_hash: Hash32,
+    pub vocab_size: u32,
+    pub context_length: u32,
+    pub similarity_threshold_millionths: u32,
+    /// The most that a token may cost per replica, 10^-6 INFER.
+    pub price_cap_micro: u64,
+    /// Served; withdrawn ones stay listed.
+    pub is_active: bool,
+}
+
+/// The contract's whole state in one block.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Decided {
+    pub models: Vec<Listed>,
+    pub releases: Vec<Hash32>,
+    /// [`crate::calibration::Calibration::hash`] of the calibration in force.
+    pub calibration_hash: Hash32,
+    /// Grows with every change.
+    pub revision: u64,
+}
+
+/// What was decided and can't be followed with what is known here.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum Unmet {
+    #[error(
+        "model {id}: {reason}; publish its registry entry (`infera models --inspect FILE`) with the proposal"
+    )]
+    Card { id: String, reason: String },
+    #[error(
+        "the calibration {decided} is in force, {known} is known here: update the registry's calibration"
+    )]
+    Calibration { decided: Hash32, known: Hash32 },
+}
+
+/// keccak-256 of the end tokens in ascending order, each as four big-endian bytes.
+pub fn end_tokens_hash(end_tokens: &[u32]) -> Hash32 {
+    let mut tokens = end_tokens.to_vec();
+    tokens.sort_unstable();
+    let bytes: Vec<u8> = tokens.iter().flat_map(|token| token.to_be_bytes()).collect();
+    keccak(&[&bytes])
+}
+
+impl Listed {
+    /// As it is listed when it is admitted with its card's terms.
+    pub fn of(model: &Model) -> Self {
+        Self {
+            id: model.id.clone(),
+            weights_root: model.weights_root,
+            tokenizer_hash: model.tokenizer_hash,
+            template_hash: model.template_hash,
+            end_tokens_hash: end_tokens_hash(&model.end_tokens),
+            vocab_size: model.vocab_size,
+            context_length: model.context_length,
+            similarity_threshold_millionths: model.similarity_threshold_millionths,
+            price_cap_micro: model.price_micro,
+            is_active: true,
+        }
+    }
+
+    /// Whether `card` is this model's.
+    ///
+    /// # Errors
+    /// The first field that differs.
+    pub fn fits(&self, card: &Model) -> Result<(), &'static str> {
+        let of_card = Self::of(card);
+        for (field, fits) in [
+            ("weights_root", self.weights_root == of_card.weights_root),
+            ("tokenizer_hash", self.tokenizer_hash == of_card.tokenizer_hash),
+            ("template_hash", self.template_hash == of_card.template_hash),
+            ("end_tokens", self.end_tokens_hash == of_card.end_tokens_hash),
+            ("vocab_size", self.vocab_size == of_card.vocab_size),
+            ("context_length", self.context_length == of_card.context_length),
+        ] {
+            if !fits {
+                return Err(field);
+            }
+        }
+        Ok(())
+    }
+
+    /// The registry entry under the terms in force: the card's price, as far as the cap allows.
+    fn entry(&self, card: &Model) -> Model {
+        Model {
+            id: self.id.clone(),
+            similarity_threshold_millionths: self.similarity_threshold_millionths,
+            price_micro: card.price_micro.min(self.price_cap_micro),
+            ..card.clone()
+        }
+    }
+}
+
+/// The registry that follows `current` by what was decided, and what could not be followed: of a model without its card
+/// the entry in force stays, if there is one, and so does the calibration. `cards`: what was published, in any order.
+pub fn registry(decided: &Decided, current: &Registry, cards: &[Model]) -> (Registry, Vec<Unmet>) {
+    let mut unmet = Vec::new();
+    let mut models = Vec::new();
+    for listed in decided.models.iter().filter(|listed| listed.is_active) {
+        let known =
+            || current.models.iter().chain(cards).filter(|card| card.weights_root == listed.weights_root);
+        if let Some(card) = known().find(|card| listed.fits(card).is_ok()) {
+            models.push(listed.entry(card));
+            continue;
+        }
+        let reason = match known().next().map(|card| listed.fits(card)) {
+            Some(Err(field)) => format!("`{field}` of what was published is not what was decided"),
+            _ => "nothing was published about these weights".to_owned(),
+        };
+        unmet.push(Unmet::Card { id: listed.id.clone(), reason });
+        models.extend(current.by_id(&listed.id).cloned());
+    }
+    let known = current.calibration.hash();
+    if decided.calibration_hash != known {
+        unmet.push(Unmet::Calibration { decided: decided.calibration_hash, known });
+    }
+    let releases = decided.releases.clone();
+    (
+        Registry { models, releases, calibration: current.calibration.clone(), replaces: current.replaces },
+        unmet,
+    )
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::calibration::Calibration;
+
+    fn card(id: &str, n: u8) -> Model {
+        Model {
+            id: id.into(),
+            weights_root: Hash32([n; 32]),
+            weights_bytes: 9,
+            tokenizer_hash: Hash32([n + 1; 32]),
+            template_hash: Hash32([n + 2; 32]),
+            end_tokens: vec![7, 2],
+            vocab_size: 100,
+            context_length: 64,
+            similarity_threshold_millionths: 600_000,
+            price_micro: 5,
+            created_secs: 1,
+        }
+    }
+
+    fn current() -> Registry {
+        let calibration = Calibration { pairs: Vec::new() };
+        Registry { models: vec![card("a", 10)], releases: Vec::new(), calibration, replaces: None }
+    }
+
+    fn decided(models: Vec<Listed>) -> Decided {
+        let calibration_hash = current().calibration.hash();
+        Decided { models, releases: vec![Hash32([1; 32])], calibration_hash, revision: 3 }
+    }
+
+    #[test]
+    fn votes_become_the_registry() {
+        let (a, b) = (card("a", 10), card("b", 20));
+        let dearer =
+            Listed { similarity_threshold_millionths: 700_000, price_cap_micro: 3, ..Listed::of(&a) };
+        let all = decided(vec![dearer, Listed::of(&b)]);
+        let (registry, unmet) = registry(&all, &current(), &[card("c", 30), b.clone()]);
+        assert_eq!(unmet, []);
+        let a = Model { similarity_threshold_millionths: 700_000, price_micro: 3, ..a };
+        assert_eq!((registry.models, registry.releases), (vec![a, b], vec![Hash32([1; 32])]));
+        let withdrawn = Listed { is_active: false, ..Listed::of(&card("a", 10)) };
+        assert!(super::registry(&decided(vec![withdrawn]), &current(), &[]).0.models.is_empty());
+    }
+
+    #[test]
+    fn what_is_not_known_or_not_what_was_decided_is_not_followed() {
+        let b = card("b", 20);
+        let all = decided(vec![Listed::of(&card("a", 10)), Listed::of(&b)]);
+        let (registry, unmet) = registry(&all, &current(), &[]);
+        assert_eq!(registry.models, current().models);
+        assert!(unmet[0].to_string().contains("nothing was published"), "{unmet:?}");
+        let forged: [(fn(&mut Model), &str); 5] = [
+            (|m| m.tokenizer_hash.0[0] ^= 1, "tokenizer_hash"),
+            (|m| m.template_hash.0[0] ^= 1, "template_hash"),
+            (|m| m.end_tokens.push(1), "end_tokens"),
+            (|m| m.vocab_size += 1, "vocab_size"),
+            (|m| m.context_length += 1, "context_length"),
+        ];
+        for (forge, field) in forged {
+            let mut forged = b.clone();
+            forge(&mut forged);
+            let (registry, unmet) = super::registry(&all, &current(), &[forged]);
+            assert_eq!(registry.models.len(), 1);
+            assert!(unmet[0].to_string().contains(field), "{unmet:?}");
+        }
+        let other = Decided { calibration_hash: Hash32::ZERO, ..decided(vec![Listed::of(&card("a", 10))]) };
+        let (registry, unmet) = super::registry(&other, &current(), &[]);
+        assert_eq!(registry.calibration, current().calibration);
+        assert!(matches!(unmet[..], [Unmet::Calibration { .. }]));
+    }
+
+    /// `ModelRegistry.sol` and `services/settlement/src/chain/deploy.rs` hash them so.
+    #[test]
+    fn end_tokens_are_hashed_in_ascending_order() {
+        assert_eq!(end_tokens_hash(&[7, 2]), end_tokens_hash(&[2, 7]));
+        assert_eq!(end_tokens_hash(&[1]), keccak(&[&[0, 0, 0, 1]]));
+    }
+}
