@@ -7,11 +7,11 @@ use crate::{
     hash::keccak,
     registry::{Model, Registry},
 };
+use serde::{Deserialize, Serialize};
 
-/// A model as the contract `ModelRegistry` lists it.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Listed {
-    pub id: String,
+/// What the contract `ModelRegistry` holds of a model.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ModelTerms {
     pub weights_root: Hash32,
     pub tokenizer_hash: Hash32,
     pub template_hash: Hash32,
@@ -22,19 +22,26 @@ pub struct Listed {
     pub similarity_threshold_millionths: u32,
     /// The most that a token may cost per replica, 10^-6 INFER.
     pub price_cap_micro: u64,
-    /// Served; withdrawn ones stay listed.
-    pub is_active: bool,
+    /// Served; false for a model that was withdrawn, which stays listed.
+    pub active: bool,
+}
+
+/// A model under the name that clients ask for.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ListedModel {
+    pub id: String,
+    #[serde(flatten)]
+    pub terms: ModelTerms,
 }
 
 /// The contract's whole state in one block.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Decided {
-    pub models: Vec<Listed>,
+    pub models: Vec<ListedModel>,
+    /// Approved releases of the node program.
     pub releases: Vec<Hash32>,
     /// [`crate::calibration::Calibration::hash`] of the calibration in force.
     pub calibration_hash: Hash32,
-    /// Grows with every change.
-    pub revision: u64,
 }
 
 /// What was decided and can't be followed with what is known here.
@@ -58,11 +65,10 @@ pub fn end_tokens_hash(end_tokens: &[u32]) -> Hash32 {
     keccak(&[&bytes])
 }
 
-impl Listed {
-    /// As it is listed when it is admitted with its card's terms.
+impl ModelTerms {
+    /// What a registry entry says, served.
     pub fn of(model: &Model) -> Self {
         Self {
-            id: model.id.clone(),
             weights_root: model.weights_root,
             tokenizer_hash: model.tokenizer_hash,
             template_hash: model.template_hash,
@@ -71,11 +77,11 @@ impl Listed {
             context_length: model.context_length,
             similarity_threshold_millionths: model.similarity_threshold_millionths,
             price_cap_micro: model.price_micro,
-            is_active: true,
+            active: true,
         }
     }
 
-    /// Whether `card` is this model's.
+    /// Whether `card` is of these weights and this tokenizer, whatever else was decided about them.
     ///
     /// # Errors
     /// The first field that differs.
@@ -95,13 +101,15 @@ impl Listed {
         }
         Ok(())
     }
+}
 
+impl ListedModel {
     /// The registry entry under the terms in force: the card's price, as far as the cap allows.
     fn entry(&self, card: &Model) -> Model {
         Model {
             id: self.id.clone(),
-            similarity_threshold_millionths: self.similarity_threshold_millionths,
-            price_micro: card.price_micro.min(self.price_cap_micro),
+            similarity_threshold_millionths: self.terms.similarity_threshold_millionths,
+            price_micro: card.price_micro.min(self.terms.price_cap_micro),
             ..card.clone()
         }
     }
@@ -112,14 +120,15 @@ impl Listed {
 pub fn registry(decided: &Decided, current: &Registry, cards: &[Model]) -> (Registry, Vec<Unmet>) {
     let mut unmet = Vec::new();
     let mut models = Vec::new();
-    for listed in decided.models.iter().filter(|listed| listed.is_active) {
-        let known =
-            || current.models.iter().chain(cards).filter(|card| card.weights_root == listed.weights_root);
-        if let Some(card) = known().find(|card| listed.fits(card).is_ok()) {
+    for listed in decided.models.iter().filter(|listed| listed.terms.active) {
+        let known = || {
+            current.models.iter().chain(cards).filter(|card| card.weights_root == listed.terms.weights_root)
+        };
+        if let Some(card) = known().find(|card| listed.terms.fits(card).is_ok()) {
             models.push(listed.entry(card));
             continue;
         }
-        let reason = match known().next().map(|card| listed.fits(card)) {
+        let reason = match known().next().map(|card| listed.terms.fits(card)) {
             Some(Err(field)) => format!("`{field}` of what was published is not what was decided"),
             _ => "nothing was published about these weights".to_owned(),
         };
@@ -163,29 +172,35 @@ mod tests {
         Registry { models: vec![card("a", 10)], releases: Vec::new(), calibration, replaces: None }
     }
 
-    fn decided(models: Vec<Listed>) -> Decided {
+    fn listed(model: &Model) -> ListedModel {
+        ListedModel { id: model.id.clone(), terms: ModelTerms::of(model) }
+    }
+
+    fn decided(models: Vec<ListedModel>) -> Decided {
         let calibration_hash = current().calibration.hash();
-        Decided { models, releases: vec![Hash32([1; 32])], calibration_hash, revision: 3 }
+        Decided { models, releases: vec![Hash32([1; 32])], calibration_hash }
     }
 
     #[test]
     fn votes_become_the_registry() {
         let (a, b) = (card("a", 10), card("b", 20));
-        let dearer =
-            Listed { similarity_threshold_millionths: 700_000, price_cap_micro: 3, ..Listed::of(&a) };
-        let all = decided(vec![dearer, Listed::of(&b)]);
+        let mut cheaper = listed(&a);
+        cheaper.terms.similarity_threshold_millionths = 700_000;
+        cheaper.terms.price_cap_micro = 3;
+        let all = decided(vec![cheaper, listed(&b)]);
         let (registry, unmet) = registry(&all, &current(), &[card("c", 30), b.clone()]);
         assert_eq!(unmet, []);
         let a = Model { similarity_threshold_millionths: 700_000, price_micro: 3, ..a };
         assert_eq!((registry.models, registry.releases), (vec![a, b], vec![Hash32([1; 32])]));
-        let withdrawn = Listed { is_active: false, ..Listed::of(&card("a", 10)) };
+        let mut withdrawn = listed(&card("a", 10));
+        withdrawn.terms.active = false;
         assert!(super::registry(&decided(vec![withdrawn]), &current(), &[]).0.models.is_empty());
     }
 
     #[test]
     fn what_is_not_known_or_not_what_was_decided_is_not_followed() {
         let b = card("b", 20);
-        let all = decided(vec![Listed::of(&card("a", 10)), Listed::of(&b)]);
+        let all = decided(vec![listed(&card("a", 10)), listed(&b)]);
         let (registry, unmet) = registry(&all, &current(), &[]);
         assert_eq!(registry.models, current().models);
         assert!(unmet[0].to_string().contains("nothing was published"), "{unmet:?}");
@@ -203,7 +218,7 @@ mod tests {
             assert_eq!(registry.models.len(), 1);
             assert!(unmet[0].to_string().contains(field), "{unmet:?}");
         }
-        let other = Decided { calibration_hash: Hash32::ZERO, ..decided(vec![Listed::of(&card("a", 10))]) };
+        let other = Decided { calibration_hash: Hash32::ZERO, ..decided(vec![listed(&card("a", 10))]) };
         let (registry, unmet) = super::registry(&other, &current(), &[]);
         assert_eq!(registry.calibration, current().calibration);
         assert!(matches!(unmet[..], [Unmet::Calibration { .. }]));
