@@ -5,7 +5,7 @@ use std::time::Duration;
 use infera_protocol::bytes::Hash32;
 use infera_testkit::eventually;
 use infera_testkit::synthetic::{Behaviour, Socket, SyntheticNode};
-use infera_wire::v1::{self, from_node};
+use infera_wire::v1::{self, from_dispatcher, from_node};
 use infera_wire::{MAX_FRAME_BYTES, Message as _};
 use tokio_tungstenite::tungstenite::Message;
 use uuid::Uuid;
@@ -260,4 +260,39 @@ async fn connections_are_bounded_and_a_drain_is_announced() {
     let ended = tokio::time::timeout(Duration::from_secs(30), running.stop());
     ended.await.expect("a shutdown is not held up by sessions");
     assert_eq!(socket.next().await, None);
+}
+
+/// What holders admit is served by the nodes that connect from then on, and draws know its terms; nothing is restarted.
+#[actix_rt::test]
+async fn a_model_that_is_admitted_is_taken_at_once() {
+    let mut world = World::new(On::Embedded).await;
+    let admitted = world.network.registry.clone();
+    world.network.registry.models = vec![infera_testkit::evidence::model("other", Hash32([8; 32]))];
+    world.write_network();
+    let running = world.start(world.config()).await;
+    let nodes = nodes(&world, 3);
+    let mut playing = Vec::new();
+    let node = SyntheticNode { weights_root: admitted.models[0].weights_root, ..nodes[0].clone() };
+    let greeted = async || {
+        let mut socket = node.dial(running.address).await;
+        let hello = node.hello(&socket.nonce);
+        socket.send(from_node::Message::Hello(hello)).await;
+        matches!(socket.next().await, Some(from_dispatcher::Message::RangeChallenge(_)))
+    };
+    assert!(!greeted().await, "nobody has admitted it yet");
+    let registry =
+        infera_runtime::network::replace(&world.dir.path().join("models.json"), &admitted, 1_000).unwrap();
+    world.network.registry = registry;
+    world.network.manifest.registry_hash = world.network.registry.hash().unwrap();
+    let manifest = &world.network.manifest;
+    infera_runtime::network::write_json(&world.dir.path().join("network.json"), manifest).unwrap();
+    eventually(PATIENCE, async || greeted().await).await;
+    for node in &nodes {
+        let node = SyntheticNode { weights_root: admitted.models[0].weights_root, ..node.clone() };
+        playing.push(node.run(running.address, Behaviour::Honest).await);
+    }
+    let offered = world.offer(&world.funded(Uuid::now_v7(), 3));
+    let (_, evidence) = world.collected().await;
+    assert_eq!((evidence.request.id, evidence.revealed().count()), (offered.id, 3));
+    running.stop().await;
 }
