@@ -17,7 +17,7 @@ pub struct Layout {
 
 impl Layout {
     pub fn new(root: &Path) -> io::Result<Self> {
-        for folder in ["", "keys", "config", "logs", "db", "nodes", "pids", "registries", "bin"] {
+        for folder in ["", "keys", "config", "logs", "db", "nodes", "pids", "registries", "models", "bin"] {
             fs::create_dir_all(root.join(folder))?;
         }
         Ok(Self { root: root.canonicalize()? })
@@ -59,6 +59,16 @@ impl Layout {
 
     pub fn registry(&self) -> PathBuf {
         self.root.join("models.json")
+    }
+
+    /// What `deploy/models.json` said at the last start that changed the registry.
+    pub fn wanted(&self) -> PathBuf {
+        self.root.join("models.wanted.json")
+    }
+
+    /// Files of further models, each as ID.gguf: those that the holders may admit.
+    pub fn model_folder(&self) -> PathBuf {
+        self.root.join("models")
     }
 
     pub fn jwks(&self) -> PathBuf {

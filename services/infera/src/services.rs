@@ -117,6 +117,7 @@ impl Setting<'_> {
         let mut models = toml::Table::new();
         models.insert(crate::models::DEFAULT_MODEL.into(), model.clone().into());
         gateway.insert("models".into(), models.clone().into());
+        gateway.insert("model_folder".into(), text(&self.layout.model_folder()).into());
         let mut settlement = self.common("settlement");
         let mut chain = toml::Table::new();
         chain.insert("rpc_url".into(), self.ports.rpc_url().into());
@@ -131,6 +132,7 @@ impl Setting<'_> {
         dispatcher.insert("key_path".into(), text(&self.layout.key("dispatcher.key")).into());
         let mut verifier = self.common("verifier");
         verifier.insert("models".into(), models.into());
+        verifier.insert("model_folder".into(), text(&self.layout.model_folder()).into());
         verifier.insert("embedder_path".into(), text(&embedder()).into());
         verifier.insert("vectors".into(), self.vectors().into());
         let mut explorer = self.common("explorer");

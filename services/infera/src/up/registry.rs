@@ -1,16 +1,18 @@
-//! The model registry of a devnet and its versions: what `deploy/models.json` says now is in force, and what it said
-//! before is kept.
+//! The model registry of a devnet and its versions: what `deploy/models.json` says comes into force when it changes, what
+//! holders decided since then stays, and what was in force before is kept.
 
 use std::{fs, io, path::Path};
 
-use infera_protocol::registry::{Manifest, Registry};
+use infera_protocol::registry::{Manifest, Model, Registry};
 use infera_runtime::network;
 
 use super::bootstrap::write_json;
 use crate::layout::Layout;
 
-/// Makes `wanted` the registry in force and returns it as it is stored. Where another one was in force, that one is
-/// kept under its hash, and the new one says since when it replaces it. `manifest` is the one of the last start.
+/// Makes `wanted` the registry in force, with the models that the holders admitted besides, and returns it as it is stored.
+/// Where another one was in force, that one is kept under its hash, and the new one says since when it replaces it. If
+/// `wanted` is what it was at the last start, what is stored stays: the holders may have changed it. `manifest` is the one
+/// of the last start.
 ///
 /// # Errors
 /// One sentence; also where the stored registry is not the one that `manifest` names: its receipts could not be
@@ -26,6 +28,7 @@ pub fn put_in_force(
         Ok(bytes) => bytes,
         Err(error) if error.kind() == io::ErrorKind::NotFound && manifest.is_none() => {
             write_json(&path, wanted)?;
+            write_json(&layout.wanted(), wanted)?;
             return Ok(wanted.clone());
         }
         Err(error) => return Err(format!("cannot read {}: {error}", path.display())),
@@ -44,7 +47,20 @@ pub fn put_in_force(
             path.display()
         ));
     }
-    network::replace(&path, wanted, now_ms).map_err(|e| e.to_string())
+    let last: Option<Registry> =
+        fs::read(layout.wanted()).ok().and_then(|bytes| serde_json::from_slice(&bytes).ok());
+    if last.as_ref() == Some(wanted) {
+        return Ok(stored);
+    }
+    let asked_for = |model: &Model| {
+        let mut all = wanted.models.iter().chain(last.iter().flat_map(|last| &last.models));
+        all.any(|other| other.id == model.id)
+    };
+    let mut wanted_now = wanted.clone();
+    wanted_now.models.extend(stored.models.iter().filter(|model| !asked_for(model)).cloned());
+    let registry = network::replace(&path, &wanted_now, now_ms).map_err(|e| e.to_string())?;
+    write_json(&layout.wanted(), wanted)?;
+    Ok(registry)
 }
 
 /// What to say where a file of an earlier start can't be read.
@@ -122,6 +138,22 @@ mod tests {
         let manifest = folder.manifest.clone();
         let changed = put_in_force(&folder.layout, manifest.as_ref(), &wanted(2, 300), 2_000).unwrap();
         assert_eq!(folder.start(&wanted(2, 300), 3_000), changed);
+    }
+
+    #[test]
+    fn what_holders_decided_outlives_a_start() {
+        let mut folder = Folder::new();
+        folder.start(&wanted(1, 300), 1_000);
+        // A vote: another price, and a second model.
+        let mut voted = wanted(7, 300);
+        voted.models.push(Model { id: "voted".into(), ..voted.models[0].clone() });
+        let voted = network::replace(&folder.layout.registry(), &voted, 2_000).unwrap();
+        let named = Manifest { registry_hash: voted.hash().unwrap(), ..folder.manifest.clone().unwrap() };
+        folder.manifest = Some(named);
+        assert_eq!(folder.start(&wanted(1, 300), 3_000), voted, "deploy/models.json is what it was");
+        let changed = folder.start(&wanted(2, 250), 4_000);
+        assert_eq!(changed.models[0].price_micro, 2);
+        assert_eq!(changed.models[1].id, "voted");
     }
 
     #[test]
