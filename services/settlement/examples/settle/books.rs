@@ -70,6 +70,8 @@ async fn posted(db: &DatabaseConnection, round: u32, client: u32, count: u32) ->
             price_micro: 1,
             held_micro: 600,
             deadline_ms: 0,
+            prompt_tokens: 0,
+            submitted_at_ms: 0,
         };
         requests::open(&tx, &new, 1).await.map_err(said)?;
         let hold = domain::hold_transfer(id, &account, 600).map_err(said)?;

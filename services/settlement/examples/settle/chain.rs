@@ -31,10 +31,10 @@ async fn gas_of(chain: &Chain, tx: B256) -> Result<f64, String> {
     }
 }
 
-async fn send(chain: &Chain, call: &Call) -> Result<f64, String> {
+async fn send(chain: &Chain, calls: &[Call]) -> Result<f64, String> {
     let nonce = chain.next_nonce().await.map_err(said)?;
     let fees = chain.fees().await.map_err(said)?;
-    let SignedTx { hash, raw, .. } = chain.sign(call, nonce, fees).await.map_err(said)?;
+    let SignedTx { hash, raw, .. } = chain.sign(calls, nonce, fees).await.map_err(said)?;
     chain.send_raw(&raw).await.map_err(said)?;
     gas_of(chain, hash).await
 }
@@ -62,14 +62,15 @@ pub async fn run(args: &Args, report: &mut Report) -> Result<(), String> {
         total: 1_000,
     };
     // The first writes slots that later ones only change.
-    send(&chain, &Call::Post(batch)).await?;
+    send(&chain, &[Call::Post(batch)]).await?;
     let next = |batch: &mut Batch| {
         (batch.previous_hash, batch.sequence) = (batch.hash(), batch.sequence + 1);
         *batch
     };
-    let alone = send(&chain, &Call::Post(next(&mut batch))).await?;
+    let alone = send(&chain, &[Call::Post(next(&mut batch))]).await?;
     let total = u128::from(OPERATORS) * 1_000;
-    let both = send(&chain, &Call::PostAndQueue { batch: next(&mut batch), total }).await?;
+    let batch = next(&mut batch);
+    let both = send(&chain, &[Call::Post(batch), Call::Queue { batch, total }]).await?;
     let receipts = f64::from(args.receipts);
     report.add("gas_per_receipt", "gas", alone / receipts, Some(GAS_PER_RECEIPT));
     report.add("gas_per_receipt_with_rewards", "gas", both / receipts, None);

@@ -17,3 +17,4 @@ mod requests;
 mod schedules;
 mod service;
 mod sim;
+mod wallets;

@@ -9,7 +9,7 @@
 use std::{future::poll_fn, pin::pin, sync::Arc, task::Poll};
 
 use infera_bus::{Envelope, Reject};
-use infera_protocol::{bytes::Hash32, merkle::MerkleTree};
+use infera_protocol::{bytes::Hash32, identity::Domain, merkle::MerkleTree};
 use infera_runtime::{config::Secret, db, health::Health};
 use infera_settlement::{
     Config,
@@ -17,10 +17,14 @@ use infera_settlement::{
     chain::{Link, Port},
     consumer::Consumer,
     domain::reward_root,
+    escrow::{
+        self, Freshness,
+        follow::{Follow, FollowError, Follower, Looked},
+    },
     exposure::Exposure,
     ledger::{self, Account},
     metrics::Metrics,
-    store::{Migrator, batches, rewards},
+    store::{self, Migrator, batches, escrows, rewards, vouchers},
 };
 use infera_testkit::{TempDir, cluster, unique};
 use sea_orm::{ConnectionTrait, DatabaseConnection, Statement, TransactionTrait};
@@ -30,6 +34,7 @@ use crate::{
     network::{Network, submitted_bytes, verdict_bytes},
     random::Random,
     sim::SimWorld,
+    wallets::{self, Deed, WALLETS},
 };
 
 /// What happens to a chain.
@@ -49,6 +54,8 @@ pub enum Event {
     LoseAnswers(bool),
     /// Blocks cost so many gwei per gas from now on.
     BaseFee(u64),
+    /// A consumer does something on the chain.
+    Deed { wallet: usize, deed: Deed },
 }
 
 /// A chain that things happen to.
@@ -92,19 +99,23 @@ const CREDIT: u64 = 10_000;
 
 /// One request of the schedule and what becomes of it.
 struct Request {
-    account: &'static str,
+    account: String,
     id: Uuid,
     submitted: Vec<u8>,
     verdict: Vec<u8>,
-    /// What it must have been charged in the end.
+    /// What it must have been charged in the end; a wallet's only if it was funded.
     charge: i64,
 }
 
 fn requests(network: &Network, terms: &Terms, random: &mut Random) -> Vec<Request> {
     (0..terms.requests)
         .map(|_| {
-            let account = if random.percent(90) { "alice" } else { "bob" };
-            let submitted = network.submitted(account);
+            let account = match random.below(10) {
+                0 => "bob".to_owned(),
+                1..=4 => wallets::address(usize::try_from(random.below(2)).unwrap()).to_string(),
+                _ => "alice".to_owned(),
+            };
+            let submitted = network.submitted(&account);
             let honest = 2 + random.below(2);
             let (verdict, charge) = if random.percent(85) {
                 let honest = usize::try_from(honest).unwrap();
@@ -114,12 +125,12 @@ fn requests(network: &Network, terms: &Terms, random: &mut Random) -> Vec<Reques
                 (network.failed(&submitted), 0)
             };
             Request {
-                account,
                 id: submitted.request.id,
                 submitted: submitted_bytes(&submitted).1,
                 verdict: verdict_bytes(&verdict).1,
                 // Bob can't pay a hold of 600.
-                charge: if account == "alice" { charge } else { 0 },
+                charge: if account == "bob" { 0 } else { charge },
+                account,
             }
         })
         .collect()
@@ -146,6 +157,9 @@ struct Parts<W: World> {
     handlers: Consumer,
     batcher: Batcher<W::Link>,
     work: Work<<W::Link as Link>::Port>,
+    follower: Follower<W::Link>,
+    follow: Follow<<W::Link as Link>::Port>,
+    domain: Domain,
 }
 
 impl<W: World> Parts<W> {
@@ -159,9 +173,22 @@ impl<W: World> Parts<W> {
         config.chain.resend_ms = 1;
         config.chain.settler_key = Secret::new(crate::chain::SETTLER);
         config.rewards.interval_secs = 1;
+        // Few at a time, so that some are charged by themselves, and logs come in parts.
+        config.escrow.charges = 1 + terms.seed % 2;
+        config.escrow.log_blocks = 7;
         let health = Health::new("schedule");
         let metrics = Metrics::register(&health).unwrap();
         let written = Arc::new(tokio::sync::Notify::new());
+        let freshness = Freshness::new(config.escrow.stale_secs);
+        let follower = Follower {
+            db: db.clone(),
+            config: config.clone(),
+            link: world.link(),
+            check: health.check("escrow"),
+            metrics: metrics.clone(),
+            freshness: freshness.clone(),
+            changed: written.clone(),
+        };
         let batcher = Batcher {
             db: db.clone(),
             relay: None,
@@ -172,8 +199,34 @@ impl<W: World> Parts<W> {
             written: written.clone(),
         };
         let Network { manifest, registry, .. } = network;
-        let handlers = Consumer { manifest, registry, metrics, exposure: Exposure::new(0), written };
-        Self { db, world, handlers, batcher, work: Work::default() }
+        let domain = manifest.domain;
+        let exposure = Exposure::new(0);
+        let handlers = Consumer { manifest, registry, metrics, exposure, freshness, written };
+        let (work, follow) = (Work::default(), Follow::default());
+        Self { db, world, handlers, batcher, work, follower, follow, domain }
+    }
+
+    /// One look at the escrows; whether everything up to the newest block is known.
+    async fn look(&mut self, polls: Option<u64>) -> bool {
+        match cut(self.follower.look(&mut self.follow), polls).await {
+            Some(Ok(looked)) => looked == Looked::Current,
+            Some(Err(FollowError::Chain(_))) => {
+                self.follow.reconnect();
+                false
+            }
+            Some(Err(error)) => panic!("{error}"),
+            None => {
+                self.follow = Follow::default();
+                false
+            }
+        }
+    }
+
+    /// A consumer signs for more, or shows an old voucher again.
+    async fn sign(&self, wallet: usize, micro: u64) {
+        let voucher = wallets::voucher(wallet, &self.domain, micro);
+        let highest = vouchers::keep(&self.db, &wallets::address(wallet), &voucher, 1).await.unwrap();
+        assert!(highest >= micro, "the highest stays");
     }
 
     async fn deliver(&self, verdict: bool, body: &[u8]) {
@@ -232,7 +285,16 @@ impl<W: World> Parts<W> {
 }
 
 fn event(terms: &Terms, random: &mut Random) -> Event {
-    match random.below(12) {
+    match random.below(17) {
+        12..=16 => {
+            let deed = match random.below(8) {
+                0..=3 => Deed::Deposit(1 + random.below(2_000)),
+                4 | 5 => Deed::Request(1 + random.below(2_000)),
+                6 => Deed::Cancel,
+                _ => Deed::Withdraw,
+            };
+            Event::Deed { wallet: usize::try_from(random.below(2)).unwrap(), deed }
+        }
         0..=4 => Event::Mine(1 + random.below(3)),
         5 => Event::Reorg { depth: 1 + random.below(terms.reorg), lose: random.percent(50) },
         6 => Event::DropPool,
@@ -250,6 +312,10 @@ pub struct Outcome {
     pub batches: u64,
     /// Batches that were anchored again, because a reorganisation went deeper than finality.
     pub taken_back: u64,
+    /// Charged to escrows on the chain, 10^-6 INFER.
+    pub escrow_micro: u64,
+    /// Schedules in which an escrow was emptied before it was charged, by a withdrawal or a deep reorganisation.
+    pub short: u64,
 }
 
 /// Plays a schedule; panics with what is wrong.
@@ -262,10 +328,29 @@ pub async fn play<W: World>(db: DatabaseConnection, network: Network, world: W, 
         tx.commit().await.unwrap();
     }
     let mut parts = Parts::new(db, network, world, &terms);
-    let count = requests.len() as u64;
+    let pool = parts.world.link().connect().await.unwrap().rewards().await.unwrap().funded;
+    // Most wallets have something to spend from the beginning.
+    for wallet in 0..WALLETS.len() {
+        if random.percent(70) {
+            let deed = Deed::Deposit(500 + random.below(2_000));
+            parts.world.event(Event::Deed { wallet, deed }).await;
+            parts.sign(wallet, 500 + random.below(3_000)).await;
+        }
+    }
+    parts.world.event(Event::Mine(terms.confirmations)).await;
+    while !parts.look(None).await {}
+    let (count, mut short) = (requests.len() as u64, false);
     for _ in 0..terms.steps {
         let polls = random.percent(40).then(|| random.below(40));
-        match random.below(10) {
+        match random.below(13) {
+            10 | 11 => {
+                parts.look(polls).await;
+                short |= escrows::owing(&parts.db).await.unwrap().short_micro > 0;
+            }
+            12 => {
+                let wallet = usize::try_from(random.below(2)).unwrap();
+                parts.sign(wallet, random.below(4_000)).await;
+            }
             0..=2 => {
                 let request = &requests[usize::try_from(random.below(count)).unwrap()];
                 let verdict = random.percent(60);
@@ -279,13 +364,61 @@ pub async fn play<W: World>(db: DatabaseConnection, network: Network, world: W, 
         }
     }
     finish(&mut parts, &requests).await;
+    short |= audit(&parts.db).await.escrow_debt_micro < 0;
     if !terms.never_taken_back() {
         // What was said to be anchored is gone.
         let lose = random.percent(50);
         parts.world.event(Event::Reorg { depth: terms.reorg, lose }).await;
         finish(&mut parts, &requests).await;
     }
-    check(&parts, &requests, &terms).await
+    // Whoever owes deposits it: then everything that was spent is charged.
+    for wallet in 0..WALLETS.len() {
+        parts.world.event(Event::Deed { wallet, deed: Deed::Cancel }).await;
+        parts.world.event(Event::Deed { wallet, deed: Deed::Deposit(10_000) }).await;
+    }
+    finish(&mut parts, &requests).await;
+    let owed = charged(&parts, &requests).await;
+    let funded = parts.world.link().connect().await.unwrap().rewards().await.unwrap().funded;
+    assert_eq!(funded - pool, u128::try_from(owed).unwrap(), "what was charged is in the pool");
+    let outcome = check(&parts, &requests, &terms).await;
+    Outcome { escrow_micro: u64::try_from(owed).unwrap(), short: short.into(), ..outcome }
+}
+
+/// The wallets' charges: the books' and the chain's are the same, to the last unit. Returns their sum.
+async fn charged(parts: &Parts<impl World>, requests: &[Request]) -> i64 {
+    let port = parts.world.link().connect().await.unwrap();
+    let newest = port.newest().await.unwrap().number;
+    let mut sum = 0;
+    for wallet in 0..WALLETS.len() {
+        let of = wallets::address(wallet);
+        let chain = port.escrow(of.0.into(), newest).await.unwrap();
+        let mut expected = 0;
+        for request in requests.iter().filter(|request| request.account == of.to_string()) {
+            let row = store::requests::find(&parts.db, request.id).await.unwrap().unwrap();
+            let settled = row.state == "settled";
+            assert_eq!(row.charged_escrow_micro, if settled { request.charge } else { 0 }, "{row:?}");
+            assert_ne!(row.state, "open");
+            expected += row.charged_escrow_micro;
+        }
+        assert_eq!(chain.charged, u128::try_from(expected).unwrap(), "charged once, and all of it");
+        let row = escrows::find(&parts.db, &of).await.unwrap().unwrap();
+        assert_eq!(row.owed_micro, expected);
+        let balance = async |account: Account| ledger::balance(&parts.db, &account).await.unwrap();
+        assert_eq!(
+            u128::try_from(balance(Account::Escrow(of.to_string())).await).unwrap(),
+            chain.escrow,
+            "what is left is what the chain has"
+        );
+        assert_eq!(balance(Account::EscrowDebt(of.to_string())).await, 0);
+        sum += expected;
+    }
+    sum
+}
+
+async fn audit(db: &DatabaseConnection) -> ledger::Audit {
+    let audit = ledger::audit(db).await.unwrap();
+    assert!(audit.ok, "{audit:?}");
+    audit
 }
 
 /// The faults end, everything that was sent arrives, and settlement goes on until it has nothing to do.
@@ -301,17 +434,41 @@ async fn finish<W: World>(parts: &mut Parts<W>, requests: &[Request]) {
         parts.work.reconnect();
         let idle = parts.step(None).await;
         parts.world.event(Event::Mine(1)).await;
+        while !parts.look(None).await {}
+        if !escrows::due(&parts.db, 1).await.unwrap().is_empty() || !known(parts).await {
+            continue;
+        }
         let (waiting, _) = batches::waiting(&parts.db).await.unwrap();
         if !idle || waiting > 0 || batches::open_batches(&parts.db).await.unwrap() > 0 {
             continue;
         }
         // The last rewards may wait for their interval.
         let queued = parts.world.link().connect().await.unwrap().rewards().await.unwrap();
-        if queued.last_total == requests.iter().map(|request| u128::try_from(request.charge).unwrap()).sum() {
+        let earned = number(
+            &parts.db,
+            "SELECT CAST(COALESCE(SUM(charged_micro), 0) AS BIGINT) AS value FROM requests",
+        );
+        if queued.last_total == u128::try_from(earned.await).unwrap() {
             return;
         }
     }
     panic!("settlement does not come to an end");
+}
+
+/// Whether the newest block's escrows are final and in the books.
+async fn known(parts: &Parts<impl World>) -> bool {
+    let port = parts.world.link().connect().await.unwrap();
+    let newest = port.newest().await.unwrap().number;
+    for wallet in 0..WALLETS.len() {
+        let of = wallets::address(wallet);
+        let chain = port.escrow(of.0.into(), newest).await.unwrap();
+        let row = escrows::find(&parts.db, &of).await.unwrap();
+        let (escrow, charged) = row.map_or((0, 0), |row| (row.escrow_micro, row.charged_micro));
+        if (u128::try_from(escrow), u128::try_from(charged)) != (Ok(chain.escrow), Ok(chain.charged)) {
+            return false;
+        }
+    }
+    true
 }
 
 async fn number(db: &DatabaseConnection, sql: &str) -> i64 {
@@ -321,9 +478,18 @@ async fn number(db: &DatabaseConnection, sql: &str) -> i64 {
 
 async fn check<W: World>(parts: &Parts<W>, requests: &[Request], terms: &Terms) -> Outcome {
     let db = &parts.db;
-    let audit = ledger::audit(db).await.unwrap();
-    assert!(audit.ok, "{audit:?}");
-    let charged: i64 = requests.iter().map(|request| request.charge).sum();
+    let audit = audit(db).await;
+    let mut settled = Vec::new();
+    for request in requests {
+        let row = store::requests::find(db, request.id).await.unwrap().unwrap();
+        // A wallet that had too little at that moment was rejected.
+        let rejected = escrow::wallet(&request.account).is_some() && row.state == "rejected";
+        assert_eq!(row.charged_micro, if rejected { 0 } else { request.charge }, "{row:?}");
+        if row.charged_micro > 0 {
+            settled.push((request.id, row.charged_micro));
+        }
+    }
+    let charged: i64 = settled.iter().map(|(_, charge)| charge).sum();
     assert_eq!(audit.operators_micro, charged, "operators earn what was charged");
     assert_eq!((audit.held_micro, audit.reserve_micro), (0, 0));
     for (account, credit) in [("alice", CREDIT), ("bob", 500)] {
@@ -345,7 +511,7 @@ async fn check<W: World>(parts: &Parts<W>, requests: &[Request], terms: &Terms) 
         seen.extend(leaves.into_iter().map(|(id, _)| id));
         total += posted.batch.total;
     }
-    let mut settled: Vec<Uuid> = requests.iter().filter(|r| r.charge > 0).map(|r| r.id).collect();
+    let mut settled: Vec<Uuid> = settled.into_iter().map(|(id, _)| id).collect();
     seen.sort();
     settled.sort();
     assert_eq!(seen, settled, "every receipt in exactly one batch: none lost, none twice");
@@ -375,7 +541,7 @@ async fn check<W: World>(parts: &Parts<W>, requests: &[Request], terms: &Terms) 
         assert!(said >= last, "{said} of {last} batches were said");
     }
     let taken_back = u64::try_from(said - last).unwrap();
-    Outcome { settled: settled.len() as u64, batches: head.sequence, taken_back }
+    Outcome { settled: settled.len() as u64, batches: head.sequence, taken_back, ..Outcome::default() }
 }
 
 /// A folder in memory where there is one: schedules end with their process.
@@ -413,6 +579,8 @@ async fn play_simulated(seeds: impl Iterator<Item = u64>) -> Outcome {
         sum.settled += outcome.settled;
         sum.batches += outcome.batches;
         sum.taken_back += outcome.taken_back;
+        sum.escrow_micro += outcome.escrow_micro;
+        sum.short += outcome.short;
     }
     sum
 }
@@ -430,7 +598,9 @@ pub fn setting(name: &str, default: u64) -> u64 {
 #[tokio::test]
 async fn random_faults_lose_nothing_and_pay_nothing_twice() {
     let outcome = play_simulated(1..=60).await;
+    eprintln_line(&format!("{outcome:?}"));
     assert!(outcome.settled > 100 && outcome.batches > 60 && outcome.taken_back > 5, "{outcome:?}");
+    assert!(outcome.escrow_micro > 5_000, "{outcome:?}");
 }
 
 #[tokio::test]
