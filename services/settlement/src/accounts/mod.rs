@@ -18,7 +18,7 @@ use infera_protocol::{
     voucher::Voucher,
 };
 use infera_runtime::{clock, http::ApiError, jwt::Claims};
-use sea_orm::{ConnectionTrait, DbErr, TransactionTrait};
+use sea_orm::{ConnectionTrait, DbErr};
 use serde::{Deserialize, Serialize};
 
 pub use period::Place;
@@ -79,10 +79,7 @@ fn owner(state: &State, request: &HttpRequest) -> Result<Claims, ApiError> {
 /// `GET /v1/balance`.
 pub(crate) async fn balance(state: web::Data<State>, request: HttpRequest) -> Result<HttpResponse, ApiError> {
     let account = owner(&state, &request)?.sub;
-    // One moment for all of it.
-    let tx = state.db.begin().await.map_err(ApiError::internal)?;
-    let balance = of(&tx, account).await.map_err(ApiError::internal)?;
-    tx.commit().await.map_err(ApiError::internal)?;
+    let balance = of(&state.db, account).await.map_err(ApiError::internal)?;
     Ok(HttpResponse::Ok().json(balance))
 }
 

@@ -43,7 +43,7 @@ impl Consumer {
     }
 
     /// The name of this wallet's account: what its API keys say.
-    pub fn name(&self) -> String {
+    pub fn account_name(&self) -> String {
         self.account_address().to_string()
     }
 

@@ -7,6 +7,7 @@ mod books;
 mod chain;
 mod contracts;
 mod crash;
+mod escrow;
 mod faults;
 mod ledger;
 mod network;

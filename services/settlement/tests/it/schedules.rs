@@ -225,7 +225,10 @@ impl<W: World> Parts<W> {
     /// A consumer signs for more, or shows an old voucher again.
     async fn sign(&self, wallet: usize, micro: u64) {
         let voucher = wallets::voucher(wallet, &self.domain, micro);
-        let highest = vouchers::keep(&self.db, &wallets::address(wallet), &voucher, 1).await.unwrap();
+        // A connection on which a BEGIN was dropped is still in its transaction: it ends with the next one's COMMIT.
+        let tx = self.db.begin().await.unwrap();
+        let highest = vouchers::keep(&tx, &wallets::address(wallet), &voucher, 1).await.unwrap();
+        tx.commit().await.unwrap();
         assert!(highest >= micro, "the highest stays");
     }
 
