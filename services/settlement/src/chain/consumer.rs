@@ -78,6 +78,14 @@ impl Consumer {
     /// # Errors
     /// [`ChainError::Reverted`] if it has too few tokens, or deposits are paused.
     pub async fn deposit(&self, amount: u128) -> Result<B256, ChainError> {
+        self.deposit_for(self.address(), amount).await
+    }
+
+    /// Moves tokens of this wallet into another account's escrow, as [`Consumer::deposit`].
+    ///
+    /// # Errors
+    /// As [`Consumer::deposit`].
+    pub async fn deposit_for(&self, account: Address, amount: u128) -> Result<B256, ChainError> {
         let deadline = U256::from(self.reader.time().await?.saturating_add(PERMIT_SECS));
         let amount = U256::from(amount);
         let digest = self.permit_digest(amount, deadline).await?;
@@ -86,7 +94,7 @@ impl Consumer {
             .sign_hash_sync(&digest)
             .map_err(|error| ChainError::Setting { field: "wallet key", message: error.to_string() })?;
         let deposit = InferaSettlement::depositWithPermitCall {
-            consumer: self.address(),
+            consumer: account,
             amount,
             deadline,
             v: 27 + u8::from(signature.v()),

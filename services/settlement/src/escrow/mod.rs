@@ -15,6 +15,8 @@ pub mod follow;
 mod post;
 pub mod spend;
 
+pub use post::{Moved, settle};
+
 use std::sync::{
     Arc,
     atomic::{AtomicI64, Ordering},
