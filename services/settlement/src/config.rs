@@ -88,6 +88,8 @@ pub struct EscrowConfig {
     pub log_blocks: u64,
     /// Accounts that one transaction charges at most.
     pub charges: u64,
+    /// An account that owes less is not charged yet, unless it withdraws; 10^-6 INFER.
+    pub charge_min_micro: u64,
     /// Escrow is not spent when the chain was not seen for so long.
     pub stale_secs: u32,
     /// What accounts may owe beyond their escrow without `/readyz` saying so, 10^-6 INFER.
@@ -171,6 +173,12 @@ impl Config {
             );
         }
         let escrow = &self.escrow;
+        if ledger::amount(escrow.charge_min_micro).is_err() || ledger::amount(escrow.short_cap_micro).is_err()
+        {
+            return wrong(
+                "`escrow.charge_min_micro` and `escrow.short_cap_micro` must be at most 10^18".into(),
+            );
+        }
         if escrow.log_blocks == 0 || escrow.stale_secs == 0 || !(1..=MOST_CHARGES).contains(&escrow.charges) {
             return wrong(format!(
                 "`escrow.log_blocks` and `escrow.stale_secs` must be at least 1, `escrow.charges` between 1 and \

@@ -38,11 +38,16 @@ impl<L: Link<Port: Clone>> Batcher<L> {
     /// What escrows owe, as the database knows the chain: a charge that is on its way may be among them again.
     pub(super) async fn charges(&self) -> Result<Charges, StepError> {
         let mut charges = Charges::default();
-        for row in escrows::due(&self.db, self.config.escrow.charges).await? {
+        for row in self.due().await? {
             let known = known(&row)?;
             charges.add(self.charge_of(&row).await?, &known);
         }
         Ok(charges)
+    }
+
+    async fn due(&self) -> Result<Vec<EscrowRow>, DbErr> {
+        let escrow = &self.config.escrow;
+        escrows::due(&self.db, escrow.charges, escrow.charge_min_micro).await
     }
 
     async fn charge_of(&self, row: &EscrowRow) -> Result<Charge, StepError> {
@@ -64,7 +69,7 @@ impl<L: Link<Port: Clone>> Batcher<L> {
         work: &mut Work<L::Port>,
         head: &Head,
     ) -> Result<bool, StepError> {
-        let due = escrows::due(&self.db, self.config.escrow.charges).await?;
+        let due = self.due().await?;
         if due.is_empty() || head.sequence == 0 {
             return Ok(false);
         }

@@ -252,24 +252,29 @@ pub fn escrow_at_head(row: &EscrowRow) -> i64 {
 }
 
 /// Accounts that owe what the chain has not charged and could, at most `limit`: first those that withdraw, then by what
-/// they owe.
+/// they owe; of the others only those that owe `min_micro`.
 ///
 /// # Errors
 /// The database's.
-pub async fn due<C: ConnectionTrait>(db: &C, limit: u64) -> Result<Vec<EscrowRow>, DbErr> {
+pub async fn due<C: ConnectionTrait>(db: &C, limit: u64, min_micro: u64) -> Result<Vec<EscrowRow>, DbErr> {
     use escrows::Column as E;
     let at_head =
         |head: E, settled: E| sea_orm::sea_query::Func::coalesce([Expr::col(head), Expr::col(settled)]);
     let charged = Expr::expr(at_head(E::HeadChargedMicro, E::ChargedMicro));
     let withdrawal = Expr::expr(at_head(E::HeadWithdrawalMicro, E::WithdrawalMicro));
+    let owes = Expr::col(E::OwedMicro).sub(charged.clone());
+    let enough = Condition::any()
+        .add(owes.clone().gte(signed("escrow.charge_min_micro", min_micro)?))
+        .add(withdrawal.clone().gt(0));
     escrows::Entity::find()
         .filter(
             Condition::all()
-                .add(Expr::col(E::OwedMicro).gt(charged.clone()))
-                .add(Expr::expr(at_head(E::HeadEscrowMicro, E::EscrowMicro)).gt(0)),
+                .add(Expr::col(E::OwedMicro).gt(charged))
+                .add(Expr::expr(at_head(E::HeadEscrowMicro, E::EscrowMicro)).gt(0))
+                .add(enough),
         )
         .order_by_desc(Expr::expr(Expr::case(withdrawal.gt(0), 1).finally(0)))
-        .order_by_desc(Expr::col(E::OwedMicro).sub(charged))
+        .order_by_desc(owes)
         .order_by_asc(E::Address)
         .limit(limit)
         .all(db)

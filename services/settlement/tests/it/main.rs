@@ -1,6 +1,7 @@
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 //! Settlement against real parts: anvil, databases, buses.
 
+mod agreement;
 mod anvil_world;
 mod batches;
 mod books;
@@ -18,4 +19,5 @@ mod requests;
 mod schedules;
 mod service;
 mod sim;
+mod statements;
 mod wallets;
