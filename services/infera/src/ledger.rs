@@ -43,12 +43,20 @@ fn print(audit: &ledger::Audit) {
     check("every balance is the sum of its entries", audit.mismatched, "accounts are not");
     check("no consumer's or operator's balance is below zero", audit.negative, "are");
     check("what is held is what open requests hold", audit.holds_difference_micro, "micro-INFER differ");
+    check("what is held of escrows is too", audit.escrow_holds_difference_micro, "micro-INFER differ");
+    check("every wallet's escrow is what the chain has", audit.escrow_mismatched, "wallets' are not");
+    check("every wallet's charges are its requests'", audit.charges_mismatched, "wallets' are not");
+    check("nobody is charged more than was used and signed", audit.overcharged, "wallets are");
     let sums = [
         ("consumers", audit.consumers_micro),
         ("held", audit.held_micro),
         ("operators", audit.operators_micro),
         ("reserve", audit.reserve_micro),
         ("issuance", audit.issuance_micro),
+        ("escrow", audit.escrow_micro),
+        ("escrow held", audit.escrow_held_micro),
+        ("escrow debt", audit.escrow_debt_micro),
+        ("deposits", audit.deposits_micro),
     ];
     for (name, micro) in sums {
         say(format_args!("  {name:12} {micro:>24} micro-INFER"));

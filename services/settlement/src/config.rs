@@ -13,6 +13,9 @@ use crate::{
     ledger,
 };
 
+/// Charges in a transaction: some 30,000 gas each, below any chain's limit.
+const MOST_CHARGES: u64 = 256;
+
 /// The embedded, commented defaults.
 pub const DEFAULTS: &str = include_str!("config.default.toml");
 /// The service's name: in `INFERA_SETTLEMENT__KEY`, in health and traces.
@@ -32,6 +35,7 @@ pub struct Config {
     pub batch: BatchConfig,
     pub rewards: RewardsConfig,
     pub exposure: ExposureConfig,
+    pub escrow: EscrowConfig,
     pub holds: HoldsConfig,
     #[serde(default)]
     pub prepaid_credits: Vec<Credit>,
@@ -74,6 +78,22 @@ pub struct ExposureConfig {
     /// 10^-6 INFER; 0 for no cap.
     pub cap_micro: u64,
     pub check_ms: u64,
+}
+
+/// How consumers' escrows are followed and charged.
+#[derive(Debug, Clone, Copy, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct EscrowConfig {
+    /// Blocks whose log is asked for at a time.
+    pub log_blocks: u64,
+    /// Accounts that one transaction charges at most.
+    pub charges: u64,
+    /// An account that owes less is not charged yet, unless it withdraws; 10^-6 INFER.
+    pub charge_min_micro: u64,
+    /// Escrow is not spent when the chain was not seen for so long.
+    pub stale_secs: u32,
+    /// What accounts may owe beyond their escrow without `/readyz` saying so, 10^-6 INFER.
+    pub short_cap_micro: u64,
 }
 
 /// When a batch is formed.
@@ -151,6 +171,19 @@ impl Config {
             return wrong(
                 "`exposure.check_ms` must be at least 10, `exposure.cap_micro` at most 10^18".into(),
             );
+        }
+        let escrow = &self.escrow;
+        if ledger::amount(escrow.charge_min_micro).is_err() || ledger::amount(escrow.short_cap_micro).is_err()
+        {
+            return wrong(
+                "`escrow.charge_min_micro` and `escrow.short_cap_micro` must be at most 10^18".into(),
+            );
+        }
+        if escrow.log_blocks == 0 || escrow.stale_secs == 0 || !(1..=MOST_CHARGES).contains(&escrow.charges) {
+            return wrong(format!(
+                "`escrow.log_blocks` and `escrow.stale_secs` must be at least 1, `escrow.charges` between 1 and \
+                 {MOST_CHARGES}"
+            ));
         }
         if self.batch.size == 0 || self.batch.limit < self.batch.size || self.batch.limit > 65_536 {
             return wrong("`batch.size` must be at least 1 and `batch.limit` between it and 65536".into());

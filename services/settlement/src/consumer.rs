@@ -23,9 +23,10 @@ use uuid::Uuid;
 
 use crate::{
     domain::{self, Quote, Rejection, State},
+    escrow::{Freshness, spend},
     exposure::Exposure,
     holds,
-    ledger::{self, Account, LedgerError},
+    ledger::{self, LedgerError},
     metrics::Metrics,
     store::{
         requests::{self, Close, NewRequest, ReceiptRow, RequestRow},
@@ -40,6 +41,8 @@ pub struct Consumer {
     pub metrics: Metrics,
     /// Above its cap no paid request is funded.
     pub exposure: Exposure,
+    /// Escrow is spent only while the chain is seen.
+    pub freshness: Freshness,
     /// Told that a receipt was written.
     pub written: std::sync::Arc<tokio::sync::Notify>,
 }
@@ -79,12 +82,17 @@ impl Consumer {
             price_micro,
             held_micro,
             deadline_ms: submitted.deadline_ms,
+            prompt_tokens: u32::try_from(submitted.request.prompt.len()).unwrap_or(u32::MAX),
+            submitted_at_ms: submitted.submitted_at_ms,
         };
         if !requests::open(tx, &new, now_ms).await? {
             return Err(Reject::Retry("the request is being funded by somebody else".into()));
         }
         let outcome = match quote.and_then(|quote| self.admissible(quote)) {
-            Ok(quote) => hold(tx, &submitted, quote.hold_micro, now_ms).await?,
+            Ok(quote) => {
+                let (account, micro) = (&submitted.account, quote.hold_micro);
+                spend::hold(tx, id, account, micro, &self.freshness, now_ms).await?
+            }
             Err(rejection) => Err(rejection),
         };
         match outcome {
@@ -189,13 +197,15 @@ impl Consumer {
         now_ms: i64,
     ) -> Result<(), Reject> {
         let (evidence, receipt) = self.receipt(row, &verified.evidence)?;
-        let closing = domain::settle_transfer(&row.account, positive(row.held_micro)?, evidence.k, &receipt)?;
-        let charged_micro = closing.charged_micro;
+        let hold = spend::take(tx, row).await?;
+        let closing = domain::settle_transfer(&row.account, hold, evidence.k, &receipt)?;
+        let charged_micro = closing.charged.micro();
         let close = Close { state: State::Settled, charged_micro, code: "", message: "" };
         if !requests::close(tx, row.id, &close, now_ms).await? {
             return Err(Reject::Retry("the request is being closed by somebody else".into()));
         }
         ledger::post(tx, &closing.transfer, now_ms).await?;
+        spend::charge(tx, row, receipt.output_tokens, &closing.charged).await?;
         let bytes = serde_json::to_vec(&receipt).map_err(|error| Reject::DeadLetter(error.to_string()))?;
         let issued = v1::ReceiptIssued { receipt: bytes.clone(), model: row.model.clone() };
         let stored = ReceiptRow {
@@ -252,24 +262,6 @@ impl Consumer {
             .map_err(|error| dead(error.to_string()))?;
         let receipt = Receipt::build(&evidence).map_err(|error| dead(error.to_string()))?;
         Ok((evidence, receipt))
-    }
-}
-
-/// Moves the hold; the inner error is the client's.
-async fn hold(
-    tx: &DatabaseTransaction,
-    submitted: &Submitted,
-    hold_micro: u64,
-    now_ms: i64,
-) -> Result<Result<(), Rejection>, Reject> {
-    let transfer = domain::hold_transfer(submitted.request.id, &submitted.account, hold_micro)?;
-    match ledger::post(tx, &transfer, now_ms).await {
-        Ok(_) => Ok(Ok(())),
-        Err(LedgerError::Overdraft { .. }) => {
-            let available = ledger::balance(tx, &Account::Consumer(submitted.account.clone())).await?;
-            Ok(Err(domain::insufficient(hold_micro, available)))
-        }
-        Err(error) => Err(error.into()),
     }
 }
 

@@ -97,25 +97,81 @@ pub fn insufficient(hold_micro: u64, available_micro: i64) -> Rejection {
     }
 }
 
-/// The transfer that holds `hold` for a request.
+/// What a hold is made of, 10^-6 INFER.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Hold {
+    /// Of prepaid credit: taken first, and charged first.
+    pub prepaid_micro: u64,
+    /// Of the account's escrow.
+    pub escrow_micro: u64,
+    /// What the account owes beyond its escrow: what is given back to its escrow pays that first.
+    pub debt_micro: u64,
+}
+
+/// A hold of prepaid credit alone.
+impl From<u64> for Hold {
+    fn from(prepaid_micro: u64) -> Self {
+        Self { prepaid_micro, ..Self::default() }
+    }
+}
+
+impl Hold {
+    /// A hold of `total`, out of `prepaid` credit as far as that goes.
+    pub fn of(total: u64, prepaid: u64) -> Self {
+        let prepaid_micro = total.min(prepaid);
+        Self { prepaid_micro, escrow_micro: total - prepaid_micro, debt_micro: 0 }
+    }
+
+    /// All that is held.
+    pub fn micro(&self) -> u64 {
+        self.prepaid_micro.saturating_add(self.escrow_micro)
+    }
+
+    /// Takes the hold apart: it ends.
+    fn end(&self, transfer: Transfer, account: &str) -> Result<Transfer, LedgerError> {
+        let (held, escrow_held) =
+            (Account::Held(account.to_owned()), Account::EscrowHeld(account.to_owned()));
+        Ok(transfer.with(&held, -amount(self.prepaid_micro)?).with(&escrow_held, -amount(self.escrow_micro)?))
+    }
+
+    /// Gives back what was not charged.
+    fn give_back(&self, transfer: Transfer, account: &str, charged: &Self) -> Result<Transfer, LedgerError> {
+        let prepaid = self.prepaid_micro - charged.prepaid_micro;
+        let escrow = self.escrow_micro - charged.escrow_micro;
+        let repaid = escrow.min(self.debt_micro);
+        let account = || account.to_owned();
+        Ok(transfer
+            .with(&Account::Consumer(account()), amount(prepaid)?)
+            .with(&Account::EscrowDebt(account()), amount(repaid)?)
+            .with(&Account::Escrow(account()), amount(escrow - repaid)?))
+    }
+}
+
+/// The transfer that makes a hold for a request.
 ///
 /// # Errors
 /// [`LedgerError::TooLarge`].
-pub fn hold_transfer(request: Uuid, account: &str, hold: u64) -> Result<Transfer, LedgerError> {
-    let id = message_id("transfer.hold", request, 0);
-    let (from, to) = (Account::Consumer(account.to_owned()), Account::Held(account.to_owned()));
-    Ok(Transfer::new(id, Kind::Hold, Some(request)).moving(&from, &to, amount(hold)?))
+pub fn hold_transfer(request: Uuid, account: &str, hold: impl Into<Hold>) -> Result<Transfer, LedgerError> {
+    let (hold, id) = (hold.into(), message_id("transfer.hold", request, 0));
+    let account = || account.to_owned();
+    Ok(Transfer::new(id, Kind::Hold, Some(request))
+        .moving(&Account::Consumer(account()), &Account::Held(account()), amount(hold.prepaid_micro)?)
+        .moving(&Account::Escrow(account()), &Account::EscrowHeld(account()), amount(hold.escrow_micro)?))
 }
 
 /// The transfer that gives a failed request's whole hold back.
 ///
 /// # Errors
 /// [`LedgerError::TooLarge`].
-pub fn release_transfer(request: Uuid, account: &str, hold: u64) -> Result<Transfer, LedgerError> {
+pub fn release_transfer(
+    request: Uuid,
+    account: &str,
+    hold: impl Into<Hold>,
+) -> Result<Transfer, LedgerError> {
     // One id for both ends of a request: a hold is closed once.
-    let id = message_id("transfer.close", request, 0);
-    let (from, to) = (Account::Held(account.to_owned()), Account::Consumer(account.to_owned()));
-    Ok(Transfer::new(id, Kind::Release, Some(request)).moving(&from, &to, amount(hold)?))
+    let (hold, id) = (hold.into(), message_id("transfer.close", request, 0));
+    let transfer = hold.end(Transfer::new(id, Kind::Release, Some(request)), account)?;
+    hold.give_back(transfer, account, &Hold::default())
 }
 
 /// What a verified request moves.
@@ -123,7 +179,7 @@ pub fn release_transfer(request: Uuid, account: &str, hold: u64) -> Result<Trans
 pub struct Closing {
     pub transfer: Transfer,
     /// What the account pays: the receipt's charge, never more than the hold.
-    pub charged_micro: u64,
+    pub charged: Hold,
 }
 
 /// The transfer that closes a verified request: the charge goes to the operators as the receipt says, the rest of the
@@ -132,25 +188,27 @@ pub struct Closing {
 ///
 /// # Errors
 /// [`LedgerError::TooLarge`], [`LedgerError::Reserve`].
-pub fn settle_transfer(account: &str, hold: u64, k: u32, receipt: &Receipt) -> Result<Closing, LedgerError> {
-    let id = message_id("transfer.close", receipt.id, 0);
-    let (consumer, held) = (Account::Consumer(account.to_owned()), Account::Held(account.to_owned()));
-    let charged_micro = receipt.charged_micro.min(hold);
-    let needed = receipt.charged_micro - charged_micro;
+pub fn settle_transfer(
+    account: &str,
+    hold: impl Into<Hold>,
+    k: u32,
+    receipt: &Receipt,
+) -> Result<Closing, LedgerError> {
+    let (hold, id) = (hold.into(), message_id("transfer.close", receipt.id, 0));
+    let charged = Hold::of(receipt.charged_micro.min(hold.micro()), hold.prepaid_micro);
+    let needed = receipt.charged_micro - charged.micro();
     // The hold is k x price x (prompt + max tokens).
-    let replica = hold / u64::from(k.max(1));
+    let replica = hold.micro() / u64::from(k.max(1));
     let cap = replica.saturating_mul(u64::from(MAX_REPLICAS.saturating_sub(k)));
     if needed > cap {
         return Err(LedgerError::Reserve { needed, cap });
     }
-    let mut transfer = Transfer::new(id, Kind::Settle, Some(receipt.id))
-        .with(&held, -amount(hold)?)
-        .with(&consumer, amount(hold - charged_micro)?)
-        .with(&Account::Reserve, -amount(needed)?);
+    let transfer = hold.end(Transfer::new(id, Kind::Settle, Some(receipt.id)), account)?;
+    let mut transfer = hold.give_back(transfer, account, &charged)?.with(&Account::Reserve, -amount(needed)?);
     for payment in &receipt.payments {
         transfer = transfer.with(&Account::Operator(payment.operator), amount(payment.amount_micro)?);
     }
-    Ok(Closing { transfer, charged_micro })
+    Ok(Closing { transfer, charged })
 }
 
 /// Where a batch stands.
@@ -357,12 +415,40 @@ mod tests {
             receipt.charged_micro = charged_micro;
             settle_transfer("alice", hold, k, &receipt)
         };
-        assert_eq!(settle(30).unwrap().charged_micro, 30);
-        assert_eq!(settle(69).unwrap().charged_micro, 30, "never more than the hold");
+        assert_eq!(settle(30).unwrap().charged.micro(), 30);
+        assert_eq!(settle(69).unwrap().charged.micro(), 30, "never more than the hold");
         let error = settle(72).unwrap_err();
         assert!(matches!(error, LedgerError::Reserve { needed: 42, cap: 40 }), "{error:?}");
         let said = error.to_string();
         assert!(said.contains("42") && said.contains("40"), "{said}");
+    }
+
+    #[test]
+    fn prepaid_credit_is_held_and_charged_first() {
+        use infera_testkit::evidence::{Case, Network};
+        let hold = Hold::of(30, 12);
+        assert_eq!((hold.prepaid_micro, hold.escrow_micro), (12, 18));
+        assert_eq!((Hold::of(10, 12).prepaid_micro, Hold::of(10, 12).escrow_micro), (10, 0));
+        let mut receipt = Case::new(&Network::new()).receipt();
+        receipt.payments.truncate(1);
+        let mut settle = |charge: u64, hold: Hold| {
+            (receipt.payments[0].amount_micro, receipt.charged_micro) = (charge, charge);
+            let operator = Account::Operator(receipt.payments[0].operator);
+            (settle_transfer("w", hold, 3, &receipt).unwrap(), operator)
+        };
+        let (closing, operator) = settle(20, hold);
+        assert_eq!((closing.charged.prepaid_micro, closing.charged.escrow_micro), (12, 8));
+        let of = |account: &Account| closing.transfer.amount_of(account);
+        let (held, back) = (Account::EscrowHeld("w".into()), Account::Escrow("w".into()));
+        assert_eq!((of(&held), of(&back), of(&operator)), (-18, 10, 20));
+        assert_eq!((of(&Account::Held("w".into())), of(&Account::Consumer("w".into()))), (-12, 0));
+        // What comes back pays what is owed first.
+        let (closing, _) = settle(20, Hold { debt_micro: 7, ..hold });
+        let of = |account: &Account| closing.transfer.amount_of(account);
+        assert_eq!((of(&Account::EscrowDebt("w".into())), of(&back)), (7, 3));
+        let (closing, _) = settle(0, Hold { debt_micro: 100, ..hold });
+        let of = |account: &Account| closing.transfer.amount_of(account);
+        assert_eq!((of(&Account::EscrowDebt("w".into())), of(&back)), (18, 0));
     }
 
     #[test]

@@ -13,6 +13,7 @@ use uuid::Uuid;
 use crate::{
     config::HoldsConfig,
     domain::{self, State},
+    escrow::spend,
     ledger::{self, LedgerError},
     metrics::Metrics,
     store::{
@@ -85,8 +86,8 @@ pub(crate) async fn give_back(
     if !requests::close(tx, row.id, &close, now_ms).await? {
         return Ok(false);
     }
-    let held = unsigned("requests.held_micro", row.held_micro)?;
-    ledger::post(tx, &domain::release_transfer(row.id, &row.account, held)?, now_ms).await?;
+    let hold = spend::take(tx, row).await?;
+    ledger::post(tx, &domain::release_transfer(row.id, &row.account, hold)?, now_ms).await?;
     Ok(true)
 }
 

@@ -3,7 +3,7 @@
 //! | route | who | answer |
 //! |---|---|---|
 //! | `GET /v1/receipts/{id}` | everybody; with an API key of the account also the evidence | the receipt document in its canonical encoding |
-//! | `GET /v1/balance` | an API key | `{account, available_micro, held_micro}` |
+//! | `GET /v1/balance`, `/v1/usage`, `/v1/statement`, `POST /v1/vouchers` | an API key | see [`crate::accounts`] |
 //! | `GET /v1/ledger/audit` | everybody | the sums that prove the ledger's invariants, at most 2 s old; 429 while they are computed |
 //! | `GET /v1/operators/...` | everybody | see [`crate::operators`] |
 //! | `/livez`, `/readyz`, `/metrics` | | see [`infera_runtime::health`] |
@@ -23,19 +23,20 @@ use infera_protocol::{
     bytes::Hash32,
     document::{Anchor, Document, Status},
     evidence::Evidence,
+    identity::Domain,
     merkle::MerkleTree,
     receipt::Receipt,
 };
 use infera_runtime::{health, http::ApiError, http::defaults, jwt::Claims, jwt::Verifier};
 use sea_orm::{DatabaseConnection, DbErr};
-use serde::Serialize;
 use tokio::sync::Mutex;
 use uuid::Uuid;
 
 use crate::{
+    accounts,
     batcher::is_anchored,
     config::AUDIENCE,
-    ledger::{self, Account, Audit},
+    ledger::{self, Audit},
     operators,
     store::{batches, corrupt, hash, requests, unsigned},
 };
@@ -44,7 +45,7 @@ use crate::{
 const AUDIT_LIFE: Duration = Duration::from_secs(2);
 /// Trees kept in memory: at most 65,536 leaves each, some MB.
 const MAX_TREES: usize = 8;
-/// Bodies are not read here at all.
+/// A voucher is the only body that is read here.
 const MAX_BODY: usize = 1024;
 
 /// What the routes need.
@@ -52,6 +53,8 @@ const MAX_BODY: usize = 1024;
 pub struct State {
     pub db: DatabaseConnection,
     pub keys: Verifier,
+    /// What vouchers are signed for.
+    pub domain: Domain,
     /// One audit at a time, kept for [`AUDIT_LIFE`]: it reads every row.
     pub audit: Arc<Mutex<Option<(Instant, Audit)>>>,
     /// Trees of the batches that were asked for last, newest first.
@@ -84,16 +87,6 @@ impl Trees {
     }
 }
 
-/// A balance, 10^-6 INFER.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
-pub struct Balance {
-    pub account: String,
-    /// What may be spent.
-    pub available_micro: i64,
-    /// What open requests hold.
-    pub held_micro: i64,
-}
-
 /// Adds all routes.
 pub fn routes(state: State, health: health::Health) -> impl FnOnce(&mut ServiceConfig) {
     move |config| {
@@ -102,7 +95,10 @@ pub fn routes(state: State, health: health::Health) -> impl FnOnce(&mut ServiceC
             .configure(health::routes(health))
             .app_data(web::Data::new(state))
             .route("/v1/receipts/{id}", web::get().to(receipt))
-            .route("/v1/balance", web::get().to(balance))
+            .route("/v1/balance", web::get().to(accounts::balance))
+            .route("/v1/vouchers", web::post().to(accounts::voucher))
+            .route("/v1/usage", web::get().to(accounts::usage::usage))
+            .route("/v1/statement", web::get().to(accounts::statement::statement))
             .route("/v1/ledger/audit", web::get().to(audit))
             .route("/v1/operators/{address}", web::get().to(operators::earned))
             .route("/v1/operators/{address}/rewards/{sequence}", web::get().to(operators::reward));
@@ -190,16 +186,6 @@ async fn tree(db: &DatabaseConnection, sequence: i64, root: &Hash32) -> Result<M
         .ok_or_else(|| corrupt("batches.receipts_root", "the batch's leaves lead to another root"))
 }
 
-async fn balance(state: web::Data<State>, request: HttpRequest) -> Result<HttpResponse, ApiError> {
-    let claims = claims(&state, &request)?.ok_or_else(|| {
-        ApiError::unauthorized("missing_api_key", "send an API key: Authorization: Bearer KEY")
-    })?;
-    let of = async |account: Account| ledger::balance(&state.db, &account).await.map_err(ApiError::internal);
-    let available_micro = of(Account::Consumer(claims.sub.clone())).await?;
-    let held_micro = of(Account::Held(claims.sub.clone())).await?;
-    Ok(HttpResponse::Ok().json(Balance { account: claims.sub, available_micro, held_micro }))
-}
-
 async fn audit(state: web::Data<State>) -> Result<HttpResponse, ApiError> {
     let Ok(mut kept) = state.audit.try_lock() else {
         return Err(ApiError::rate_limited("an audit runs; ask again in a moment"));
@@ -208,14 +194,20 @@ async fn audit(state: web::Data<State>) -> Result<HttpResponse, ApiError> {
         tracing::trace!(age_ms = at.elapsed().as_millis(), "audit said again");
         return Ok(HttpResponse::Ok().json(audit));
     }
-    let audit = ledger::audit(&state.db).await.map_err(ApiError::internal)?;
+    // On its own, because a client that leaves ends its handler: a BEGIN that is dropped half way (sqlx 0.9) would leave
+    // the pool a connection within a transaction.
+    let db = state.db.clone();
+    let audit = actix_web::rt::spawn(async move { ledger::audit(&db).await })
+        .await
+        .map_err(ApiError::internal)?
+        .map_err(ApiError::internal)?;
     let response = HttpResponse::Ok().json(&audit);
     *kept = Some((Instant::now(), audit));
     Ok(response)
 }
 
 /// Who asks; `None` without a key. A key that is there must be good.
-fn claims(state: &State, request: &HttpRequest) -> Result<Option<Claims>, ApiError> {
+pub(crate) fn claims(state: &State, request: &HttpRequest) -> Result<Option<Claims>, ApiError> {
     let Some(header) = request.headers().get(AUTHORIZATION) else { return Ok(None) };
     let token = header
         .to_str()
@@ -265,7 +257,8 @@ mod tests {
         let jwks = dir.path().join("jwks.json");
         Signer::load_or_create(&dir.path().join("key.pem")).unwrap().write_jwks(&jwks).unwrap();
         let keys = Verifier::from_jwks_file(&jwks).unwrap();
-        web::Data::new(State { db, keys, audit: Arc::default(), trees: Trees::default() })
+        let domain = Domain { chain_id: 31_337, contract: infera_protocol::bytes::Address([1; 20]) };
+        web::Data::new(State { db, keys, domain, audit: Arc::default(), trees: Trees::default() })
     }
 
     async fn transfers(state: &web::Data<State>) -> i64 {

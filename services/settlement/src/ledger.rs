@@ -3,7 +3,8 @@
 //! Invariants, each one checked by [`audit`]:
 //! - the entries of a transfer sum to zero, so all entries do;
 //! - a balance is the sum of its entries;
-//! - no account of a consumer or operator is below zero;
+//! - no account of a consumer or operator is below zero; what a wallet owes beyond its escrow has an account of its own;
+//! - what the books have of a wallet's escrow, with what was charged to it, is what the chain's final block has;
 //! - a transfer's id is unique: posting it again changes nothing.
 //!
 //! [`post`] takes the rows of a transfer in the order of their names, so that two transfers never wait for each other.
@@ -31,6 +32,14 @@ pub enum Account {
     Consumer(String),
     /// What is held for a consumer's open requests.
     Held(String),
+    /// What a wallet has in the contract's escrow, neither spent nor held. Says nothing of its voucher.
+    Escrow(String),
+    /// What is held of it for open requests.
+    EscrowHeld(String),
+    /// What a wallet spent and its escrow does not have any more: never above zero. What comes into escrow pays it first.
+    EscrowDebt(String),
+    /// The contract: as far below zero as deposits exceed withdrawals.
+    Deposits,
     /// What an operator has earned.
     Operator(Address),
     /// Where prepaid credit comes from; as far below zero as credit was given.
@@ -45,6 +54,10 @@ impl Account {
         match self {
             Self::Consumer(name) => format!("consumer:{name}"),
             Self::Held(name) => format!("held:{name}"),
+            Self::Escrow(name) => format!("escrow:{name}"),
+            Self::EscrowHeld(name) => format!("escrow-held:{name}"),
+            Self::EscrowDebt(name) => format!("escrow-debt:{name}"),
+            Self::Deposits => "deposits".to_owned(),
             Self::Operator(address) => format!("operator:{address}"),
             Self::Issuance => "issuance".to_owned(),
             Self::Reserve => "reserve".to_owned(),
@@ -53,8 +66,10 @@ impl Account {
 
     fn floor(&self) -> i64 {
         match self {
-            Self::Issuance | Self::Reserve => -MAX_MICRO,
-            Self::Consumer(_) | Self::Held(_) | Self::Operator(_) => 0,
+            Self::Issuance | Self::Reserve | Self::Deposits | Self::EscrowDebt(_) => -MAX_MICRO,
+            Self::Consumer(_) | Self::Held(_) | Self::Escrow(_) | Self::EscrowHeld(_) | Self::Operator(_) => {
+                0
+            }
         }
     }
 }
@@ -66,15 +81,21 @@ pub enum Kind {
     Hold,
     Settle,
     Release,
+    /// Came into escrow on the chain.
+    Deposit,
+    /// Left it.
+    Withdraw,
 }
 
 impl Kind {
-    fn name(self) -> &'static str {
+    pub fn name(self) -> &'static str {
         match self {
             Self::Credit => "credit",
             Self::Hold => "hold",
             Self::Settle => "settle",
             Self::Release => "release",
+            Self::Deposit => "deposit",
+            Self::Withdraw => "withdraw",
         }
     }
 }
@@ -139,6 +160,11 @@ impl Transfer {
     #[must_use]
     pub fn moving(self, from: &Account, to: &Account, amount: i64) -> Self {
         self.with(from, amount.saturating_neg()).with(to, amount)
+    }
+
+    /// What the transfer adds to an account.
+    pub fn amount_of(&self, account: &Account) -> i64 {
+        self.entries.get(&account.name()).map_or(0, |entry| entry.amount)
     }
 
     fn check(&self) -> Result<(), LedgerError> {
@@ -282,6 +308,25 @@ pub struct Audit {
     pub operators_micro: i64,
     pub issuance_micro: i64,
     pub reserve_micro: i64,
+    /// Open holds of escrow less what is held of it: 0.
+    pub escrow_holds_difference_micro: i64,
+    /// Wallets whose escrow in the books, with what was charged to it, is not the chain's: 0.
+    pub escrow_mismatched: i64,
+    /// Wallets whose charges are not the sum of their requests': 0.
+    pub charges_mismatched: i64,
+    /// Wallets from which the chain took more than the books charged, or that were charged more than they signed: 0.
+    pub overcharged: i64,
+    /// In escrow, neither spent nor held.
+    pub escrow_micro: i64,
+    pub escrow_held_micro: i64,
+    /// Spent, and not in escrow any more; as far below zero.
+    pub escrow_debt_micro: i64,
+    /// What the contract has of deposits, below zero.
+    pub deposits_micro: i64,
+    /// Charged to escrows over their lifetime.
+    pub escrow_owed_micro: i64,
+    /// Of it, what a final block has charged.
+    pub escrow_charged_micro: i64,
 }
 
 /// Checks every invariant over all rows, as of one moment.
@@ -302,12 +347,14 @@ pub async fn audit(db: &DatabaseConnection) -> Result<Audit, DbErr> {
         )
         .await
     };
+    let of = async |sum: &str, table: &str| {
+        let sql = format!("SELECT CAST(COALESCE(SUM({sum}), 0) AS BIGINT) AS value FROM {table}");
+        value(&tx, &sql).await
+    };
     let held_micro = sum("balances", "WHERE account LIKE 'held:%'").await?;
-    let open = value(
-        &tx,
-        "SELECT CAST(COALESCE(SUM(held_micro), 0) AS BIGINT) AS value FROM requests WHERE state = 'open'",
-    )
-    .await?;
+    let escrow_held_micro = sum("balances", "WHERE account LIKE 'escrow-held:%'").await?;
+    let open = of("held_micro", "requests WHERE state = 'open'").await?;
+    let open_escrow = of("held_escrow_micro", "requests WHERE state = 'open'").await?;
     let mut audit = Audit {
         ok: false,
         transfers: value(&tx, "SELECT COUNT(*) AS value FROM transfers").await?,
@@ -316,19 +363,33 @@ pub async fn audit(db: &DatabaseConnection) -> Result<Audit, DbErr> {
         unbalanced: value(&tx, UNBALANCED).await?,
         mismatched: value(&tx, MISMATCHED).await? + value(&tx, WITHOUT_BALANCE).await?,
         negative: value(&tx, NEGATIVE).await?,
-        holds_difference_micro: open - held_micro,
+        holds_difference_micro: open - held_micro - escrow_held_micro,
         consumers_micro: sum("balances", "WHERE account LIKE 'consumer:%'").await?,
         held_micro,
         operators_micro: sum("balances", "WHERE account LIKE 'operator:%'").await?,
         issuance_micro: sum("balances", "WHERE account = 'issuance'").await?,
         reserve_micro: sum("balances", "WHERE account = 'reserve'").await?,
+        escrow_holds_difference_micro: open_escrow - escrow_held_micro,
+        escrow_mismatched: value(&tx, ESCROW_MISMATCHED).await?,
+        charges_mismatched: value(&tx, CHARGES_MISMATCHED).await?,
+        overcharged: value(&tx, OVERCHARGED).await?,
+        escrow_micro: sum("balances", "WHERE account LIKE 'escrow:%'").await?,
+        escrow_held_micro,
+        escrow_debt_micro: sum("balances", "WHERE account LIKE 'escrow-debt:%'").await?,
+        deposits_micro: sum("balances", "WHERE account = 'deposits'").await?,
+        escrow_owed_micro: of("owed_micro", "escrows").await?,
+        escrow_charged_micro: of("charged_micro", "escrows").await?,
     };
     tx.commit().await?;
     audit.ok = audit.sum_micro == 0
         && audit.unbalanced == 0
         && audit.mismatched == 0
         && audit.negative == 0
-        && audit.holds_difference_micro == 0;
+        && audit.holds_difference_micro == 0
+        && audit.escrow_holds_difference_micro == 0
+        && audit.escrow_mismatched == 0
+        && audit.charges_mismatched == 0
+        && audit.overcharged == 0;
     Ok(audit)
 }
 
@@ -339,8 +400,19 @@ const MISMATCHED: &str = "SELECT COUNT(*) AS value FROM (SELECT b.account FROM b
      HAVING b.amount_micro <> COALESCE(SUM(e.amount_micro), 0)) AS wrong";
 const WITHOUT_BALANCE: &str = "SELECT COUNT(DISTINCT e.account) AS value FROM entries e LEFT JOIN balances b \
      ON b.account = e.account WHERE b.account IS NULL";
-const NEGATIVE: &str = "SELECT COUNT(*) AS value FROM balances WHERE amount_micro < 0 \
-     AND account NOT IN ('issuance', 'reserve')";
+const NEGATIVE: &str = "SELECT COUNT(*) AS value FROM balances WHERE (amount_micro < 0 \
+     AND account NOT IN ('issuance', 'reserve', 'deposits') AND account NOT LIKE 'escrow-debt:%') \
+     OR (amount_micro > 0 AND (account = 'deposits' OR account LIKE 'escrow-debt:%'))";
+/// What is in escrow and what was charged on the chain, less what these books do not know of, is what they have: free,
+/// held, owed beyond it, and charged.
+const ESCROW_MISMATCHED: &str = "SELECT COUNT(*) AS value FROM escrows WHERE escrow_micro + charged_micro <> \
+     owed_micro + COALESCE((SELECT SUM(amount_micro) FROM balances WHERE account IN \
+     ('escrow:' || address, 'escrow-held:' || address, 'escrow-debt:' || address)), 0)";
+const CHARGES_MISMATCHED: &str = "SELECT COUNT(*) AS value FROM escrows WHERE owed_micro - before_micro <> \
+     COALESCE((SELECT SUM(charged_escrow_micro) FROM requests WHERE account = address), 0)";
+const OVERCHARGED: &str = "SELECT COUNT(*) AS value FROM escrows e LEFT JOIN vouchers v ON v.address = e.address \
+     WHERE e.charged_micro > e.owed_micro OR (e.owed_micro > e.before_micro AND e.owed_micro > e.authorized_micro \
+     AND e.owed_micro > COALESCE(v.cumulative_micro, 0))";
 
 async fn value(tx: &DatabaseTransaction, sql: &str) -> Result<i64, DbErr> {
     let statement = Statement::from_string(tx.get_database_backend(), sql);
@@ -372,5 +444,6 @@ mod tests {
     fn names_do_not_run_together() {
         assert_ne!(Account::Consumer("held:a".into()).name(), Account::Held("a".into()).name());
         assert_ne!(Account::Consumer("issuance".into()).name(), Account::Issuance.name());
+        assert_ne!(Account::EscrowHeld("a".into()).name(), Account::Escrow("held:a".into()).name());
     }
 }

@@ -3,8 +3,9 @@
 //! ```text
 //! request.submitted ──> hold ──> request.funded | request.rejected
 //! verdict.*         ──> charge, pay, release the rest ──> receipt ──> journal
-//!                                                                      └─> batch ──> chain ──> batch.anchored
-//! GET /v1/receipts/{id}   GET /v1/balance   GET /v1/ledger/audit
+//!                                                                      └─> batch, charges ──> chain ──> batch.anchored
+//! chain: Deposited, Withdrawn ... ──> escrow, spendable once final
+//! GET /v1/receipts/{id}   GET /v1/balance, /v1/usage, /v1/statement   POST /v1/vouchers   GET /v1/ledger/audit
 //! ```
 //!
 //! Promises:
@@ -16,14 +17,18 @@
 //!   ([`batcher`]). While the chain is away, receipts wait and everything else goes on, up to a cap ([`exposure`]).
 //! - What operators earned becomes claimable on the chain: the same sums as in the ledger ([`chain::operator`]).
 //!
-//! [`domain`] decides, [`consumer`] and [`batcher`] act, [`store`] keeps.
+//! - A deposit is spent once it is final, and never more than its owner signed for ([`escrow`]).
+//!
+//! [`domain`] and [`escrow`] decide, [`consumer`], [`batcher`] and [`escrow::follow`] act, [`store`] keeps.
 
+pub mod accounts;
 pub mod batcher;
 pub mod chain;
 pub mod config;
 pub mod consumer;
 pub mod domain;
 pub mod error;
+pub mod escrow;
 pub mod exposure;
 pub mod holds;
 pub mod http;
@@ -87,7 +92,19 @@ pub async fn run(config: Config, deps: Deps, shutdown: CancellationToken) -> Res
     // Without a settler nothing is ever final.
     let cap_micro = if config.chain.settler_key.is_empty() { 0 } else { config.exposure.cap_micro };
     let exposure = exposure::Exposure::new(ledger::amount(cap_micro)?);
-    let handlers = consumer::Consumer { manifest, registry, metrics, exposure: exposure.clone(), written };
+    let freshness = escrow::Freshness::new(config.escrow.stale_secs);
+    let follower = escrow::follow::Follower {
+        db: db.clone(),
+        config: config.clone(),
+        link: link(&config, &manifest),
+        check: health.check("escrow"),
+        metrics: metrics.clone(),
+        freshness: freshness.clone(),
+        changed: written.clone(),
+    };
+    let domain = manifest.domain;
+    let handlers =
+        consumer::Consumer { manifest, registry, metrics, exposure: exposure.clone(), freshness, written };
     let spec = |queue| ConsumerSpec {
         bus: deps.bus.clone(),
         db: db.clone(),
@@ -97,7 +114,9 @@ pub async fn run(config: Config, deps: Deps, shutdown: CancellationToken) -> Res
     };
     let consuming = consume_both(spec, &handlers, &stop);
     let batching = anchor(batcher, &stop);
-    let state = http::State { db: db.clone(), keys, audit: Arc::default(), trees: http::Trees::default() };
+    let following = follow(follower, &stop);
+    let state =
+        http::State { db: db.clone(), keys, domain, audit: Arc::default(), trees: http::Trees::default() };
     let routes = {
         let health = health.clone();
         move |config: &mut actix_web::web::ServiceConfig| {
@@ -120,8 +139,13 @@ pub async fn run(config: Config, deps: Deps, shutdown: CancellationToken) -> Res
         tokio::join!(watch.run(stop.clone()), overdue, exposed);
         Ok(())
     };
-    let result =
-        tokio::try_join!(Box::pin(consuming), Box::pin(batching), Box::pin(serving), Box::pin(watching));
+    let result = tokio::try_join!(
+        Box::pin(consuming),
+        Box::pin(batching),
+        Box::pin(following),
+        Box::pin(serving),
+        Box::pin(watching)
+    );
     stop.cancel();
     relay.stopped().await;
     result.map(drop)
@@ -163,6 +187,20 @@ async fn anchor(batcher: batcher::Batcher<RpcLink>, stop: &CancellationToken) ->
         stop.cancelled().await;
     } else {
         batcher.run(stop.clone()).await;
+    }
+    Ok(())
+}
+
+/// The follower, until `stop`. Without a settler's key nobody is charged on the chain, so no deposit is spent either.
+async fn follow(follower: escrow::follow::Follower<RpcLink>, stop: &CancellationToken) -> Result<(), Error> {
+    if follower.config.chain.settler_key.is_empty() {
+        follower.check.up();
+        tracing::warn!(
+            "chain.settler_key is empty: escrows are not followed, accounts have prepaid credit only"
+        );
+        stop.cancelled().await;
+    } else {
+        follower.run(stop.clone()).await;
     }
     Ok(())
 }

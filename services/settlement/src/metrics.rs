@@ -3,6 +3,8 @@
 use infera_runtime::health::Health;
 use prometheus::{IntCounter, IntCounterVec, IntGauge};
 
+use crate::store::escrows::Owing;
+
 /// Counters and gauges; clones share them.
 #[derive(Clone)]
 pub struct Metrics {
@@ -15,6 +17,8 @@ pub struct Metrics {
     unqueued: IntGauge,
     overdue: IntGauge,
     overdue_micro: IntGauge,
+    uncharged: IntGauge,
+    short: IntGauge,
 }
 
 impl Metrics {
@@ -54,6 +58,14 @@ impl Metrics {
             )?,
             overdue_micro: health
                 .gauge("infera_settlement_holds_overdue_micro", "What those hold together, 10^-6 INFER.")?,
+            uncharged: health.gauge(
+                "infera_settlement_escrow_uncharged_micro",
+                "Charged to escrows by the books and by no final block, 10^-6 INFER.",
+            )?,
+            short: health.gauge(
+                "infera_settlement_escrow_short_micro",
+                "Spent of escrows that do not cover it any more, 10^-6 INFER.",
+            )?,
         })
     }
 
@@ -81,6 +93,11 @@ impl Metrics {
     pub fn overdue(&self, holds: i64, micro: i64) {
         self.overdue.set(holds);
         self.overdue_micro.set(micro);
+    }
+
+    pub fn owing(&self, owing: &Owing) {
+        self.uncharged.set(owing.uncharged_micro);
+        self.short.set(owing.short_micro);
     }
 
     pub fn waiting(&self, receipts: u64) {

@@ -3,14 +3,18 @@
 use infera_protocol::bytes::Hash32;
 use infera_runtime::db;
 use infera_settlement::{
-    batcher, domain, ledger,
+    batcher,
+    chain::Escrow,
+    domain,
+    escrow::{self, Freshness, spend},
+    ledger,
     store::{
-        Migrator,
+        Migrator, escrows,
         requests::{self, NewRequest, ReceiptRow},
     },
 };
 use infera_testkit::{TempDir, cluster, sqlite_url, unique};
-use sea_orm::{DatabaseConnection, TransactionTrait};
+use sea_orm::{DatabaseConnection, DatabaseTransaction, TransactionTrait};
 use std::time::Instant;
 use uuid::Uuid;
 
@@ -39,6 +43,13 @@ pub async fn run(args: &Args, report: &mut Report) -> Result<(), String> {
     let count = args.postings;
     report.add("postings_per_s_sqlite", "transfers/s", per_second(count, one), None);
     report.add("postings_per_s_postgres", "transfers/s", per_second(count, two), None);
+    for (metric, db) in [("escrow_per_s_sqlite", &sqlite), ("escrow_per_s_postgres", &postgres)] {
+        let mut secs = Vec::new();
+        for round in 0..args.rounds {
+            secs.push(spent(db, round, count).await?);
+        }
+        report.add(metric, "transfers/s", per_second(count, secs), None);
+    }
     report.add("postings_per_s_postgres_c8", "transfers/s", per_second(count, many), None);
     for (metric, db) in [("formed_per_s_sqlite", &sqlite), ("formed_per_s_postgres", &postgres)] {
         let secs = formed(db, args).await?;
@@ -60,18 +71,7 @@ async fn posted(db: &DatabaseConnection, round: u32, client: u32, count: u32) ->
     for n in 0..count / 2 {
         let id = Uuid::from_u128(space | u128::from(n + 1));
         let tx = db.begin().await.map_err(said)?;
-        let new = NewRequest {
-            id,
-            account: &account,
-            model: "m",
-            request_hash: Hash32::ZERO,
-            k: 3,
-            calibration_hash: Hash32::ZERO,
-            price_micro: 1,
-            held_micro: 600,
-            deadline_ms: 0,
-        };
-        requests::open(&tx, &new, 1).await.map_err(said)?;
+        open(&tx, id, &account).await?;
         let hold = domain::hold_transfer(id, &account, 600).map_err(said)?;
         ledger::post(&tx, &hold, 1).await.map_err(said)?;
         tx.commit().await.map_err(said)?;
@@ -84,6 +84,55 @@ async fn posted(db: &DatabaseConnection, round: u32, client: u32, count: u32) ->
         tx.commit().await.map_err(said)?;
     }
     Ok(began.elapsed().as_secs_f64())
+}
+
+/// The same for a wallet's escrow: limits looked at, held, released.
+async fn spent(db: &DatabaseConnection, round: u32, count: u32) -> Result<f64, String> {
+    let address = infera_protocol::bytes::Address([0xe0 ^ u8::try_from(round).map_err(said)?; 20]);
+    let account = address.to_string();
+    let freshness = Freshness::new(600);
+    freshness.looked(i64::MAX);
+    let tx = db.begin().await.map_err(said)?;
+    escrows::mark(&tx, [&address]).await.map_err(said)?;
+    let state = Escrow { escrow: CREDIT.into(), authorized: CREDIT.into(), ..Escrow::default() };
+    escrow::settle(&tx, &address, &state, 1, 1).await.map_err(said)?;
+    tx.commit().await.map_err(said)?;
+    let began = Instant::now();
+    for n in 0..count / 2 {
+        let id = Uuid::from_u128((7 << 124) | (u128::from(round) << 96) | u128::from(n + 1));
+        let tx = db.begin().await.map_err(said)?;
+        open(&tx, id, &account).await?;
+        let held = spend::hold(&tx, id, &account, 600, &freshness, 1).await.map_err(said)?;
+        held.map_err(|rejection| rejection.message)?;
+        tx.commit().await.map_err(said)?;
+        let tx = db.begin().await.map_err(said)?;
+        let row = requests::find(&tx, id).await.map_err(said)?.ok_or("no request")?;
+        let (state, code, message) = (domain::State::Released, "bench", "");
+        let close = requests::Close { state, charged_micro: 0, code, message };
+        requests::close(&tx, id, &close, 1).await.map_err(said)?;
+        let hold = spend::take(&tx, &row).await.map_err(said)?;
+        let release = domain::release_transfer(id, &account, hold).map_err(said)?;
+        ledger::post(&tx, &release, 1).await.map_err(said)?;
+        tx.commit().await.map_err(said)?;
+    }
+    Ok(began.elapsed().as_secs_f64())
+}
+
+async fn open(tx: &DatabaseTransaction, id: Uuid, account: &str) -> Result<(), String> {
+    let new = NewRequest {
+        id,
+        account,
+        model: "m",
+        request_hash: Hash32::ZERO,
+        k: 3,
+        calibration_hash: Hash32::ZERO,
+        price_micro: 1,
+        held_micro: 600,
+        deadline_ms: 0,
+        prompt_tokens: 0,
+        submitted_at_ms: 0,
+    };
+    requests::open(tx, &new, 1).await.map_err(said).map(drop)
 }
 
 async fn crowd(db: &DatabaseConnection, round: u32, count: u32) -> Result<f64, String> {

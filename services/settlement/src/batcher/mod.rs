@@ -1,4 +1,4 @@
-//! Journal -> batch -> chain -> anchored -> rewards queued.
+//! Journal -> batch -> chain, with charges -> anchored -> rewards queued.
 //!
 //! ```text
 //! form: {batch row, leaves} commit -> sign: {signed bytes} commit -> send -> confirm: {anchored, outbox} commit
@@ -15,8 +15,10 @@
 //! Points for planned failures ([`infera_runtime::planned`]), in the order in which they are passed:
 //! `settlement.batch.before_form`, `in_form`, `after_form`; `before_sign`, `in_sign`, `after_sign`, `before_send`,
 //! `after_send`; `before_mark`, `in_mark`, `after_mark`. The queueing of rewards by itself passes `settlement.rewards.`
-//! `before_sign`, `in_sign`, `after_sign`, `before_send`, `after_send`.
+//! `before_sign`, `in_sign`, `after_sign`, `before_send`, `after_send`; so do charges by themselves,
+//! `settlement.charges.`
 
+mod charges;
 mod form;
 mod rewards;
 mod send;
@@ -196,6 +198,9 @@ impl<L: Link<Port: Clone>> Batcher<L> {
                 }
                 if form && self.form().await? {
                     return Ok(Next::Now);
+                }
+                if self.charge(&port, work, &head).await? {
+                    return Ok(Next::Poll);
                 }
                 let queueing = self.queue(&port, work, &head).await?;
                 Ok(if confirmed && !queueing { Next::Idle } else { Next::Poll })

@@ -57,14 +57,20 @@ pub fn may_queue(rewards: &Rewards, sequence: u64, total: u128, interval_secs: u
 }
 
 impl<L: Link<Port: Clone>> Batcher<L> {
-    /// The total with which the batch's rewards can be queued now.
-    pub(super) async fn queueable(&self, port: &L::Port, row: &BatchRow) -> Result<Option<u128>, StepError> {
+    /// The total with which the batch's rewards can be queued now, after charges have brought `charged` into the pool.
+    pub(super) async fn queueable(
+        &self,
+        port: &L::Port,
+        row: &BatchRow,
+        charged: u128,
+    ) -> Result<Option<u128>, StepError> {
         let total = u128::from(unsigned("batches.reward_total_micro", row.reward_total_micro)?);
         if !self.config.rewards.queue || total == 0 {
             return Ok(None);
         }
         let sequence = unsigned("batches.sequence", row.sequence)?;
         let mut rewards = port.rewards().await?;
+        rewards.funded = rewards.funded.saturating_add(charged);
         // A chain without transactions makes no blocks, and its time stands still.
         let wall_secs = u64::try_from(clock::now_ms() / 1_000).unwrap_or(0);
         rewards.now_secs = rewards.now_secs.max(wall_secs);
@@ -88,10 +94,10 @@ impl<L: Link<Port: Clone>> Batcher<L> {
         head: &Head,
     ) -> Result<bool, StepError> {
         let Some(row) = batches::find(&self.db, head.sequence).await? else { return Ok(false) };
-        let Some(total) = self.queueable(port, &row).await? else { return Ok(false) };
+        let Some(total) = self.queueable(port, &row, 0).await? else { return Ok(false) };
         let job = Job { sequence: head.sequence, purpose: Purpose::Queue };
         let call = Call::Queue { batch: batches::batch(&row)?, total };
-        self.drive(port, work, job, &call).await?;
+        self.drive(port, work, job, &[call]).await?;
         Ok(true)
     }
 }

@@ -21,13 +21,15 @@ const GWEI: u128 = 1_000_000_000;
 async fn point(job: Job, name: &str) {
     let of = match job.purpose {
         Purpose::Post => "batch",
+        Purpose::Charge => "charges",
         Purpose::Queue => "rewards",
     };
     planned::pause(&format!("settlement.{of}.{name}")).await;
 }
 
 impl<L: Link<Port: Clone>> Batcher<L> {
-    /// Brings the transaction of the chain's next batch on its way, with its rewards if they can be queued now.
+    /// Brings the transaction of the chain's next batch on its way, with what escrows owe, and with its rewards if they can
+    /// be queued now.
     pub(super) async fn post(
         &self,
         port: &L::Port,
@@ -37,42 +39,50 @@ impl<L: Link<Port: Clone>> Batcher<L> {
         let Some(row) = batches::find(&self.db, sequence).await? else { return Ok(()) };
         let batch = batches::batch(&row)?;
         let job = Job { sequence, purpose: Purpose::Post };
-        if let Some(total) = self.queueable(port, &row).await? {
-            let both = Call::PostAndQueue { batch, total };
-            match self.drive(port, work, job, &both).await {
-                // The batch matters more than its rewards, which a later one can bring.
-                Err(StepError::Chain(ChainError::Reverted { reason, .. })) => {
-                    tracing::warn!(sequence, reason, "the batch is posted without its rewards");
+        let charges = self.charges().await?;
+        let mut calls = vec![Call::Post(batch)];
+        calls.extend(charges.call(sequence));
+        if let Some(total) = self.queueable(port, &row, charges.micro).await? {
+            calls.push(Call::Queue { batch, total });
+        }
+        loop {
+            match self.drive(port, work, job, &calls).await {
+                // The batch matters more than its rewards and charges, which can come later.
+                Err(StepError::Chain(ChainError::Reverted { reason, .. })) if calls.len() > 1 => {
+                    let without =
+                        if matches!(calls.pop(), Some(Call::Queue { .. })) { "rewards" } else { "charges" };
+                    tracing::warn!(sequence, reason, "the batch is posted without its {without}");
                 }
                 other => return other,
             }
         }
-        self.drive(port, work, job, &Call::Post(batch)).await
     }
 
-    /// Signs what `call` says, or sends again what was signed before, or replaces it by one that pays more.
+    /// Signs what `calls` say, or sends again what was signed before, or replaces it by one that pays more.
     pub(super) async fn drive(
         &self,
         port: &L::Port,
         work: &mut Work<L::Port>,
         job: Job,
-        call: &Call,
+        calls: &[Call],
     ) -> Result<(), StepError> {
         // The nonce first: a transaction that is mined in between is then seen as included.
         let nonce = port.next_nonce().await?;
         let variants = txs::of(&self.db, job).await?;
-        for variant in &variants {
+        // The charges of one batch may be several transactions: those in blocks have done their part.
+        let again = job.purpose == Purpose::Charge;
+        for variant in variants.iter().filter(|variant| !again || variant.nonce == nonce) {
             if let TxStatus::Included { .. } = port.status(variant.hash.0.into()).await? {
                 return Ok(());
             }
         }
         let waiting = variants.iter().filter(|variant| variant.nonce == nonce).max_by_key(|v| v.fees);
         let Some(waiting) = waiting else {
-            if let Some(old) = variants.last() {
+            if let Some(old) = variants.last().filter(|_| !again) {
                 tracing::warn!(?job, nonce, old = old.nonce, "the transaction is void, signing anew");
             }
             let fees = self.first_fees(port, nonce).await?;
-            return self.sign(port, work, job, call, nonce, fees).await;
+            return self.sign(port, work, job, calls, nonce, fees).await;
         };
         let age_ms = clock::now_ms().saturating_sub(waiting.signed_at_ms);
         if work.underpriced.remove(&job) || age_ms >= self.config.chain.bump_ms {
@@ -81,7 +91,7 @@ impl<L: Link<Port: Clone>> Batcher<L> {
             if let Some(fees) = Fees::to_replace(waiting.fees, market, percent, cap) {
                 tracing::info!(?job, nonce, old = waiting.fees.max, new = fees.max, "replacing what waits");
                 self.metrics.batches("bumped", 1);
-                match self.sign(port, work, job, call, nonce, fees).await {
+                match self.sign(port, work, job, calls, nonce, fees).await {
                     // In a block by now, or the endpoint counts what waits: what is signed is still good.
                     Err(StepError::Chain(ChainError::Reverted { reason, .. })) => {
                         tracing::debug!(?job, reason, "no replacement");
@@ -111,12 +121,12 @@ impl<L: Link<Port: Clone>> Batcher<L> {
         port: &L::Port,
         work: &mut Work<L::Port>,
         job: Job,
-        call: &Call,
+        calls: &[Call],
         nonce: u64,
         fees: Fees,
     ) -> Result<(), StepError> {
         point(job, "before_sign").await;
-        let signed = port.sign(call, nonce, fees).await?;
+        let signed = port.sign(calls, nonce, fees).await?;
         point(job, "in_sign").await;
         let now_ms = clock::now_ms();
         txs::add(&self.db, job, &signed, now_ms).await?;

@@ -1,5 +1,7 @@
 //! Posting batches: explicit nonces, and signed bytes that are stored before they are sent.
 
+use std::{collections::BTreeSet, time::Duration};
+
 use alloy::{
     consensus::{SignableTransaction, TxEip1559, TxEnvelope},
     eips::{BlockNumberOrTag, eip2718::Encodable2718},
@@ -14,7 +16,7 @@ use infera_runtime::config::Secret;
 
 use super::{
     Batch, ChainError, ChainReader, Head, InferaSettlement, PostedBatch, call,
-    port::{Call, Fees, Finality, Link, Port, Rewards},
+    port::{BlockRef, Call, Charge, Escrow, Fees, Finality, Link, Port, Rewards},
 };
 
 /// The settlement contract on one chain, for a settler.
@@ -93,7 +95,7 @@ impl Chain {
     /// [`ChainError::Reverted`] if the contract would refuse the batch now (another sequence or predecessor).
     pub async fn sign_batch(&self, batch: &Batch, nonce: u64) -> Result<SignedTx, ChainError> {
         let fees = fees(self.reader.provider()).await?;
-        self.sign(&Call::Post(*batch), nonce, fees).await
+        self.sign(&[Call::Post(*batch)], nonce, fees).await
     }
 
     /// Sends stored bytes. Sending them again is no error.
@@ -149,9 +151,9 @@ impl Port for Chain {
         fees(self.reader.provider()).await
     }
 
-    async fn sign(&self, call: &Call, nonce: u64, fees: Fees) -> Result<SignedTx, ChainError> {
+    async fn sign(&self, calls: &[Call], nonce: u64, fees: Fees) -> Result<SignedTx, ChainError> {
         let to = TxKind::Call(self.reader.contract());
-        let input = input(call);
+        let input = input(calls);
         let gas = gas(self.reader.provider(), self.signer.address(), to, &input).await?;
         sign(&self.signer, self.reader.chain_id(), Draft { to, input, nonce, gas, fees })
     }
@@ -175,39 +177,74 @@ impl Port for Chain {
     async fn rewards(&self) -> Result<Rewards, ChainError> {
         self.reader.rewards().await
     }
+
+    async fn newest(&self) -> Result<BlockRef, ChainError> {
+        self.reader.newest().await
+    }
+
+    async fn block_hash(&self, number: u64) -> Result<Option<B256>, ChainError> {
+        self.reader.block_hash(number).await
+    }
+
+    async fn touched(&self, from: u64, to: u64) -> Result<BTreeSet<Address>, ChainError> {
+        self.reader.touched(from, to).await
+    }
+
+    async fn escrow(&self, account: Address, block: u64) -> Result<Escrow, ChainError> {
+        self.reader.escrow(account, Some(block)).await
+    }
 }
 
-fn input(call: &Call) -> Bytes {
-    let post = |batch: &Batch| {
-        InferaSettlement::postBatchCall {
-            sequence: batch.sequence,
-            previousHash: batch.previous_hash,
-            receiptsRoot: batch.receipts_root,
-            count: batch.count,
-            rewardRoot: batch.reward_root,
-            total: batch.total,
-        }
-        .abi_encode()
-    };
-    let queue = |batch: &Batch, total: u128| {
-        let batch = InferaSettlement::Batch {
-            sequence: batch.sequence,
-            previousHash: batch.previous_hash,
-            receiptsRoot: batch.receipts_root,
-            count: batch.count,
-            rewardRoot: batch.reward_root,
-            total: batch.total,
-        };
-        InferaSettlement::queueRewardsCall { batch, total }.abi_encode()
-    };
-    match call {
-        Call::Post(batch) => post(batch).into(),
-        Call::Queue { batch, total } => queue(batch, *total).into(),
-        Call::PostAndQueue { batch, total } => {
-            let data = vec![post(batch).into(), queue(batch, *total).into()];
+/// What the contract is sent: one call, or a `multicall` of several.
+fn input(calls: &[Call]) -> Bytes {
+    let mut data: Vec<Bytes> = calls.iter().map(one).collect();
+    match data.pop() {
+        Some(only) if data.is_empty() => only,
+        Some(last) => {
+            data.push(last);
             InferaSettlement::multicallCall { data }.abi_encode().into()
         }
+        None => Bytes::new(),
     }
+}
+
+fn one(call: &Call) -> Bytes {
+    match call {
+        Call::Post(batch) => InferaSettlement::postBatchCall {
+            sequence: batch.sequence,
+            previousHash: batch.previous_hash,
+            receiptsRoot: batch.receipts_root,
+            count: batch.count,
+            rewardRoot: batch.reward_root,
+            total: batch.total,
+        }
+        .abi_encode(),
+        Call::Charge { sequence, charges } => InferaSettlement::chargeCall {
+            sequence: *sequence,
+            charges: charges.iter().map(charge).collect(),
+        }
+        .abi_encode(),
+        Call::Queue { batch, total } => {
+            let batch = InferaSettlement::Batch {
+                sequence: batch.sequence,
+                previousHash: batch.previous_hash,
+                receiptsRoot: batch.receipts_root,
+                count: batch.count,
+                rewardRoot: batch.reward_root,
+                total: batch.total,
+            };
+            InferaSettlement::queueRewardsCall { batch, total: *total }.abi_encode()
+        }
+    }
+    .into()
+}
+
+fn charge(one: &Charge) -> InferaSettlement::Charge {
+    let (voucher, signature) = match one.voucher {
+        Some((cumulative, signature)) => (cumulative, Bytes::copy_from_slice(signature.as_bytes())),
+        None => (0, Bytes::new()),
+    };
+    InferaSettlement::Charge { account: one.account, cumulative: one.cumulative, voucher, signature }
 }
 
 pub(super) async fn nonce(provider: &RootProvider, address: Address) -> Result<u64, ChainError> {
@@ -282,6 +319,51 @@ pub(super) async fn send(provider: &RootProvider, raw: &[u8]) -> Result<(), Chai
             Err(ChainError::Underpriced(message))
         }
         other => other,
+    }
+}
+
+/// How often a pending transaction is looked at, and how long.
+const POLL: Duration = Duration::from_millis(50);
+const TIMEOUT: Duration = Duration::from_secs(120);
+
+/// Sends one call as `signer` and waits until it is in a block. Returns the transaction.
+///
+/// # Errors
+/// [`ChainError::Reverted`] with the contract's reason, mostly before anything is sent.
+pub(super) async fn transact(
+    reader: &ChainReader,
+    signer: &PrivateKeySigner,
+    what: &'static str,
+    to: Address,
+    request: &impl SolCall,
+) -> Result<B256, ChainError> {
+    let provider = reader.provider();
+    let (to, input) = (TxKind::Call(to), request.abi_encode().into());
+    let gas = gas(provider, signer.address(), to, &input).await.map_err(|error| match error {
+        ChainError::Reverted { reason, .. } => ChainError::Reverted { what, reason },
+        other => other,
+    })?;
+    let fees = fees(provider).await?;
+    let nonce = nonce(provider, signer.address()).await?;
+    let signed = sign(signer, reader.chain_id(), Draft { to, input, nonce, gas, fees })?;
+    send(provider, &signed.raw).await?;
+    let deadline = tokio::time::Instant::now() + TIMEOUT;
+    loop {
+        match status(provider, signed.hash).await? {
+            TxStatus::Included { .. } => return Ok(signed.hash),
+            TxStatus::Failed { .. } => {
+                let reason = format!("transaction {} failed", signed.hash);
+                return Err(ChainError::Reverted { what, reason });
+            }
+            TxStatus::Unknown if tokio::time::Instant::now() >= deadline => {
+                return Err(ChainError::Unreachable(format!(
+                    "{what}: {} was sent and is in no block after {} s",
+                    signed.hash,
+                    TIMEOUT.as_secs()
+                )));
+            }
+            TxStatus::Unknown => tokio::time::sleep(POLL).await,
+        }
     }
 }
 

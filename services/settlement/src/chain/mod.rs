@@ -5,12 +5,14 @@
 //!   [`Chain::next_nonce`], gets the signed bytes from [`Port::sign`], stores them, and only then sends them with
 //!   [`Chain::send_raw`]. Sending the same bytes again is harmless, and the contract refuses a sequence it already has.
 //! - [`port`] is what the batcher needs of a chain, so that tests can put one of their own in its place.
+//! - [`consumer`] deposits, signs vouchers and withdraws.
 //! - [`operator`] claims rewards and stakes, [`deploy`] sets up a network's contracts.
 //! - [`devnet`] runs a local anvil whose state survives restarts.
 //!
 //! Every call ends within [`CALL_TIMEOUT`].
 
 pub mod client;
+pub mod consumer;
 pub mod deploy;
 pub mod devnet;
 pub mod operator;
@@ -22,7 +24,7 @@ use std::time::Duration;
 pub use alloy::primitives::{Address, B256};
 pub use client::{Chain, SignedTx, TxStatus, parse_key};
 pub use deploy::{Contracts, Deployment};
-pub use port::{Call, Fees, Link, Port, Rewards};
+pub use port::{BlockRef, Call, Charge, Escrow, Fees, Link, Port, Rewards};
 pub use reader::ChainReader;
 
 /// The longest that one call to the JSON-RPC endpoint may take.
@@ -181,6 +183,9 @@ impl From<alloy::transports::TransportError> for Failure {
         if let Some(reverted) = payload.as_decoded_interface_error::<InferaStaking::InferaStakingErrors>() {
             return Self::Reverted(staking_reason(&reverted));
         }
+        if let Some(reverted) = payload.as_decoded_interface_error::<InferToken::InferTokenErrors>() {
+            return Self::Reverted(token_reason(&reverted));
+        }
         if payload.message.contains("revert") {
             return Self::Reverted(payload.message.to_string());
         }
@@ -194,6 +199,18 @@ impl From<alloy::contract::Error> for Failure {
             alloy::contract::Error::TransportError(error) => error.into(),
             other => Self::Refused(other.to_string()),
         }
+    }
+}
+
+fn token_reason(error: &InferToken::InferTokenErrors) -> String {
+    use InferToken::InferTokenErrors as E;
+    use alloy::sol_types::SolInterface;
+    match error {
+        E::ERC20InsufficientBalance(e) => format!("{} has {}, not {}", e.sender, e.balance, e.needed),
+        E::ERC20InsufficientAllowance(e) => {
+            format!("{} may move {}, not {}; approve it or sign a permit", e.spender, e.allowance, e.needed)
+        }
+        other => format!("the token's error 0x{}", alloy::hex::encode(other.selector())),
     }
 }
 
@@ -224,6 +241,9 @@ fn revert_reason(error: &InferaSettlement::InferaSettlementErrors) -> String {
         E::BeyondVoucher(e) => {
             format!("{} allowed {}, not {}", e.account, e.authorized, e.requested)
         }
+        E::BeyondEscrow(e) => format!("{} is in escrow, not {}", e.escrow, e.requested),
+        E::NoWithdrawal(_) => "no withdrawal was asked for".to_string(),
+        E::ZeroAmount(_) => "the amount is zero".to_string(),
         E::NotTheHead(_) => "the batch is not the newest one".to_string(),
         E::AlreadyQueued(e) => format!("the rewards of batch {} are queued", e.sequence),
         E::TotalDecreases(e) => format!("the total {} is below the last one, {}", e.given, e.previous),

@@ -1,22 +1,16 @@
 //! What an operator does on the chain: claims what was earned, stakes, takes stake out.
 
-use std::time::Duration;
-
 use alloy::{
-    primitives::{Address, B256, TxKind, U256},
+    primitives::{Address, B256, U256},
     providers::Provider,
     signers::local::PrivateKeySigner,
     sol_types::SolCall,
 };
 
 use super::{
-    ChainError, ChainReader, Contracts, InferToken, InferaSettlement, InferaStaking, TxStatus, call,
-    client::{self, Draft, parse_key},
+    ChainError, ChainReader, Contracts, InferToken, InferaSettlement, InferaStaking, call,
+    client::{self, parse_key},
 };
-
-/// How often a pending transaction is looked at, and how long.
-const POLL: Duration = Duration::from_millis(50);
-const TIMEOUT: Duration = Duration::from_secs(120);
 
 /// An operator's key at a network's contracts.
 #[derive(Debug, Clone)]
@@ -190,34 +184,6 @@ impl Operator {
         to: Address,
         request: &impl SolCall,
     ) -> Result<B256, ChainError> {
-        let provider = self.reader.provider();
-        let (to, input) = (TxKind::Call(to), request.abi_encode().into());
-        let gas = client::gas(provider, self.address(), to, &input).await.map_err(|error| match error {
-            ChainError::Reverted { reason, .. } => ChainError::Reverted { what, reason },
-            other => other,
-        })?;
-        let fees = client::fees(provider).await?;
-        let nonce = client::nonce(provider, self.address()).await?;
-        let draft = Draft { to, input, nonce, gas, fees };
-        let signed = client::sign(&self.signer, self.reader.chain_id(), draft)?;
-        client::send(provider, &signed.raw).await?;
-        let deadline = tokio::time::Instant::now() + TIMEOUT;
-        loop {
-            match client::status(provider, signed.hash).await? {
-                TxStatus::Included { .. } => return Ok(signed.hash),
-                TxStatus::Failed { .. } => {
-                    let reason = format!("transaction {} failed", signed.hash);
-                    return Err(ChainError::Reverted { what, reason });
-                }
-                TxStatus::Unknown if tokio::time::Instant::now() >= deadline => {
-                    return Err(ChainError::Unreachable(format!(
-                        "{what}: {} was sent and is in no block after {} s",
-                        signed.hash,
-                        TIMEOUT.as_secs()
-                    )));
-                }
-                TxStatus::Unknown => tokio::time::sleep(POLL).await,
-            }
-        }
+        client::transact(&self.reader, &self.signer, what, to, request).await
     }
 }

@@ -1,8 +1,11 @@
-//! What the batcher needs of a chain. [`super::Chain`] is the real one; tests put a chain of their own in its place, with
+//! What the batcher, and what follows the escrows, need of a chain. [`super::Chain`] is the real one; tests put a chain of their own in its place, with
 //! outages, reorganisations and lost transactions by a seed.
 
+use std::collections::BTreeSet;
+
 use super::{Batch, ChainError, Head, PostedBatch, SignedTx, TxStatus};
-use alloy::primitives::B256;
+use alloy::primitives::{Address, B256};
+use infera_protocol::bytes::EvmSignature;
 
 /// What a transaction offers, wei per gas.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
@@ -49,14 +52,46 @@ impl Fees {
 }
 
 /// What the settler can ask of the contract.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Call {
     /// `postBatch`.
     Post(Batch),
-    /// `multicall([postBatch, queueRewards])`: both or none. `total`: the sum of the reward tree's leaves, 10^-6 INFER.
-    PostAndQueue { batch: Batch, total: u128 },
-    /// `queueRewards` for the newest batch.
+    /// `charge` for batch `sequence`, which must be the newest by then.
+    Charge { sequence: u64, charges: Vec<Charge> },
+    /// `queueRewards` for the newest batch. `total`: the sum of the reward tree's leaves, 10^-6 INFER.
     Queue { batch: Batch, total: u128 },
+}
+
+/// One account's part of a charge.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Charge {
+    pub account: Address,
+    /// What it must have paid over its lifetime, 10^-6 INFER: the same again takes nothing.
+    pub cumulative: u128,
+    /// A voucher for at least that, where the contract has seen none.
+    pub voucher: Option<(u128, EvmSignature)>,
+}
+
+/// A consumer's money in the contract, 10^-6 INFER.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct Escrow {
+    /// Deposited and neither charged nor withdrawn.
+    pub escrow: u128,
+    /// Charged over the account's lifetime.
+    pub charged: u128,
+    /// The highest voucher that the contract has seen.
+    pub authorized: u128,
+    /// Asked to be withdrawn.
+    pub withdrawal: u128,
+    /// When that may be taken, seconds since 1970; 0 for never.
+    pub withdrawable_secs: u64,
+}
+
+/// A block.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct BlockRef {
+    pub number: u64,
+    pub hash: B256,
 }
 
 /// The queue of reward roots, as the newest block has it.
@@ -116,8 +151,9 @@ pub trait Port {
     async fn next_nonce(&self) -> Result<u64, ChainError>;
     /// What a transaction should offer now.
     async fn fees(&self) -> Result<Fees, ChainError>;
-    /// Signs; sends nothing. [`ChainError::Reverted`] if the contract would refuse it now.
-    async fn sign(&self, call: &Call, nonce: u64, fees: Fees) -> Result<SignedTx, ChainError>;
+    /// Signs a transaction that makes all these calls or none; sends nothing. [`ChainError::Reverted`] if the contract
+    /// would refuse it now.
+    async fn sign(&self, calls: &[Call], nonce: u64, fees: Fees) -> Result<SignedTx, ChainError>;
     /// Sends stored bytes; again is no error.
     async fn send_raw(&self, raw: &[u8]) -> Result<(), ChainError>;
     /// Where a transaction stands.
@@ -128,6 +164,14 @@ pub trait Port {
     async fn final_block(&self, finality: Finality, confirmations: u64) -> Result<u64, ChainError>;
     /// The queue of reward roots.
     async fn rewards(&self) -> Result<Rewards, ChainError>;
+    /// The newest block.
+    async fn newest(&self) -> Result<BlockRef, ChainError>;
+    /// The hash of a block; `None` if there is none with this number.
+    async fn block_hash(&self, number: u64) -> Result<Option<B256>, ChainError>;
+    /// The accounts whose escrow, withdrawal, charges or voucher changed in these blocks, both ends included.
+    async fn touched(&self, from: u64, to: u64) -> Result<BTreeSet<Address>, ChainError>;
+    /// An account's money as of the end of a block.
+    async fn escrow(&self, account: Address, block: u64) -> Result<Escrow, ChainError>;
 }
 
 #[cfg(test)]

@@ -1,5 +1,7 @@
 //! Reading the contract: no key needed, nothing changed.
 
+use std::collections::BTreeSet;
+
 use alloy::{
     eips::BlockNumberOrTag,
     primitives::{Address, B256},
@@ -10,7 +12,7 @@ use alloy::{
 
 use super::{
     Batch, ChainError, Head, InferaSettlement, PostedBatch, call,
-    port::{Finality, Rewards},
+    port::{BlockRef, Escrow, Finality, Rewards},
 };
 
 /// The settlement contract on one chain, for reading.
@@ -226,5 +228,71 @@ impl ChainReader {
             total: event.total,
         };
         Ok(Some(PostedBatch { batch, batch_hash: event.batchHash, block, tx }))
+    }
+
+    /// The newest block.
+    pub async fn newest(&self) -> Result<BlockRef, ChainError> {
+        let block = call("eth_getBlockByNumber", async {
+            self.provider.get_block_by_number(BlockNumberOrTag::Latest).await
+        })
+        .await?
+        .ok_or_else(|| ChainError::Unreachable("the endpoint has no newest block".into()))?;
+        Ok(BlockRef { number: block.header.number, hash: block.header.hash })
+    }
+
+    /// The hash of a block; `None` if there is none with this number.
+    pub async fn block_hash(&self, number: u64) -> Result<Option<B256>, ChainError> {
+        let block = call("eth_getBlockByNumber", async {
+            self.provider.get_block_by_number(BlockNumberOrTag::Number(number)).await
+        })
+        .await?;
+        Ok(block.map(|block| block.header.hash))
+    }
+
+    /// The accounts whose escrow, withdrawal, charges or voucher changed in these blocks, both ends included.
+    pub async fn touched(&self, from: u64, to: u64) -> Result<BTreeSet<Address>, ChainError> {
+        let events = [
+            InferaSettlement::Deposited::SIGNATURE_HASH,
+            InferaSettlement::WithdrawalRequested::SIGNATURE_HASH,
+            InferaSettlement::WithdrawalCancelled::SIGNATURE_HASH,
+            InferaSettlement::Withdrawn::SIGNATURE_HASH,
+            InferaSettlement::VoucherRecorded::SIGNATURE_HASH,
+            InferaSettlement::Charged::SIGNATURE_HASH,
+            InferaSettlement::ChargedShort::SIGNATURE_HASH,
+        ];
+        let filter = Filter::new()
+            .address(self.contract)
+            .event_signature(events.to_vec())
+            .from_block(from)
+            .to_block(to);
+        let logs = call("eth_getLogs", async { self.provider.get_logs(&filter).await }).await?;
+        // Charges name their batch first.
+        let second =
+            [InferaSettlement::Charged::SIGNATURE_HASH, InferaSettlement::ChargedShort::SIGNATURE_HASH];
+        let account = |log: &alloy::rpc::types::Log| {
+            let topics = log.inner.data.topics();
+            let place = if second.contains(topics.first()?) { 2 } else { 1 };
+            topics.get(place).map(|topic| Address::from_word(*topic))
+        };
+        Ok(logs.iter().filter(|log| !log.removed).filter_map(account).collect())
+    }
+
+    /// An account's money as of the end of a block; the newest one's without a number.
+    pub async fn escrow(&self, account: Address, block: Option<u64>) -> Result<Escrow, ChainError> {
+        let at = block.map_or(BlockNumberOrTag::Latest, BlockNumberOrTag::Number);
+        let found =
+            call("account", async { self.instance().account(account).block(at.into()).call().await }).await?;
+        Ok(Escrow {
+            escrow: found.escrow,
+            charged: found.charged,
+            authorized: found.authorized,
+            withdrawal: found.withdrawal,
+            withdrawable_secs: found.withdrawableAt,
+        })
+    }
+
+    /// Everything that was ever charged and funded, 10^-6 INFER: the pool before claims.
+    pub async fn total_funded(&self) -> Result<u128, ChainError> {
+        call("totalFunded", async { self.instance().totalFunded().call().await }).await
     }
 }

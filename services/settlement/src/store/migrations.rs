@@ -7,8 +7,8 @@ use sea_orm_migration::{
 };
 
 use super::tables::{
-    balances, batch_txs, batches, entries, journal, receipts, requests, reward_history, rewards, transfers,
-    unpaid,
+    balances, batch_txs, batches, entries, escrow_cursor, escrows, journal, receipts, requests,
+    reward_history, rewards, transfers, unpaid, vouchers,
 };
 
 /// All migrations of this service, with those of the bus.
@@ -22,6 +22,7 @@ impl MigratorTrait for Migrator {
             Box::new(First),
             Box::new(Deadlines),
             Box::new(Variants),
+            Box::new(Escrows),
         ]
     }
 }
@@ -123,6 +124,57 @@ impl MigrationTrait for Variants {
                 .await?;
         }
         Ok(())
+    }
+}
+
+/// Consumers' escrows and vouchers, and what a statement of usage needs.
+struct Escrows;
+
+impl MigrationName for Escrows {
+    fn name(&self) -> &str {
+        "settlement_0004"
+    }
+}
+
+#[async_trait::async_trait]
+impl MigrationTrait for Escrows {
+    async fn up(&self, manager: &SchemaManager) -> Result<(), DbErr> {
+        use {
+            escrow_cursor::Column as C, escrows::Column as E, requests::Column as R, vouchers::Column as V,
+        };
+        let columns = vec![
+            text(E::Address),
+            int(E::EscrowMicro),
+            int(E::ChargedMicro),
+            int(E::AuthorizedMicro),
+            int(E::WithdrawalMicro),
+            int(E::WithdrawableAtSecs),
+            int(E::BlockNumber),
+            int(E::Unread),
+            optional_int(E::HeadEscrowMicro),
+            optional_int(E::HeadChargedMicro),
+            optional_int(E::HeadWithdrawalMicro),
+            int(E::OwedMicro),
+            int(E::BeforeMicro),
+            int(E::Movements),
+        ];
+        create(manager, escrows::Entity, columns, Index::create().col(E::Address)).await?;
+        index(manager, "escrows_unread", escrows::Entity, [E::Unread, E::Address]).await?;
+        let columns = vec![int(C::Id), int(C::NextBlock), bytes(C::BlockHash), int(C::LookedAtMs)];
+        create(manager, escrow_cursor::Entity, columns, Index::create().col(C::Id)).await?;
+        let columns = vec![text(V::Address), int(V::CumulativeMicro), bytes(V::Signature), int(V::AtMs)];
+        create(manager, vouchers::Entity, columns, Index::create().col(V::Address)).await?;
+        for column in [
+            R::HeldEscrowMicro,
+            R::ChargedEscrowMicro,
+            R::PromptTokens,
+            R::CompletionTokens,
+            R::SubmittedAtMs,
+        ] {
+            let column = ColumnDef::new(column).big_integer().not_null().default(0_i64).take();
+            manager.alter_table(Table::alter().table(requests::Entity).add_column(column).take()).await?;
+        }
+        index(manager, "requests_account", requests::Entity, [R::Account, R::FundedAtMs, R::Id]).await
     }
 }
 

@@ -1,11 +1,14 @@
 //! The database of this service: plain functions that take a connection or a transaction.
 
 pub mod batches;
+pub mod escrows;
 mod migrations;
 pub mod requests;
 pub mod rewards;
 pub mod tables;
 pub mod txs;
+pub mod usage;
+pub mod vouchers;
 
 pub use migrations::Migrator;
 

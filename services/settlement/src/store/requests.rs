@@ -29,6 +29,8 @@ pub struct NewRequest<'a> {
     pub price_micro: u64,
     pub held_micro: u64,
     pub deadline_ms: i64,
+    pub prompt_tokens: u32,
+    pub submitted_at_ms: i64,
 }
 
 /// Writes an open request; `false` if its id is there already.
@@ -46,7 +48,12 @@ pub async fn open<C: ConnectionTrait>(tx: &C, new: &NewRequest<'_>, now_ms: i64)
         calibration_hash: Set(new.calibration_hash.to_vec()),
         price_micro: Set(signed("requests.price_micro", new.price_micro)?),
         held_micro: Set(signed("requests.held_micro", new.held_micro)?),
+        held_escrow_micro: Set(0),
         charged_micro: Set(0),
+        charged_escrow_micro: Set(0),
+        prompt_tokens: Set(new.prompt_tokens.into()),
+        completion_tokens: Set(0),
+        submitted_at_ms: Set(new.submitted_at_ms),
         code: Set(String::new()),
         message: Set(String::new()),
         funded_at_ms: Set(now_ms),
@@ -55,6 +62,42 @@ pub async fn open<C: ConnectionTrait>(tx: &C, new: &NewRequest<'_>, now_ms: i64)
     };
     let insert = requests::Entity::insert(row).on_conflict(OnConflict::new().do_nothing().to_owned());
     Ok(tx.execute(&insert.into_query()).await?.rows_affected() == 1)
+}
+
+/// Notes how much of an open request's hold was taken from escrow.
+///
+/// # Errors
+/// The database's.
+pub async fn set_held_escrow<C: ConnectionTrait>(tx: &C, id: Uuid, micro: u64) -> Result<(), DbErr> {
+    requests::Entity::update_many()
+        .col_expr(
+            requests::Column::HeldEscrowMicro,
+            Expr::value(signed("requests.held_escrow_micro", micro)?),
+        )
+        .filter(requests::Column::Id.eq(id))
+        .exec(tx)
+        .await
+        .map(drop)
+}
+
+/// Notes what a settled request's answer was, and what of its charge the escrow pays.
+///
+/// # Errors
+/// The database's.
+pub async fn set_settled<C: ConnectionTrait>(
+    tx: &C,
+    id: Uuid,
+    completion_tokens: u32,
+    charged_escrow_micro: u64,
+) -> Result<(), DbErr> {
+    let charged = signed("requests.charged_escrow_micro", charged_escrow_micro)?;
+    requests::Entity::update_many()
+        .col_expr(requests::Column::CompletionTokens, Expr::value(i64::from(completion_tokens)))
+        .col_expr(requests::Column::ChargedEscrowMicro, Expr::value(charged))
+        .filter(requests::Column::Id.eq(id))
+        .exec(tx)
+        .await
+        .map(drop)
 }
 
 /// How an open request ends.

@@ -9,7 +9,7 @@ pub mod transfers {
     pub struct Model {
         #[sea_orm(primary_key, auto_increment = false)]
         pub id: Uuid,
-        /// `credit`, `hold`, `settle` or `release`.
+        /// See [`crate::ledger::Kind`].
         pub kind: String,
         pub request_id: Option<Uuid>,
         pub at_ms: i64,
@@ -78,7 +78,16 @@ pub mod requests {
         pub calibration_hash: Vec<u8>,
         pub price_micro: i64,
         pub held_micro: i64,
+        /// Of it, what was taken from the account's escrow; the rest is prepaid credit.
+        pub held_escrow_micro: i64,
         pub charged_micro: i64,
+        /// Of it, what its escrow pays.
+        pub charged_escrow_micro: i64,
+        pub prompt_tokens: i64,
+        /// 0 until it is settled.
+        pub completion_tokens: i64,
+        /// When the gateway took it; 0 in rows that are older than this column.
+        pub submitted_at_ms: i64,
         /// Why it was rejected or failed: an error code, and a sentence for people.
         pub code: String,
         pub message: String,
@@ -252,6 +261,91 @@ pub mod unpaid {
         pub operator: String,
         /// As the receipt says it.
         pub reason: String,
+        pub at_ms: i64,
+    }
+
+    #[derive(Copy, Clone, Debug, EnumIter, DeriveRelation)]
+    pub enum Relation {}
+
+    impl ActiveModelBehavior for ActiveModel {}
+}
+
+/// Consumers' escrows: what the chain has, and what the books charged to them. Amounts in 10^-6 INFER.
+pub mod escrows {
+    use sea_orm::entity::prelude::*;
+
+    #[derive(Clone, Debug, PartialEq, Eq, DeriveEntityModel)]
+    #[sea_orm(table_name = "escrows")]
+    pub struct Model {
+        /// 0x and lowercase hex.
+        #[sea_orm(primary_key, auto_increment = false)]
+        pub address: String,
+        /// Deposited and neither charged nor withdrawn, as of the final block `block_number`; so for the next four.
+        pub escrow_micro: i64,
+        /// Charged on the chain over the account's lifetime.
+        pub charged_micro: i64,
+        /// The highest voucher that the chain has seen.
+        pub authorized_micro: i64,
+        /// Asked to be withdrawn.
+        pub withdrawal_micro: i64,
+        pub withdrawable_at_secs: i64,
+        /// 0: not read yet.
+        pub block_number: i64,
+        /// 1: something happened to it in a final block, to be read.
+        pub unread: i64,
+        /// As of the newest block, where something happened after the final one.
+        pub head_escrow_micro: Option<i64>,
+        pub head_charged_micro: Option<i64>,
+        pub head_withdrawal_micro: Option<i64>,
+        /// Charged by the books over the account's lifetime.
+        pub owed_micro: i64,
+        /// Of it, what the chain had charged and these books do not know of.
+        pub before_micro: i64,
+        /// Transfers that deposits and withdrawals made so far: the next one's id has this number.
+        pub movements: i64,
+    }
+
+    #[derive(Copy, Clone, Debug, EnumIter, DeriveRelation)]
+    pub enum Relation {}
+
+    impl ActiveModelBehavior for ActiveModel {}
+}
+
+/// How far the settlement contract was followed: one row.
+pub mod escrow_cursor {
+    use sea_orm::entity::prelude::*;
+
+    #[derive(Clone, Debug, PartialEq, Eq, DeriveEntityModel)]
+    #[sea_orm(table_name = "escrow_cursor")]
+    pub struct Model {
+        #[sea_orm(primary_key, auto_increment = false)]
+        pub id: i64,
+        /// The next final block to look at.
+        pub next_block: i64,
+        /// Hash of the block before it; another one says that the chain was reorganised beyond finality.
+        pub block_hash: Vec<u8>,
+        pub looked_at_ms: i64,
+    }
+
+    #[derive(Copy, Clone, Debug, EnumIter, DeriveRelation)]
+    pub enum Relation {}
+
+    impl ActiveModelBehavior for ActiveModel {}
+}
+
+/// The highest voucher of each account.
+pub mod vouchers {
+    use sea_orm::entity::prelude::*;
+
+    #[derive(Clone, Debug, PartialEq, Eq, DeriveEntityModel)]
+    #[sea_orm(table_name = "vouchers")]
+    pub struct Model {
+        /// 0x and lowercase hex.
+        #[sea_orm(primary_key, auto_increment = false)]
+        pub address: String,
+        pub cumulative_micro: i64,
+        /// r, s, v: the account's, checked.
+        pub signature: Vec<u8>,
         pub at_ms: i64,
     }
 

@@ -12,8 +12,10 @@ use crate::chain::{Fees, SignedTx};
 /// What a transaction is for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum Purpose {
-    /// Posts the batch, perhaps with its rewards.
+    /// Posts the batch, perhaps with charges and its rewards.
     Post,
+    /// Charges escrows for a batch that is posted; there may be several.
+    Charge,
     /// Queues the rewards of a batch that is posted.
     Queue,
 }
@@ -22,6 +24,7 @@ impl Purpose {
     pub fn name(self) -> &'static str {
         match self {
             Self::Post => "post",
+            Self::Charge => "charge",
             Self::Queue => "queue",
         }
     }
@@ -111,8 +114,8 @@ pub async fn offered<C: ConnectionTrait>(db: &C, nonce: u64) -> Result<Option<Fe
     Ok(highest)
 }
 
-/// Forgets what a final batch does not need any more: its other variants, and queueings of earlier batches, which can't
-/// succeed behind a newer head. `kept` stays: it is sent again should the chain lose the batch all the same.
+/// Forgets what a final batch does not need any more: its other variants, and queueings and charges of earlier batches,
+/// which can't succeed behind a newer head. `kept` stays: it is sent again should the chain lose the batch all the same.
 ///
 /// # Errors
 /// The database's.
@@ -126,7 +129,7 @@ pub async fn forget<C: ConnectionTrait>(db: &C, sequence: u64, kept: &Hash32) ->
         .await?;
     batch_txs::Entity::delete_many()
         .filter(batch_txs::Column::Sequence.lt(sequence))
-        .filter(batch_txs::Column::Purpose.eq(Purpose::Queue.name()))
+        .filter(batch_txs::Column::Purpose.is_in([Purpose::Queue.name(), Purpose::Charge.name()]))
         .exec(db)
         .await
         .map(drop)

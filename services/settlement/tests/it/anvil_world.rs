@@ -1,22 +1,36 @@
 //! The schedules of [`crate::schedules`] on a real anvil: its blocks, its pool, its contract, behind a proxy.
 
+use alloy::{primitives::U256, sol_types::SolCall};
 use infera_protocol::{bytes::Address, identity::Domain};
 use infera_runtime::{config::Secret, db};
 use infera_settlement::{
-    chain::{Contracts, client::RpcLink},
+    chain::{Contracts, client::RpcLink, operator::Operator},
     store::Migrator,
 };
 use infera_testkit::{TempDir, anvil::Anvil, sqlite_url};
 use serde_json::{Value, json};
 
 use crate::{
-    chain::{SETTLER, SETTLER_ADDRESS},
+    chain::{DEPLOYER, SETTLER, SETTLER_ADDRESS},
     network::Network,
     proxy::{Mode, Proxy},
     schedules::{self, Event, Outcome, Terms, World},
+    wallets::{self, Deed, WALLETS},
 };
 
 const CHAIN: u64 = 31_337;
+/// What each wallet is given.
+const TOKENS: u128 = 1_000_000_000;
+
+mod abi {
+    alloy::sol! {
+        function approve(address spender, uint256 value);
+        function deposit(address consumer, uint256 amount);
+        function requestWithdrawal(uint256 amount);
+        function cancelWithdrawal();
+        function withdraw();
+    }
+}
 
 /// One call of a method that only a devnet has.
 pub async fn rpc(url: &str, method: &str, params: Value) -> Value {
@@ -62,6 +76,39 @@ impl Chain {
         rpc(self.url(), "anvil_mine", json!([format!("{blocks:#x}")])).await;
     }
 
+    /// Gives both wallets tokens, and the contract leave to take them.
+    pub async fn give_tokens(&self) {
+        rpc(self.url(), "evm_setAutomine", json!([true])).await;
+        let treasury = Operator::connect(self.url(), DEPLOYER, self.contracts).await.unwrap();
+        for wallet in 0..WALLETS.len() {
+            treasury.transfer(wallets::address(wallet).0.into(), TOKENS).await.unwrap();
+            let spender = self.contracts.settlement;
+            let approve = abi::approveCall { spender, value: U256::from(TOKENS) }.abi_encode();
+            self.send(wallet, self.contracts.token, approve).await;
+        }
+        rpc(self.url(), "evm_setAutomine", json!([false])).await;
+    }
+
+    /// Sends a consumer's transaction; it waits for a block, and what fails there changes nothing.
+    pub async fn deed(&self, wallet: usize, deed: Deed) {
+        let consumer = wallets::address(wallet).0.into();
+        let input = match deed {
+            Deed::Deposit(amount) => abi::depositCall { consumer, amount: U256::from(amount) }.abi_encode(),
+            Deed::Request(amount) => abi::requestWithdrawalCall { amount: U256::from(amount) }.abi_encode(),
+            Deed::Cancel => abi::cancelWithdrawalCall {}.abi_encode(),
+            Deed::Withdraw => abi::withdrawCall {}.abi_encode(),
+        };
+        self.send(wallet, self.contracts.settlement, input).await;
+    }
+
+    async fn send(&self, wallet: usize, to: alloy::primitives::Address, input: Vec<u8>) {
+        let tx = json!({
+            "from": wallets::address(wallet), "to": to, "input": alloy::hex::encode_prefixed(input),
+            "gas": "0x30d40", "maxFeePerGas": "0x2540be40000", "maxPriorityFeePerGas": "0x2540be4000",
+        });
+        rpc(self.url(), "eth_sendTransaction", json!([tx])).await;
+    }
+
     /// Replaces the newest blocks by empty ones. What was in them is forgotten.
     pub async fn reorg(&self, depth: u64) {
         rpc(self.url(), "anvil_reorg", json!([depth, []])).await;
@@ -98,6 +145,7 @@ impl World for &Chain {
                 // Refused where the same one waits already.
                 try_rpc(self.url(), "eth_sendTransaction", json!([tx])).await;
             }
+            Event::Deed { wallet, deed } => self.deed(wallet, deed).await,
             Event::Down(true) => self.proxy.set(Mode::Refuse),
             Event::LoseAnswers(true) => self.proxy.set(Mode::LoseAnswers),
             Event::Down(false) | Event::LoseAnswers(false) => self.proxy.set(Mode::Pass),
@@ -118,10 +166,13 @@ async fn play_on_anvil(seeds: impl Iterator<Item = u64>) -> Outcome {
         let db = db::connect(&sqlite_url(&dir), None).await.unwrap();
         db::migrate::<Migrator>(&db).await.unwrap();
         let chain = Chain::start().await;
+        chain.give_tokens().await;
         let outcome = Box::pin(schedules::play(db, chain.network(), &chain, Terms::of(seed))).await;
         sum.settled += outcome.settled;
         sum.batches += outcome.batches;
         sum.taken_back += outcome.taken_back;
+        sum.escrow_micro += outcome.escrow_micro;
+        sum.short += outcome.short;
     }
     sum
 }
@@ -129,7 +180,8 @@ async fn play_on_anvil(seeds: impl Iterator<Item = u64>) -> Outcome {
 #[tokio::test]
 async fn random_faults_lose_nothing_on_anvil() {
     let outcome = play_on_anvil(1..=8).await;
-    assert!(outcome.settled >= 8 && outcome.batches >= 8, "{outcome:?}");
+    schedules::eprintln_line(&format!("{outcome:?}"));
+    assert!(outcome.settled >= 8 && outcome.batches >= 8 && outcome.escrow_micro > 0, "{outcome:?}");
 }
 
 /// `make soak`: INFERA_SOAK_ANVIL schedules from INFERA_SOAK_SEED on.

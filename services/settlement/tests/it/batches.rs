@@ -180,7 +180,7 @@ async fn while_the_chain_is_away_receipts_wait_and_everything_else_goes_on() {
         let (status, body) = service.get("/readyz", None).await;
         let body: serde_json::Value = serde_json::from_slice(&body).unwrap();
         let chain = body["checks"]["chain"].as_str().unwrap().to_owned();
-        (status == 503 && body["failing"] == serde_json::json!(["chain"]) && chain != "starting")
+        (status == 503 && body["failing"] == serde_json::json!(["chain", "escrow"]) && chain != "starting")
             .then_some(chain)
     })
     .await;

@@ -158,6 +158,8 @@ async fn hold(db: &DatabaseConnection, index: u64, account: u64, micro: u64, com
         price_micro: 1,
         held_micro: micro,
         deadline_ms: 0,
+        prompt_tokens: 0,
+        submitted_at_ms: 0,
     };
     if requests::open(&tx, &new, 1).await.unwrap() {
         match ledger::post(&tx, &domain::hold_transfer(id(index), &name, micro).unwrap(), 1).await {

@@ -2,16 +2,21 @@
 
 use std::process::Command;
 
+use infera_protocol::bytes::Address;
 use infera_runtime::config::Secret;
-use infera_settlement::{Config, chain::ChainReader};
+use infera_settlement::{
+    Config,
+    chain::{ChainReader, consumer::Consumer, operator::Operator},
+};
 use infera_testkit::{anvil::Anvil, eventually};
 use infera_wire::v1;
 use uuid::Uuid;
 
 use crate::{
     batches::{anchored, decided, deploy, place, prove, reader},
-    chain::SETTLER,
+    chain::{DEPLOYER, SETTLER},
     service::{Column, DEADLINE, Place, Service},
+    wallets::WALLETS,
 };
 
 const CHILD_CONFIG: &str = "INFERA_TEST_CHILD_CONFIG";
@@ -40,7 +45,8 @@ fn config_file(place: &Place) -> std::path::PathBuf {
     let common = &place.config.common;
     let text = format!(
         "http_bind = \"127.0.0.1:0\"\ndatabase_url = {:?}\njwks_path = {:?}\nmanifest_path = {:?}\n\
-         registry_path = {:?}\n[chain]\nsettler_key = {SETTLER:?}\nresend_ms = 200\n[batch]\nage_ms = 50\n",
+         registry_path = {:?}\n[chain]\nsettler_key = {SETTLER:?}\nresend_ms = 200\n[batch]\nage_ms = 50\n\
+         [escrow]\ncharges = 1\n",
         common.database_url.expose(),
         common.jwks_path,
         common.manifest_path,
@@ -144,6 +150,108 @@ async fn every_crash_ends_in_one_queued_root() {
         let service = place.start().await;
         agree(&service, &reader, &ids, point).await;
         assert_eq!(reader.rewards().await.unwrap().last_id, 1, "{point}");
+        service.stop().await;
+    }
+}
+
+/// A wallet's money on a chain of its own.
+struct Wallet {
+    consumer: Consumer,
+    contract: Address,
+}
+
+/// Wallets with 1,000 each in escrow, at contracts of their own.
+async fn wallets(anvil: &Anvil, count: usize) -> Vec<Wallet> {
+    let contracts = crate::chain::contracts(anvil.url()).await;
+    let treasury = Operator::connect(anvil.url(), DEPLOYER, contracts).await.unwrap();
+    let mut wallets = Vec::new();
+    for key in &WALLETS[..count] {
+        let consumer = Consumer::connect(anvil.url(), key, contracts).await.unwrap();
+        treasury.transfer(consumer.address(), 1_000).await.unwrap();
+        consumer.deposit(1_000).await.unwrap();
+        wallets.push(Wallet { consumer, contract: Address(contracts.settlement.into()) });
+    }
+    wallets
+}
+
+impl Wallet {
+    /// Signs for all of it, and waits until it can be spent.
+    async fn ready(&self, place: &Place, service: &Service) {
+        let name = self.consumer.account_name();
+        let signature = self.consumer.voucher(1_000).unwrap();
+        let body = serde_json::json!({ "cumulative_micro": 1_000, "signature": signature });
+        assert_eq!(service.post("/v1/vouchers", &place.key(&name), &body).await.0, 200);
+        service.wait_balance(place, &name, (1_000, 0)).await;
+    }
+}
+
+#[tokio::test]
+async fn every_crash_credits_a_deposit_once() {
+    let anvil = Anvil::start_with(&["64"]).await;
+    for point in ["before_mark", "in_mark", "after_mark", "before_post", "in_post", "after_post"] {
+        let wallet = wallets(&anvil, 1).await.remove(0);
+        let place = place(Column::Embedded, anvil.url(), wallet.contract).await;
+        die(&place, &format!("settlement.escrow.{point}")).await;
+        let service = place.start().await;
+        wallet.ready(&place, &service).await;
+        let audit = service.audit().await;
+        assert_eq!(
+            (&audit["deposits_micro"], &audit["escrow_micro"]),
+            (&(-1_000).into(), &1_000.into()),
+            "{point}"
+        );
+        service.stop().await;
+    }
+}
+
+#[tokio::test]
+async fn every_crash_charges_once() {
+    let anvil = Anvil::start_with(&["64"]).await;
+    // One account is charged along with the batch, the other by itself.
+    for point in [
+        "batch.in_sign",
+        "batch.after_sign",
+        "batch.after_send",
+        "batch.in_mark",
+        "charges.before_sign",
+        "charges.in_sign",
+        "charges.after_sign",
+        "charges.before_send",
+        "charges.after_send",
+    ] {
+        let wallets = wallets(&anvil, 2).await;
+        let mut place = place(Column::Embedded, anvil.url(), wallets[0].contract).await;
+        place.config.chain.poll_ms = 20;
+        place.config.batch.age_ms = 600_000;
+        let service = place.start().await;
+        for wallet in &wallets {
+            wallet.ready(&place, &service).await;
+            let submitted = place.network.submitted(&wallet.consumer.account_name());
+            place.submit(&submitted);
+            place.decide(&place.network.verified(&place.network.evidence(&submitted, 2, 1)));
+            service.wait_balance(&place, &submitted.account, (1_000 - 120, 0)).await;
+        }
+        service.stop().await;
+        die(&place, &format!("settlement.{point}")).await;
+
+        place.config.batch.age_ms = 50;
+        let service = place.start().await;
+        for wallet in &wallets {
+            let of = wallet.consumer.address();
+            eventually(DEADLINE, async || {
+                let account = wallet.consumer.account(of).await.map_err(|error| error.to_string())?;
+                let done = (account.escrow, account.charged) == (880, 120);
+                if done { Ok(()) } else { Err(format!("{point}: {account:?}")) }
+            })
+            .await;
+        }
+        eventually(DEADLINE, async || {
+            let audit = service.audit().await;
+            if audit["escrow_charged_micro"] == 240 { Ok(()) } else { Err(audit) }
+        })
+        .await;
+        let funded = wallets[0].consumer.reader().total_funded().await.unwrap();
+        assert_eq!(funded - 10_000_000_000_000, 240, "{point}: charged once");
         service.stop().await;
     }
 }

@@ -78,6 +78,8 @@ async fn hold(db: &DatabaseConnection, request: u8, account: usize, micro: u64, 
         calibration_hash: infera_protocol::bytes::Hash32::ZERO,
         price_micro: 1,
         deadline_ms: 0,
+        prompt_tokens: 0,
+        submitted_at_ms: 0,
         held_micro: micro,
     };
     if !requests::open(&tx, &new, 1).await.unwrap() {

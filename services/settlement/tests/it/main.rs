@@ -1,12 +1,14 @@
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 //! Settlement against real parts: anvil, databases, buses.
 
+mod agreement;
 mod anvil_world;
 mod batches;
 mod books;
 mod chain;
 mod contracts;
 mod crash;
+mod escrow;
 mod faults;
 mod ledger;
 mod network;
@@ -17,3 +19,5 @@ mod requests;
 mod schedules;
 mod service;
 mod sim;
+mod statements;
+mod wallets;

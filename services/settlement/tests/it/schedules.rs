@@ -9,27 +9,32 @@
 use std::{future::poll_fn, pin::pin, sync::Arc, task::Poll};
 
 use infera_bus::{Envelope, Reject};
-use infera_protocol::{bytes::Hash32, merkle::MerkleTree};
+use infera_protocol::identity::Domain;
 use infera_runtime::{config::Secret, db, health::Health};
 use infera_settlement::{
     Config,
     batcher::{Batcher, Next, Work},
     chain::{Link, Port},
     consumer::Consumer,
-    domain::reward_root,
+    escrow::{
+        Freshness,
+        follow::{Follow, FollowError, Follower, Looked},
+    },
     exposure::Exposure,
-    ledger::{self, Account},
+    ledger,
     metrics::Metrics,
-    store::{Migrator, batches, rewards},
+    store::{Migrator, batches, escrows, vouchers},
 };
 use infera_testkit::{TempDir, cluster, unique};
-use sea_orm::{ConnectionTrait, DatabaseConnection, Statement, TransactionTrait};
+use sea_orm::{ConnectionTrait, DatabaseConnection, TransactionTrait};
 use uuid::Uuid;
 
 use crate::{
+    agreement::{audit, charged, check, known, number},
     network::{Network, submitted_bytes, verdict_bytes},
     random::Random,
     sim::SimWorld,
+    wallets::{self, Deed, WALLETS},
 };
 
 /// What happens to a chain.
@@ -49,6 +54,8 @@ pub enum Event {
     LoseAnswers(bool),
     /// Blocks cost so many gwei per gas from now on.
     BaseFee(u64),
+    /// A consumer does something on the chain.
+    Deed { wallet: usize, deed: Deed },
 }
 
 /// A chain that things happen to.
@@ -83,28 +90,32 @@ impl Terms {
         Self { seed, requests: 3 + random.below(8), confirmations, reorg, steps: 60 + random.below(80) }
     }
 
-    fn never_taken_back(&self) -> bool {
+    pub fn never_taken_back(&self) -> bool {
         self.confirmations > self.reorg
     }
 }
 
-const CREDIT: u64 = 10_000;
+pub const CREDIT: u64 = 10_000;
 
 /// One request of the schedule and what becomes of it.
-struct Request {
-    account: &'static str,
-    id: Uuid,
+pub struct Request {
+    pub account: String,
+    pub id: Uuid,
     submitted: Vec<u8>,
     verdict: Vec<u8>,
-    /// What it must have been charged in the end.
-    charge: i64,
+    /// What it must have been charged in the end; a wallet's only if it was funded.
+    pub charge: i64,
 }
 
 fn requests(network: &Network, terms: &Terms, random: &mut Random) -> Vec<Request> {
     (0..terms.requests)
         .map(|_| {
-            let account = if random.percent(90) { "alice" } else { "bob" };
-            let submitted = network.submitted(account);
+            let account = match random.below(10) {
+                0 => "bob".to_owned(),
+                1..=4 => wallets::address(usize::try_from(random.below(2)).unwrap()).to_string(),
+                _ => "alice".to_owned(),
+            };
+            let submitted = network.submitted(&account);
             let honest = 2 + random.below(2);
             let (verdict, charge) = if random.percent(85) {
                 let honest = usize::try_from(honest).unwrap();
@@ -114,12 +125,12 @@ fn requests(network: &Network, terms: &Terms, random: &mut Random) -> Vec<Reques
                 (network.failed(&submitted), 0)
             };
             Request {
-                account,
                 id: submitted.request.id,
                 submitted: submitted_bytes(&submitted).1,
                 verdict: verdict_bytes(&verdict).1,
                 // Bob can't pay a hold of 600.
-                charge: if account == "alice" { charge } else { 0 },
+                charge: if account == "bob" { 0 } else { charge },
+                account,
             }
         })
         .collect()
@@ -140,12 +151,15 @@ async fn cut<F: Future>(future: F, polls: Option<u64>) -> Option<F::Output> {
 }
 
 /// Settlement's parts between a database and a chain, without a bus: deliveries come straight to the handlers.
-struct Parts<W: World> {
-    db: DatabaseConnection,
-    world: W,
+pub struct Parts<W: World> {
+    pub db: DatabaseConnection,
+    pub world: W,
     handlers: Consumer,
     batcher: Batcher<W::Link>,
     work: Work<<W::Link as Link>::Port>,
+    follower: Follower<W::Link>,
+    follow: Follow<<W::Link as Link>::Port>,
+    domain: Domain,
 }
 
 impl<W: World> Parts<W> {
@@ -159,9 +173,22 @@ impl<W: World> Parts<W> {
         config.chain.resend_ms = 1;
         config.chain.settler_key = Secret::new(crate::chain::SETTLER);
         config.rewards.interval_secs = 1;
+        // Few at a time, so that some are charged by themselves, and logs come in parts.
+        config.escrow.charges = 1 + terms.seed % 2;
+        config.escrow.log_blocks = 7;
         let health = Health::new("schedule");
         let metrics = Metrics::register(&health).unwrap();
         let written = Arc::new(tokio::sync::Notify::new());
+        let freshness = Freshness::new(config.escrow.stale_secs);
+        let follower = Follower {
+            db: db.clone(),
+            config: config.clone(),
+            link: world.link(),
+            check: health.check("escrow"),
+            metrics: metrics.clone(),
+            freshness: freshness.clone(),
+            changed: written.clone(),
+        };
         let batcher = Batcher {
             db: db.clone(),
             relay: None,
@@ -172,8 +199,37 @@ impl<W: World> Parts<W> {
             written: written.clone(),
         };
         let Network { manifest, registry, .. } = network;
-        let handlers = Consumer { manifest, registry, metrics, exposure: Exposure::new(0), written };
-        Self { db, world, handlers, batcher, work: Work::default() }
+        let domain = manifest.domain;
+        let exposure = Exposure::new(0);
+        let handlers = Consumer { manifest, registry, metrics, exposure, freshness, written };
+        let (work, follow) = (Work::default(), Follow::default());
+        Self { db, world, handlers, batcher, work, follower, follow, domain }
+    }
+
+    /// One look at the escrows; whether everything up to the newest block is known.
+    async fn look(&mut self, polls: Option<u64>) -> bool {
+        match cut(self.follower.look(&mut self.follow), polls).await {
+            Some(Ok(looked)) => looked == Looked::Current,
+            Some(Err(FollowError::Chain(_))) => {
+                self.follow.reconnect();
+                false
+            }
+            Some(Err(error)) => panic!("{error}"),
+            None => {
+                self.follow = Follow::default();
+                false
+            }
+        }
+    }
+
+    /// A consumer signs for more, or shows an old voucher again.
+    async fn sign(&self, wallet: usize, micro: u64) {
+        let voucher = wallets::voucher(wallet, &self.domain, micro);
+        // A connection on which a BEGIN was dropped is still in its transaction: it ends with the next one's COMMIT.
+        let tx = self.db.begin().await.unwrap();
+        let highest = vouchers::keep(&tx, &wallets::address(wallet), &voucher, 1).await.unwrap();
+        tx.commit().await.unwrap();
+        assert!(highest >= micro, "the highest stays");
     }
 
     async fn deliver(&self, verdict: bool, body: &[u8]) {
@@ -232,7 +288,16 @@ impl<W: World> Parts<W> {
 }
 
 fn event(terms: &Terms, random: &mut Random) -> Event {
-    match random.below(12) {
+    match random.below(17) {
+        12..=16 => {
+            let deed = match random.below(8) {
+                0..=3 => Deed::Deposit(1 + random.below(2_000)),
+                4 | 5 => Deed::Request(1 + random.below(2_000)),
+                6 => Deed::Cancel,
+                _ => Deed::Withdraw,
+            };
+            Event::Deed { wallet: usize::try_from(random.below(2)).unwrap(), deed }
+        }
         0..=4 => Event::Mine(1 + random.below(3)),
         5 => Event::Reorg { depth: 1 + random.below(terms.reorg), lose: random.percent(50) },
         6 => Event::DropPool,
@@ -250,6 +315,10 @@ pub struct Outcome {
     pub batches: u64,
     /// Batches that were anchored again, because a reorganisation went deeper than finality.
     pub taken_back: u64,
+    /// Charged to escrows on the chain, 10^-6 INFER.
+    pub escrow_micro: u64,
+    /// Schedules in which an escrow was emptied before it was charged, by a withdrawal or a deep reorganisation.
+    pub short: u64,
 }
 
 /// Plays a schedule; panics with what is wrong.
@@ -262,10 +331,29 @@ pub async fn play<W: World>(db: DatabaseConnection, network: Network, world: W, 
         tx.commit().await.unwrap();
     }
     let mut parts = Parts::new(db, network, world, &terms);
-    let count = requests.len() as u64;
+    let pool = parts.world.link().connect().await.unwrap().rewards().await.unwrap().funded;
+    // Most wallets have something to spend from the beginning.
+    for wallet in 0..WALLETS.len() {
+        if random.percent(70) {
+            let deed = Deed::Deposit(500 + random.below(2_000));
+            parts.world.event(Event::Deed { wallet, deed }).await;
+            parts.sign(wallet, 500 + random.below(3_000)).await;
+        }
+    }
+    parts.world.event(Event::Mine(terms.confirmations)).await;
+    while !parts.look(None).await {}
+    let (count, mut short) = (requests.len() as u64, false);
     for _ in 0..terms.steps {
         let polls = random.percent(40).then(|| random.below(40));
-        match random.below(10) {
+        match random.below(13) {
+            10 | 11 => {
+                parts.look(polls).await;
+                short |= escrows::owing(&parts.db).await.unwrap().short_micro > 0;
+            }
+            12 => {
+                let wallet = usize::try_from(random.below(2)).unwrap();
+                parts.sign(wallet, random.below(4_000)).await;
+            }
             0..=2 => {
                 let request = &requests[usize::try_from(random.below(count)).unwrap()];
                 let verdict = random.percent(60);
@@ -279,13 +367,24 @@ pub async fn play<W: World>(db: DatabaseConnection, network: Network, world: W, 
         }
     }
     finish(&mut parts, &requests).await;
+    short |= audit(&parts.db).await.escrow_debt_micro < 0;
     if !terms.never_taken_back() {
         // What was said to be anchored is gone.
         let lose = random.percent(50);
         parts.world.event(Event::Reorg { depth: terms.reorg, lose }).await;
         finish(&mut parts, &requests).await;
     }
-    check(&parts, &requests, &terms).await
+    // Whoever owes deposits it: then everything that was spent is charged.
+    for wallet in 0..WALLETS.len() {
+        parts.world.event(Event::Deed { wallet, deed: Deed::Cancel }).await;
+        parts.world.event(Event::Deed { wallet, deed: Deed::Deposit(10_000) }).await;
+    }
+    finish(&mut parts, &requests).await;
+    let owed = charged(&parts, &requests).await;
+    let funded = parts.world.link().connect().await.unwrap().rewards().await.unwrap().funded;
+    assert_eq!(funded - pool, u128::try_from(owed).unwrap(), "what was charged is in the pool");
+    let outcome = check(&parts, &requests, &terms).await;
+    Outcome { escrow_micro: u64::try_from(owed).unwrap(), short: short.into(), ..outcome }
 }
 
 /// The faults end, everything that was sent arrives, and settlement goes on until it has nothing to do.
@@ -301,81 +400,25 @@ async fn finish<W: World>(parts: &mut Parts<W>, requests: &[Request]) {
         parts.work.reconnect();
         let idle = parts.step(None).await;
         parts.world.event(Event::Mine(1)).await;
+        while !parts.look(None).await {}
+        if !escrows::due(&parts.db, 1, 0).await.unwrap().is_empty() || !known(parts).await {
+            continue;
+        }
         let (waiting, _) = batches::waiting(&parts.db).await.unwrap();
         if !idle || waiting > 0 || batches::open_batches(&parts.db).await.unwrap() > 0 {
             continue;
         }
         // The last rewards may wait for their interval.
         let queued = parts.world.link().connect().await.unwrap().rewards().await.unwrap();
-        if queued.last_total == requests.iter().map(|request| u128::try_from(request.charge).unwrap()).sum() {
+        let earned = number(
+            &parts.db,
+            "SELECT CAST(COALESCE(SUM(charged_micro), 0) AS BIGINT) AS value FROM requests",
+        );
+        if queued.last_total == u128::try_from(earned.await).unwrap() {
             return;
         }
     }
     panic!("settlement does not come to an end");
-}
-
-async fn number(db: &DatabaseConnection, sql: &str) -> i64 {
-    let statement = Statement::from_string(db.get_database_backend(), sql);
-    db.query_one_raw(statement).await.unwrap().unwrap().try_get("", "value").unwrap()
-}
-
-async fn check<W: World>(parts: &Parts<W>, requests: &[Request], terms: &Terms) -> Outcome {
-    let db = &parts.db;
-    let audit = ledger::audit(db).await.unwrap();
-    assert!(audit.ok, "{audit:?}");
-    let charged: i64 = requests.iter().map(|request| request.charge).sum();
-    assert_eq!(audit.operators_micro, charged, "operators earn what was charged");
-    assert_eq!((audit.held_micro, audit.reserve_micro), (0, 0));
-    for (account, credit) in [("alice", CREDIT), ("bob", 500)] {
-        let spent: i64 = requests.iter().filter(|r| r.account == account).map(|r| r.charge).sum();
-        let left = ledger::balance(db, &Account::Consumer(account.into())).await.unwrap();
-        assert_eq!(left, i64::try_from(credit).unwrap() - spent, "{account}");
-    }
-
-    // The chain against the database, batch by batch.
-    let port = parts.world.link().connect().await.unwrap();
-    let head = port.head().await.unwrap();
-    let (mut seen, mut total) = (Vec::new(), 0);
-    for sequence in 1..=head.sequence {
-        let posted = port.posted(sequence, 0).await.unwrap().unwrap();
-        let leaves = batches::leaves(db, i64::try_from(sequence).unwrap()).await.unwrap();
-        let hashes: Vec<Hash32> = leaves.iter().map(|(_, leaf)| *leaf).collect();
-        assert_eq!(posted.batch.receipts_root.0, MerkleTree::new(&hashes).unwrap().root().0);
-        assert_eq!(posted.batch.count, leaves.len() as u64);
-        seen.extend(leaves.into_iter().map(|(id, _)| id));
-        total += posted.batch.total;
-    }
-    let mut settled: Vec<Uuid> = requests.iter().filter(|r| r.charge > 0).map(|r| r.id).collect();
-    seen.sort();
-    settled.sort();
-    assert_eq!(seen, settled, "every receipt in exactly one batch: none lost, none twice");
-    assert_eq!(total, u128::try_from(charged).unwrap(), "the chain's totals are the ledger's charges");
-    let last = number(db, "SELECT COALESCE(MAX(sequence), 0) AS value FROM batches").await;
-    assert_eq!(u64::try_from(last).unwrap(), head.sequence);
-
-    // The rewards: what is queued last is what the ledger owes, operator by operator.
-    let queued = port.rewards().await.unwrap();
-    assert_eq!(queued.last_total, u128::try_from(charged).unwrap(), "rewards are queued to the last unit");
-    let earned = rewards::as_of(db, queued.last_sequence).await.unwrap();
-    for (operator, cumulative) in &earned {
-        let balance = ledger::balance(db, &Account::Operator(*operator)).await.unwrap();
-        assert_eq!(u64::try_from(balance).unwrap(), *cumulative, "{operator}");
-    }
-    if queued.last_sequence > 0 {
-        let posted = port.posted(queued.last_sequence, 0).await.unwrap().unwrap();
-        assert_eq!(posted.batch.reward_root.0, reward_root(&earned).0);
-    }
-
-    let said = number(db, "SELECT COUNT(*) AS value FROM outbox WHERE kind = 'batch.anchored'").await;
-    let receipts = number(db, "SELECT COUNT(*) AS value FROM outbox WHERE kind = 'receipt'").await;
-    assert_eq!(receipts, i64::try_from(settled.len()).unwrap());
-    if terms.never_taken_back() {
-        assert_eq!(said, last, "every batch is said to be anchored once");
-    } else {
-        assert!(said >= last, "{said} of {last} batches were said");
-    }
-    let taken_back = u64::try_from(said - last).unwrap();
-    Outcome { settled: settled.len() as u64, batches: head.sequence, taken_back }
 }
 
 /// A folder in memory where there is one: schedules end with their process.
@@ -413,6 +456,8 @@ async fn play_simulated(seeds: impl Iterator<Item = u64>) -> Outcome {
         sum.settled += outcome.settled;
         sum.batches += outcome.batches;
         sum.taken_back += outcome.taken_back;
+        sum.escrow_micro += outcome.escrow_micro;
+        sum.short += outcome.short;
     }
     sum
 }
@@ -430,7 +475,9 @@ pub fn setting(name: &str, default: u64) -> u64 {
 #[tokio::test]
 async fn random_faults_lose_nothing_and_pay_nothing_twice() {
     let outcome = play_simulated(1..=60).await;
+    eprintln_line(&format!("{outcome:?}"));
     assert!(outcome.settled > 100 && outcome.batches > 60 && outcome.taken_back > 5, "{outcome:?}");
+    assert!(outcome.escrow_micro > 5_000, "{outcome:?}");
 }
 
 #[tokio::test]

@@ -176,6 +176,12 @@ impl Service {
         (response.status().as_u16(), response.bytes().await.unwrap().to_vec())
     }
 
+    pub async fn post(&self, path: &str, key: &str, body: &serde_json::Value) -> (u16, serde_json::Value) {
+        let request = self.http.post(format!("{}{path}", self.url)).bearer_auth(key).json(body);
+        let response = request.send().await.unwrap();
+        (response.status().as_u16(), response.json().await.unwrap())
+    }
+
     pub async fn json(&self, path: &str, key: Option<&str>) -> serde_json::Value {
         let (status, body) = self.get(path, key).await;
         assert_eq!(status, 200, "{path}: {}", String::from_utf8_lossy(&body));

@@ -2,21 +2,27 @@
 //! contract's checks, reorganisations. Faults are events, so that a schedule of them can be played by its seed.
 
 use std::{
-    collections::{BTreeMap, HashMap},
+    collections::{BTreeMap, BTreeSet, HashMap},
     sync::{Arc, Mutex},
 };
 
-use infera_protocol::hash::keccak;
+use infera_protocol::{bytes::Address as Account, hash::keccak, voucher::Voucher};
 use infera_settlement::chain::{
-    B256, Batch, Call, ChainError, Fees, Link, Port, PostedBatch, Rewards, SignedTx, TxStatus,
+    Address, B256, Batch, BlockRef, Call, ChainError, Charge, Escrow, Fees, Link, Port, PostedBatch, Rewards,
+    SignedTx, TxStatus,
     port::{Finality, MIN_BUMP_PERCENT},
 };
 
-use crate::schedules::{Event, World};
+use crate::{
+    network::Network,
+    schedules::{Event, World},
+    wallets::{self, Deed},
+};
 
 /// Seconds between blocks.
 const BLOCK_SECS: u64 = 2;
 const CHALLENGE_SECS: u64 = 30;
+const WITHDRAWAL_SECS: u64 = 20;
 const FUNDED: u128 = 1_000_000_000;
 
 #[derive(Debug, Clone)]
@@ -25,7 +31,7 @@ struct Tx {
     nonce: u64,
     fees: Fees,
     /// `None`: somebody used the settler's key for something else.
-    call: Option<Call>,
+    calls: Option<Vec<Call>>,
 }
 
 /// What the contract and the settler's account hold after a block.
@@ -37,12 +43,19 @@ struct State {
     posted: BTreeMap<u64, PostedBatch>,
     /// (sequence, total, when) of each queued root.
     queued: Vec<(u64, u128, u64)>,
+    accounts: BTreeMap<Address, Escrow>,
+    /// Charged into the pool.
+    charged: u128,
+    /// Whose money the block changed.
+    touched: BTreeSet<Address>,
 }
 
 #[derive(Debug, Clone)]
 struct Block {
     /// Each with whether it succeeded.
     txs: Vec<(Tx, bool)>,
+    deeds: Vec<(Address, Deed)>,
+    hash: B256,
     after: State,
 }
 
@@ -51,6 +64,8 @@ struct Sim {
     /// The first one is the genesis.
     blocks: Vec<Block>,
     pool: Vec<Tx>,
+    /// What consumers sent.
+    deeds: Vec<(Address, Deed)>,
     /// Every transaction that was ever signed: its bytes are its hash.
     signed: HashMap<B256, Tx>,
     base_fee: u128,
@@ -65,16 +80,17 @@ pub struct SimWorld(Arc<Mutex<Sim>>);
 
 impl SimWorld {
     pub fn new() -> Self {
-        let genesis = Block { txs: Vec::new(), after: State::default() };
-        let sim = Sim {
-            blocks: vec![genesis; 20],
+        let mut sim = Sim {
+            blocks: Vec::new(),
             pool: Vec::new(),
+            deeds: Vec::new(),
             signed: HashMap::new(),
             base_fee: 10,
             down: false,
             answers_lost: false,
             fresh: 0,
         };
+        (0..20).for_each(|_| sim.push(Vec::new(), Vec::new(), State::default()));
         Self(Arc::new(Mutex::new(sim)))
     }
 
@@ -103,6 +119,13 @@ impl Sim {
         &self.blocks.last().unwrap().after
     }
 
+    /// Every block has a hash of its own, also one in the place of another.
+    fn push(&mut self, txs: Vec<(Tx, bool)>, deeds: Vec<(Address, Deed)>, after: State) {
+        self.fresh += 1;
+        let hash = B256::from(keccak(&[b"block", &self.fresh.to_be_bytes()]).0);
+        self.blocks.push(Block { txs, deeds, hash, after });
+    }
+
     fn number(&self) -> u64 {
         self.blocks.len() as u64 - 1
     }
@@ -128,20 +151,26 @@ impl Sim {
     fn mine(&mut self) {
         let (number, mut after) = (self.number() + 1, self.state().clone());
         let mut txs = Vec::new();
+        after.touched.clear();
+        let deeds = std::mem::take(&mut self.deeds);
+        // Some of them come before the settler's transactions, some after.
+        let first = if number % 2 == 0 { deeds.len() } else { 0 };
+        deeds[..first].iter().for_each(|(of, deed)| after.deed(*of, *deed, number));
         while let Some(at) =
             self.pool.iter().position(|tx| tx.nonce == after.nonce && tx.fees.max >= self.base_fee)
         {
             let tx = self.pool.remove(at);
             after.nonce += 1;
             let mut tried = after.clone();
-            let ok = tx.call.is_none_or(|call| tried.apply(&call, number, tx.hash).is_ok());
+            let ok = tx.calls.as_ref().is_none_or(|calls| tried.apply(calls, number, tx.hash).is_ok());
             if ok {
                 after = tried;
             }
             txs.push((tx, ok));
         }
         self.pool.retain(|tx| tx.nonce >= after.nonce);
-        self.blocks.push(Block { txs, after });
+        deeds[first..].iter().for_each(|(of, deed)| after.deed(*of, *deed, number));
+        self.push(txs, deeds, after);
     }
 
     /// Takes `depth` blocks away, and puts as many others in their place; their transactions wait again, or are lost.
@@ -149,27 +178,74 @@ impl Sim {
         let keep = self.blocks.len().saturating_sub(depth).max(1);
         let gone: Vec<Block> = self.blocks.split_off(keep);
         for _ in &gone {
-            let after = self.state().clone();
-            self.blocks.push(Block { txs: Vec::new(), after });
+            let after = State { touched: BTreeSet::new(), ..self.state().clone() };
+            self.push(Vec::new(), Vec::new(), after);
         }
         if !lose {
-            for (tx, _) in gone.into_iter().flat_map(|block| block.txs) {
-                let _ = self.send(tx);
+            for block in gone {
+                self.deeds.extend(block.deeds);
+                for (tx, _) in block.txs {
+                    let _ = self.send(tx);
+                }
             }
         }
     }
 }
 
 impl State {
-    fn apply(&mut self, call: &Call, number: u64, hash: B256) -> Result<(), String> {
-        match call {
+    /// All or none: the caller throws away what failed.
+    fn apply(&mut self, calls: &[Call], number: u64, hash: B256) -> Result<(), String> {
+        calls.iter().try_for_each(|call| match call {
             Call::Post(batch) => self.post(batch, number, hash),
-            Call::Queue { batch, total } => self.queue(batch, *total, number),
-            Call::PostAndQueue { batch, total } => {
-                self.post(batch, number, hash)?;
-                self.queue(batch, *total, number)
+            Call::Charge { sequence, charges } if *sequence == self.sequence && *sequence > 0 => {
+                charges.iter().try_for_each(|charge| self.charge(charge))
             }
+            Call::Charge { sequence, .. } => Err(format!("charges for batch {sequence}")),
+            Call::Queue { batch, total } => self.queue(batch, *total, number),
+        })
+    }
+
+    fn charge(&mut self, charge: &Charge) -> Result<(), String> {
+        let of = self.accounts.entry(charge.account).or_default();
+        if charge.cumulative <= of.charged {
+            return Ok(());
         }
+        if let Some((cumulative, signature)) = charge.voucher.filter(|(voucher, _)| *voucher > of.authorized)
+            && charge.cumulative > of.authorized
+        {
+            let account = Account(charge.account.into());
+            let voucher = Voucher { account, cumulative_micro: u64::try_from(cumulative).unwrap() };
+            let domain = Network::offline().manifest.domain;
+            voucher.check(&domain, &signature).map_err(|error| error.to_string())?;
+            of.authorized = cumulative;
+        }
+        if charge.cumulative > of.authorized {
+            return Err(format!("{charge:?} is beyond the voucher {}", of.authorized));
+        }
+        let amount = (charge.cumulative - of.charged).min(of.escrow);
+        (of.escrow, of.charged) = (of.escrow - amount, of.charged + amount);
+        self.charged += amount;
+        self.touched.insert(charge.account);
+        Ok(())
+    }
+
+    /// What fails changes nothing, as a transaction of its own.
+    fn deed(&mut self, account: Address, deed: Deed, number: u64) {
+        let now = number * BLOCK_SECS;
+        let of = self.accounts.entry(account).or_default();
+        match deed {
+            Deed::Deposit(amount) => of.escrow += u128::from(amount),
+            Deed::Request(amount) if amount > 0 && u128::from(amount) <= of.escrow => {
+                (of.withdrawal, of.withdrawable_secs) = (amount.into(), now + WITHDRAWAL_SECS);
+            }
+            Deed::Cancel if of.withdrawal > 0 => (of.withdrawal, of.withdrawable_secs) = (0, 0),
+            Deed::Withdraw if of.withdrawal > 0 && now >= of.withdrawable_secs => {
+                of.escrow -= of.withdrawal.min(of.escrow);
+                (of.withdrawal, of.withdrawable_secs) = (0, 0);
+            }
+            Deed::Request(_) | Deed::Cancel | Deed::Withdraw => return,
+        }
+        self.touched.insert(account);
     }
 
     fn post(&mut self, batch: &Batch, block: u64, tx: B256) -> Result<(), String> {
@@ -183,7 +259,11 @@ impl State {
 
     fn queue(&mut self, batch: &Batch, total: u128, number: u64) -> Result<(), String> {
         let (last, last_total, _) = self.queued.last().copied().unwrap_or_default();
-        if batch.hash() != self.head || batch.sequence <= last || total < last_total || total > FUNDED {
+        if batch.hash() != self.head
+            || batch.sequence <= last
+            || total < last_total
+            || total > FUNDED + self.charged
+        {
             return Err("the rewards are not queued".into());
         }
         self.queued.push((batch.sequence, total, number * BLOCK_SECS));
@@ -220,17 +300,17 @@ impl Port for SimWorld {
         self.call(|sim| Ok(Fees { max: 2 * sim.base_fee, priority: 1 })).await
     }
 
-    async fn sign(&self, call: &Call, nonce: u64, fees: Fees) -> Result<SignedTx, ChainError> {
+    async fn sign(&self, calls: &[Call], nonce: u64, fees: Fees) -> Result<SignedTx, ChainError> {
         self.call(|sim| {
             // What an estimate would find.
             let number = sim.number() + 1;
             sim.state()
                 .clone()
-                .apply(call, number, B256::ZERO)
+                .apply(calls, number, B256::ZERO)
                 .map_err(|reason| ChainError::Reverted { what: "estimate", reason })?;
-            let text = format!("{call:?} {nonce} {fees:?}");
+            let text = format!("{calls:?} {nonce} {fees:?}");
             let hash = B256::from(keccak(&[text.as_bytes()]).0);
-            sim.signed.insert(hash, Tx { hash, nonce, fees, call: Some(*call) });
+            sim.signed.insert(hash, Tx { hash, nonce, fees, calls: Some(calls.to_vec()) });
             Ok(SignedTx { hash, nonce, fees, raw: hash.to_vec() })
         })
         .await
@@ -271,18 +351,43 @@ impl Port for SimWorld {
 
     async fn rewards(&self) -> Result<Rewards, ChainError> {
         self.call(|sim| {
-            let queued = &sim.state().queued;
+            let (queued, charged) = (&sim.state().queued, sim.state().charged);
             let (last_sequence, last_total, last_queued_secs) = queued.last().copied().unwrap_or_default();
             Ok(Rewards {
                 last_id: queued.len() as u64,
                 last_sequence,
                 last_total,
                 last_queued_secs,
-                funded: FUNDED,
+                funded: FUNDED + charged,
                 challenge_delay_secs: CHALLENGE_SECS,
                 full_until_secs: 0,
                 now_secs: sim.number() * BLOCK_SECS,
             })
+        })
+        .await
+    }
+
+    async fn newest(&self) -> Result<BlockRef, ChainError> {
+        self.call(|sim| Ok(BlockRef { number: sim.number(), hash: sim.blocks.last().unwrap().hash })).await
+    }
+
+    async fn block_hash(&self, number: u64) -> Result<Option<B256>, ChainError> {
+        self.call(|sim| Ok(sim.blocks.get(usize::try_from(number).unwrap()).map(|block| block.hash))).await
+    }
+
+    async fn touched(&self, from: u64, to: u64) -> Result<BTreeSet<Address>, ChainError> {
+        self.call(|sim| {
+            let blocks = sim.blocks.iter().zip(0_u64..).filter(|(_, number)| (from..=to).contains(number));
+            Ok(blocks.flat_map(|(block, _)| block.after.touched.iter().copied()).collect())
+        })
+        .await
+    }
+
+    async fn escrow(&self, account: Address, block: u64) -> Result<Escrow, ChainError> {
+        self.call(|sim| {
+            let block = sim.blocks.get(usize::try_from(block).unwrap());
+            let gone = || ChainError::Refused { what: "account", message: "there is no such block".into() };
+            Ok(block.ok_or_else(gone)?.after.accounts.get(&account).copied().unwrap_or_default())
         })
         .await
     }
@@ -307,7 +412,11 @@ impl World for SimWorld {
                 let hash = B256::from(keccak(&[b"foreign", &sim.fresh.to_be_bytes()]).0);
                 let fees = Fees { max: 1_000 * sim.base_fee, priority: 1_000 };
                 sim.pool.retain(|tx| tx.nonce != nonce);
-                sim.pool.push(Tx { hash, nonce, fees, call: None });
+                sim.pool.push(Tx { hash, nonce, fees, calls: None });
+            }
+            Event::Deed { wallet, deed } => {
+                let of = Address::from(wallets::address(wallet).0);
+                sim.deeds.push((of, deed));
             }
             Event::Down(down) => sim.down = down,
             Event::LoseAnswers(lost) => sim.answers_lost = lost,
