@@ -6,6 +6,7 @@
 //!   [`Chain::send_raw`]. Sending the same bytes again is harmless, and the contract refuses a sequence it already has.
 //! - [`port`] is what the batcher needs of a chain, so that tests can put one of their own in its place.
 //! - [`operator`] claims rewards and stakes, [`deploy`] sets up a network's contracts.
+//! - [`governance`] reads and makes decisions of the token's holders, and the model registry that they govern.
 //! - [`devnet`] runs a local anvil whose state survives restarts.
 //!
 //! Every call ends within [`CALL_TIMEOUT`].
@@ -13,6 +14,7 @@
 pub mod client;
 pub mod deploy;
 pub mod devnet;
+pub mod governance;
 pub mod operator;
 pub mod port;
 pub mod reader;
@@ -45,9 +47,21 @@ mod abi {
         InferaStaking,
         "contracts/artifacts/InferaStaking.json"
     );
-    alloy::sol!(InferaGovernor, "contracts/artifacts/InferaGovernor.json");
-    alloy::sol!(InferaTimelock, "contracts/artifacts/InferaTimelock.json");
-    alloy::sol!(ModelRegistry, "contracts/artifacts/ModelRegistry.json");
+    alloy::sol!(
+        #[sol(rpc)]
+        InferaGovernor,
+        "contracts/artifacts/InferaGovernor.json"
+    );
+    alloy::sol!(
+        #[sol(rpc)]
+        InferaTimelock,
+        "contracts/artifacts/InferaTimelock.json"
+    );
+    alloy::sol!(
+        #[sol(rpc)]
+        ModelRegistry,
+        "contracts/artifacts/ModelRegistry.json"
+    );
 }
 pub(crate) use abi::{
     InferToken, InferaGovernor, InferaSettlement, InferaStaking, InferaTimelock, ModelRegistry,
@@ -181,6 +195,9 @@ impl From<alloy::transports::TransportError> for Failure {
         if let Some(reverted) = payload.as_decoded_interface_error::<InferaStaking::InferaStakingErrors>() {
             return Self::Reverted(staking_reason(&reverted));
         }
+        if let Some(reverted) = payload.as_decoded_interface_error::<ModelRegistry::ModelRegistryErrors>() {
+            return Self::Reverted(registry_reason(&reverted));
+        }
         if payload.message.contains("revert") {
             return Self::Reverted(payload.message.to_string());
         }
@@ -194,6 +211,18 @@ impl From<alloy::contract::Error> for Failure {
             alloy::contract::Error::TransportError(error) => error.into(),
             other => Self::Refused(other.to_string()),
         }
+    }
+}
+
+fn registry_reason(error: &ModelRegistry::ModelRegistryErrors) -> String {
+    use ModelRegistry::ModelRegistryErrors as E;
+    use alloy::sol_types::SolInterface;
+    match error {
+        E::BadValue(e) => format!("the registry does not take this `{}`", e.field),
+        E::NoSuchModel(e) => format!("the registry serves no model {:?}", e.id),
+        E::AlreadyApproved(e) => format!("the release {} is approved already", e.release),
+        E::NotApproved(e) => format!("the release {} is not approved", e.release),
+        other => format!("the registry's error 0x{}", alloy::hex::encode(other.selector())),
     }
 }
 

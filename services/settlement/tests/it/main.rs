@@ -8,6 +8,7 @@ mod chain;
 mod contracts;
 mod crash;
 mod faults;
+mod governance;
 mod ledger;
 mod network;
 mod operators;
