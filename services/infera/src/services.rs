@@ -123,6 +123,9 @@ impl Setting<'_> {
         chain.insert("rpc_url".into(), self.ports.rpc_url().into());
         chain.insert("settler_key".into(), settler_key.into());
         settlement.insert("chain".into(), chain.into());
+        let mut governance = toml::Table::new();
+        governance.insert("contracts_path".into(), text(&self.layout.contracts()).into());
+        settlement.insert("governance".into(), governance.into());
         let mut credit = toml::Table::new();
         credit.insert("id".into(), "devnet-demo".into());
         credit.insert("account".into(), "demo".into());

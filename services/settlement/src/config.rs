@@ -1,6 +1,9 @@
 //! This service's configuration; `config.default.toml` has the defaults and says what each key does.
 
-use std::{collections::BTreeSet, path::Path};
+use std::{
+    collections::BTreeSet,
+    path::{Path, PathBuf},
+};
 
 use infera_runtime::config::{Common, ConfigError, Secret, load};
 use serde::{Deserialize, Serialize};
@@ -37,8 +40,18 @@ pub struct Config {
     pub exposure: ExposureConfig,
     pub escrow: EscrowConfig,
     pub holds: HoldsConfig,
+    pub governance: GovernanceConfig,
     #[serde(default)]
     pub prepaid_credits: Vec<Credit>,
+}
+
+/// Whether this service keeps the registry of its deployment.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct GovernanceConfig {
+    /// contracts.json; empty: the registry's files are kept by somebody else.
+    pub contracts_path: PathBuf,
+    pub poll_ms: u64,
 }
 
 /// How batches reach the chain.
@@ -171,6 +184,9 @@ impl Config {
             return wrong(
                 "`exposure.check_ms` must be at least 10, `exposure.cap_micro` at most 10^18".into(),
             );
+        }
+        if self.governance.poll_ms < 10 {
+            return wrong("`governance.poll_ms` must be at least 10".into());
         }
         let escrow = &self.escrow;
         if ledger::amount(escrow.charge_min_micro).is_err() || ledger::amount(escrow.short_cap_micro).is_err()

@@ -4,13 +4,8 @@
 //! to others commit together or not at all.
 
 use infera_bus::{Envelope, Reject, outbox};
-use infera_protocol::{
-    evidence::Evidence,
-    ids::message_id,
-    receipt::Receipt,
-    registry::{Manifest, Registry},
-};
-use infera_runtime::clock;
+use infera_protocol::{evidence::Evidence, ids::message_id, receipt::Receipt, registry::Manifest};
+use infera_runtime::{clock, network::Live};
 use infera_wire::{
     WireError,
     convert::{self, Funded, Submitted},
@@ -37,7 +32,7 @@ use crate::{
 /// What the handlers need.
 pub struct Consumer {
     pub manifest: Manifest,
-    pub registry: Registry,
+    pub live: Live,
     pub metrics: Metrics,
     /// Above its cap no paid request is funded.
     pub exposure: Exposure,
@@ -69,7 +64,9 @@ impl Consumer {
             return self.again(tx, &submitted, &row).await;
         }
         let now_ms = clock::now_ms();
-        let quote = domain::quote(&submitted, &self.registry);
+        let roots = self.live.now();
+        let registry = roots.registries.current();
+        let quote = domain::quote(&submitted, registry);
         let (price_micro, held_micro) =
             quote.as_ref().map_or((0, 0), |quote| (quote.price_micro, quote.hold_micro));
         let new = NewRequest {
@@ -78,7 +75,7 @@ impl Consumer {
             model: &submitted.model,
             request_hash: submitted.request.hash(&self.manifest.domain),
             k: submitted.k,
-            calibration_hash: self.registry.calibration.hash(),
+            calibration_hash: registry.calibration.hash(),
             price_micro,
             held_micro,
             deadline_ms: submitted.deadline_ms,
@@ -247,7 +244,7 @@ impl Consumer {
             (
                 "terms.calibration",
                 calibration.0[..] == row.calibration_hash[..]
-                    || calibration == self.registry.calibration.hash(),
+                    || calibration == self.live.now().registries.current().calibration.hash(),
             ),
         ];
         if let Some((field, _)) = fits.iter().find(|(_, fits)| !fits) {

@@ -25,4 +25,6 @@ pub enum Error {
     Metrics(#[from] prometheus::Error),
     #[error(transparent)]
     Network(#[from] NetworkError),
+    #[error("`governance.contracts_path` {} can't be used: {reason}", path.display())]
+    Contracts { path: std::path::PathBuf, reason: String },
 }

@@ -32,6 +32,7 @@ pub mod escrow;
 pub mod exposure;
 pub mod holds;
 pub mod http;
+pub mod keeper;
 pub mod ledger;
 pub mod metrics;
 pub mod operators;
@@ -41,7 +42,9 @@ use std::{net::SocketAddr, sync::Arc};
 
 use infera_bus::{Bus, ConsumerSpec, Topology, consume, outbox::Relay, watch::Watch};
 use infera_protocol::{ids::message_id, registry::Manifest};
-use infera_runtime::{CancellationToken, clock, db, health::Health, http::serve, jwt::Verifier, network};
+use infera_runtime::{
+    CancellationToken, clock, db, health::Health, http::serve, jwt::Verifier, network::Live,
+};
 use infera_wire::topology::queues;
 use sea_orm::{DatabaseConnection, TransactionTrait};
 use tokio::sync::{Notify, oneshot};
@@ -64,7 +67,8 @@ pub struct Deps {
 /// [`Error`], one sentence; nothing is half done then.
 pub async fn run(config: Config, deps: Deps, shutdown: CancellationToken) -> Result<(), Error> {
     config.validate()?;
-    let (manifest, registries) = network::load(&config.common.manifest_path, &config.common.registry_path)?;
+    let live = Live::load(&config.common.manifest_path, &config.common.registry_path)?;
+    let manifest = live.now().manifest.clone();
     let keys = Verifier::from_jwks_file(&config.common.jwks_path)?;
     let db =
         db::connect(config.common.database_url.expose(), config.common.database_schema.as_deref()).await?;
@@ -88,7 +92,7 @@ pub async fn run(config: Config, deps: Deps, shutdown: CancellationToken) -> Res
         written: written.clone(),
         config: config.clone(),
     };
-    let registry = registries.current().clone();
+    let keeper = keeper(&config, &manifest, &live, &health).await?;
     // Without a settler nothing is ever final.
     let cap_micro = if config.chain.settler_key.is_empty() { 0 } else { config.exposure.cap_micro };
     let exposure = exposure::Exposure::new(ledger::amount(cap_micro)?);
@@ -103,8 +107,14 @@ pub async fn run(config: Config, deps: Deps, shutdown: CancellationToken) -> Res
         changed: written.clone(),
     };
     let domain = manifest.domain;
-    let handlers =
-        consumer::Consumer { manifest, registry, metrics, exposure: exposure.clone(), freshness, written };
+    let handlers = consumer::Consumer {
+        manifest,
+        live: live.clone(),
+        metrics,
+        exposure: exposure.clone(),
+        freshness,
+        written,
+    };
     let spec = |queue| ConsumerSpec {
         bus: deps.bus.clone(),
         db: db.clone(),
@@ -136,7 +146,12 @@ pub async fn run(config: Config, deps: Deps, shutdown: CancellationToken) -> Res
         stop.clone(),
     );
     let watching = async {
-        tokio::join!(watch.run(stop.clone()), overdue, exposed);
+        let kept = async {
+            if let Some(keeper) = keeper {
+                keeper.run(stop.clone()).await;
+            }
+        };
+        tokio::join!(watch.run(stop.clone()), overdue, exposed, live.follow(stop.clone()), kept);
         Ok(())
     };
     let result = tokio::try_join!(
@@ -151,12 +166,45 @@ pub async fn run(config: Config, deps: Deps, shutdown: CancellationToken) -> Res
     result.map(drop)
 }
 
-/// The network's contract, at the configured endpoint or the manifest's.
+/// The configured endpoint, or the manifest's.
+fn rpc_url(config: &Config, manifest: &Manifest) -> String {
+    let configured = &config.chain.rpc_url;
+    if configured.is_empty() { manifest.rpc_url.clone() } else { configured.clone() }
+}
+
+/// Who follows the holders' decisions, if this service does.
+async fn keeper(
+    config: &Config,
+    manifest: &Manifest,
+    live: &Live,
+    health: &Health,
+) -> Result<Option<keeper::Keeper>, Error> {
+    let path = &config.governance.contracts_path;
+    if path.as_os_str().is_empty() {
+        return Ok(None);
+    }
+    let unusable = |reason: String| Error::Contracts { path: path.clone(), reason };
+    let bytes = std::fs::read(path).map_err(|error| unusable(error.to_string()))?;
+    let contracts = serde_json::from_slice(&bytes).map_err(|error| unusable(error.to_string()))?;
+    Ok(Some(keeper::Keeper {
+        rpc_url: rpc_url(config, manifest),
+        contracts,
+        live: live.clone(),
+        manifest_path: config.common.manifest_path.clone(),
+        registry_path: config.common.registry_path.clone(),
+        from_block: config.chain.from_block,
+        finality: config.chain.finality,
+        confirmations: config.chain.confirmations,
+        poll: std::time::Duration::from_millis(config.governance.poll_ms),
+        check: health.check("registry"),
+    }))
+}
+
+/// The network's contract.
 fn link(config: &Config, manifest: &Manifest) -> RpcLink {
     let chain = &config.chain;
-    let rpc_url = if chain.rpc_url.is_empty() { &manifest.rpc_url } else { &chain.rpc_url };
     RpcLink {
-        rpc_url: rpc_url.clone(),
+        rpc_url: rpc_url(config, manifest),
         settler_key: chain.settler_key.clone(),
         contract: manifest.domain.contract.0.into(),
         chain_id: manifest.domain.chain_id,

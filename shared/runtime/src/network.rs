@@ -194,6 +194,15 @@ impl Live {
         })
     }
 
+    /// Roots that nobody replaces, where there are no files to follow.
+    #[must_use]
+    pub fn fixed(roots: Roots) -> Self {
+        let (publish, _) = watch::channel(Arc::new(roots));
+        Self { manifest_path: PathBuf::new(), registry_path: PathBuf::new(), publish: Arc::new(publish) }
+    }
+
+    /// What is in force now.
+    #[must_use]
     pub fn now(&self) -> Arc<Roots> {
         self.publish.borrow().clone()
     }

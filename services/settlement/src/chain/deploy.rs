@@ -16,6 +16,7 @@ use super::{
     ChainError, InferToken, InferaGovernor, InferaSettlement, InferaStaking, InferaTimelock, ModelRegistry,
     TxStatus,
     client::{self, Draft, parse_key},
+    governance::ModelTerms,
     port::Fees,
     reader::{self, ChainReader},
 };
@@ -168,22 +169,7 @@ fn creations(script: &mut Script, chain_id: u64, wanted: &Deployment) -> Contrac
 /// What the network starts with, then the hand-over: steps 6 to 8.
 fn calls(script: &mut Script, contracts: &Contracts, registry: &Registry, wanted: &Deployment) {
     for model in &registry.models {
-        let end_tokens: Vec<u8> = {
-            let mut tokens = model.end_tokens.clone();
-            tokens.sort_unstable();
-            tokens.iter().flat_map(|token| token.to_be_bytes()).collect()
-        };
-        let listed = ModelRegistry::Model {
-            weightsRoot: model.weights_root.0.into(),
-            tokenizerHash: model.tokenizer_hash.0.into(),
-            templateHash: model.template_hash.0.into(),
-            endTokensHash: keccak256(end_tokens),
-            vocabSize: model.vocab_size,
-            contextLength: model.context_length,
-            similarityThreshold: model.similarity_threshold_millionths,
-            priceCap: model.price_micro,
-            active: true,
-        };
+        let listed = ModelTerms::of(model).into();
         script.call(
             contracts.registry,
             &ModelRegistry::admitModelCall { id: model.id.clone(), model_: listed },

@@ -7,6 +7,7 @@
 //! - [`port`] is what the batcher needs of a chain, so that tests can put one of their own in its place.
 //! - [`consumer`] deposits, signs vouchers and withdraws.
 //! - [`operator`] claims rewards and stakes, [`deploy`] sets up a network's contracts.
+//! - [`governance`] reads and makes decisions of the token's holders, and the model registry that they govern.
 //! - [`devnet`] runs a local anvil whose state survives restarts.
 //!
 //! Every call ends within [`CALL_TIMEOUT`].
@@ -15,6 +16,7 @@ pub mod client;
 pub mod consumer;
 pub mod deploy;
 pub mod devnet;
+pub mod governance;
 pub mod operator;
 pub mod port;
 pub mod reader;
@@ -47,9 +49,21 @@ mod abi {
         InferaStaking,
         "contracts/artifacts/InferaStaking.json"
     );
-    alloy::sol!(InferaGovernor, "contracts/artifacts/InferaGovernor.json");
-    alloy::sol!(InferaTimelock, "contracts/artifacts/InferaTimelock.json");
-    alloy::sol!(ModelRegistry, "contracts/artifacts/ModelRegistry.json");
+    alloy::sol!(
+        #[sol(rpc)]
+        InferaGovernor,
+        "contracts/artifacts/InferaGovernor.json"
+    );
+    alloy::sol!(
+        #[sol(rpc)]
+        InferaTimelock,
+        "contracts/artifacts/InferaTimelock.json"
+    );
+    alloy::sol!(
+        #[sol(rpc)]
+        ModelRegistry,
+        "contracts/artifacts/ModelRegistry.json"
+    );
 }
 pub(crate) use abi::{
     InferToken, InferaGovernor, InferaSettlement, InferaStaking, InferaTimelock, ModelRegistry,
@@ -186,6 +200,9 @@ impl From<alloy::transports::TransportError> for Failure {
         if let Some(reverted) = payload.as_decoded_interface_error::<InferToken::InferTokenErrors>() {
             return Self::Reverted(token_reason(&reverted));
         }
+        if let Some(reverted) = payload.as_decoded_interface_error::<ModelRegistry::ModelRegistryErrors>() {
+            return Self::Reverted(registry_reason(&reverted));
+        }
         if payload.message.contains("revert") {
             return Self::Reverted(payload.message.to_string());
         }
@@ -211,6 +228,18 @@ fn token_reason(error: &InferToken::InferTokenErrors) -> String {
             format!("{} may move {}, not {}; approve it or sign a permit", e.spender, e.allowance, e.needed)
         }
         other => format!("the token's error 0x{}", alloy::hex::encode(other.selector())),
+    }
+}
+
+fn registry_reason(error: &ModelRegistry::ModelRegistryErrors) -> String {
+    use ModelRegistry::ModelRegistryErrors as E;
+    use alloy::sol_types::SolInterface;
+    match error {
+        E::BadValue(e) => format!("the registry does not take this `{}`", e.field),
+        E::NoSuchModel(e) => format!("the registry serves no model {:?}", e.id),
+        E::AlreadyApproved(e) => format!("the release {} is approved already", e.release),
+        E::NotApproved(e) => format!("the release {} is not approved", e.release),
+        other => format!("the registry's error 0x{}", alloy::hex::encode(other.selector())),
     }
 }
 

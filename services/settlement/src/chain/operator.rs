@@ -165,20 +165,11 @@ impl Operator {
     /// # Errors
     /// [`ChainError::Refused`] by any other chain.
     pub async fn devnet_pass(&self, secs: u64) -> Result<(), ChainError> {
-        let provider = self.reader.provider();
-        if secs > 0 {
-            let passed: Result<serde_json::Value, _> = call("evm_increaseTime", async {
-                provider.raw_request("evm_increaseTime".into(), (secs,)).await
-            })
-            .await;
-            passed?;
-        }
-        let mined: Result<String, _> =
-            call("evm_mine", async { provider.raw_request("evm_mine".into(), ()).await }).await;
-        mined.map(drop)
+        devnet_pass(&self.reader, secs).await
     }
 
-    async fn transact(
+    /// Sends one call and waits until it is in a block.
+    pub(super) async fn transact(
         &self,
         what: &'static str,
         to: Address,
@@ -186,4 +177,18 @@ impl Operator {
     ) -> Result<B256, ChainError> {
         client::transact(&self.reader, &self.signer, what, to, request).await
     }
+}
+
+pub(super) async fn devnet_pass(reader: &ChainReader, secs: u64) -> Result<(), ChainError> {
+    let provider = reader.provider();
+    if secs > 0 {
+        let passed: Result<serde_json::Value, _> = call("evm_increaseTime", async {
+            provider.raw_request("evm_increaseTime".into(), (secs,)).await
+        })
+        .await;
+        passed?;
+    }
+    let mined: Result<String, _> =
+        call("evm_mine", async { provider.raw_request("evm_mine".into(), ()).await }).await;
+    mined.map(drop)
 }

@@ -10,6 +10,7 @@ mod contracts;
 mod crash;
 mod escrow;
 mod faults;
+mod governance;
 mod ledger;
 mod network;
 mod operators;

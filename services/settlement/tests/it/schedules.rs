@@ -10,7 +10,12 @@ use std::{future::poll_fn, pin::pin, sync::Arc, task::Poll};
 
 use infera_bus::{Envelope, Reject};
 use infera_protocol::identity::Domain;
-use infera_runtime::{config::Secret, db, health::Health};
+use infera_runtime::{
+    config::Secret,
+    db,
+    health::Health,
+    network::{Live, Roots},
+};
 use infera_settlement::{
     Config,
     batcher::{Batcher, Next, Work},
@@ -201,7 +206,8 @@ impl<W: World> Parts<W> {
         let Network { manifest, registry, .. } = network;
         let domain = manifest.domain;
         let exposure = Exposure::new(0);
-        let handlers = Consumer { manifest, registry, metrics, exposure, freshness, written };
+        let live = Live::fixed(Roots { manifest: manifest.clone(), registries: registry.into() });
+        let handlers = Consumer { manifest, live, metrics, exposure, freshness, written };
         let (work, follow) = (Work::default(), Follow::default());
         Self { db, world, handlers, batcher, work, follower, follow, domain }
     }
