@@ -11,9 +11,9 @@ use infera_testkit::anvil::{Anvil, DEV_KEYS};
 
 use crate::{chain::DEPLOYER, network::Network};
 
-struct World {
-    anvil: Anvil,
-    contracts: Contracts,
+pub struct World {
+    pub anvil: Anvil,
+    pub contracts: Contracts,
     /// Has nearly the whole supply.
     treasury: Voter,
 }
@@ -27,7 +27,7 @@ impl World {
     }
 
     /// With votes, a second later.
-    async fn delegated() -> Self {
+    pub async fn delegated() -> Self {
         let world = Self::new().await;
         world.treasury.delegate(world.treasury.address()).await.unwrap();
         world.pass(1).await;
@@ -59,7 +59,7 @@ impl World {
         self.find(proposal).await
     }
 
-    async fn carry_out(&self, change: &RegistryCall, entry: Option<&Model>) -> Proposal {
+    pub async fn carry_out(&self, change: &RegistryCall, entry: Option<&Model>) -> Proposal {
         let title = format!("Change {:?}", self.treasury.governance().time().await.unwrap());
         let proposal = self.propose(&title, change, entry).await;
         let won = self.voted(&proposal, Support::For).await;
@@ -70,12 +70,12 @@ impl World {
     }
 }
 
-fn second() -> Model {
+pub fn second() -> Model {
     let first = Network::offline().registry.models[0].clone();
     Model { id: "second".into(), weights_root: Hash32([0x22; 32]), end_tokens: vec![106, 1], ..first }
 }
 
-fn admit(model: &Model) -> RegistryCall {
+pub fn admit(model: &Model) -> RegistryCall {
     RegistryCall::AdmitModel { id: model.id.clone(), terms: ModelTerms::of(model) }
 }
 

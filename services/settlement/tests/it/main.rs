@@ -11,6 +11,7 @@ mod crash;
 mod escrow;
 mod faults;
 mod governance;
+mod keeper;
 mod ledger;
 mod network;
 mod operators;

@@ -1,0 +1,127 @@
+//! What holders decide on a real chain is in force in a deployment's files, and in every process that follows them.
+
+use std::{path::PathBuf, time::Duration};
+
+use infera_protocol::registry::Registry;
+use infera_runtime::{CancellationToken, health::Health, network::Live};
+use infera_settlement::{
+    chain::{governance::RegistryCall, port::Finality},
+    keeper::Keeper,
+};
+use infera_testkit::{TempDir, eventually};
+
+use crate::{
+    governance::{World, admit, second},
+    network::{MODEL, Network},
+};
+
+/// Long enough for a loaded machine; only a failing test waits for it.
+const PATIENCE: Duration = Duration::from_secs(60);
+
+struct Deployment {
+    dir: TempDir,
+    health: Health,
+}
+
+impl Deployment {
+    fn new() -> Self {
+        let (dir, network) = (TempDir::new().unwrap(), Network::offline());
+        let write = |name: &str, bytes: Vec<u8>| std::fs::write(dir.path().join(name), bytes).unwrap();
+        write("network.json", serde_json::to_vec(&network.manifest).unwrap());
+        write("models.json", serde_json::to_vec(&network.registry).unwrap());
+        Self { dir, health: Health::new("test") }
+    }
+
+    fn path(&self, name: &str) -> PathBuf {
+        self.dir.path().join(name)
+    }
+
+    fn live(&self) -> Live {
+        Live::load(&self.path("network.json"), &self.path("models.json")).unwrap()
+    }
+
+    /// A keeper, and a process that follows what it writes, until the token is cancelled.
+    fn start(&self, world: &World) -> (Live, CancellationToken) {
+        let stop = CancellationToken::new();
+        let keeper = Keeper {
+            rpc_url: world.anvil.url().to_owned(),
+            contracts: world.contracts,
+            live: self.live(),
+            manifest_path: self.path("network.json"),
+            registry_path: self.path("models.json"),
+            from_block: 0,
+            finality: Finality::Depth,
+            confirmations: 1,
+            poll: Duration::from_millis(50),
+            check: self.health.check("registry"),
+        };
+        let (kept, other) = (keeper.live.clone(), self.live());
+        for live in [kept, other.clone()] {
+            let stop = stop.clone();
+            tokio::spawn(async move { live.follow(stop).await });
+        }
+        tokio::spawn(keeper.run(stop.clone()));
+        (other, stop)
+    }
+
+    /// What `/readyz` says.
+    fn told(&self) -> String {
+        serde_json::to_string(&self.health.readiness()).unwrap()
+    }
+}
+
+fn models(live: &Live) -> Vec<(String, u64)> {
+    let roots = live.now();
+    roots.registries.current().models.iter().map(|model| (model.id.clone(), model.price_micro)).collect()
+}
+
+#[tokio::test]
+async fn votes_change_what_is_served_without_a_restart() {
+    let world = World::delegated().await;
+    let deployment = Deployment::new();
+    let (live, stop) = deployment.start(&world);
+    let before: Registry = live.now().registries.current().clone();
+    let model = second();
+    world.carry_out(&admit(&model), Some(&model)).await;
+    eventually(PATIENCE, async || live.now().registries.current().by_id("second") == Some(&model)).await;
+
+    let cheaper = RegistryCall::SetTerms {
+        id: MODEL.to_owned(),
+        similarity_threshold_millionths: 700_000,
+        price_cap_micro: 1,
+    };
+    world.carry_out(&cheaper, None).await;
+    let price = before.models[0].price_micro.min(1);
+    eventually(PATIENCE, async || {
+        let roots = live.now();
+        let model = &roots.registries.current().models[0];
+        (model.similarity_threshold_millionths, model.price_micro) == (700_000, price)
+    })
+    .await;
+
+    world.carry_out(&RegistryCall::WithdrawModel { id: MODEL.to_owned() }, None).await;
+    eventually(PATIENCE, async || models(&live).iter().all(|(id, _)| id == "second")).await;
+    // What was made under the versions before can be checked for ever.
+    let roots = live.now();
+    assert!(roots.registries.in_force(0, i64::MAX).any(|version| version.models == before.models));
+    stop.cancel();
+
+    // A keeper that starts anew finds everything as it is.
+    let (again, stop) = deployment.start(&world);
+    assert_eq!(models(&again), models(&live));
+    stop.cancel();
+}
+
+#[tokio::test]
+async fn what_can_not_be_followed_changes_nothing_and_is_said() {
+    let world = World::delegated().await;
+    let deployment = Deployment::new();
+    let (live, stop) = deployment.start(&world);
+    let before = models(&live);
+    // A calibration that nobody here knows.
+    let hash = infera_protocol::bytes::Hash32([0x66; 32]);
+    world.carry_out(&RegistryCall::SetCalibration { hash }, None).await;
+    eventually(PATIENCE, async || deployment.told().contains("0x6666")).await;
+    assert_eq!(models(&live), before);
+    stop.cancel();
+}
