@@ -204,7 +204,8 @@ mod tests {
         let (registry, unmet) = registry(&all, &current(), &[]);
         assert_eq!(registry.models, current().models);
         assert!(unmet[0].to_string().contains("nothing was published"), "{unmet:?}");
-        let forged: [(fn(&mut Model), &str); 5] = [
+        type Forge = fn(&mut Model);
+        let forged: [(Forge, &str); 5] = [
             (|m| m.tokenizer_hash.0[0] ^= 1, "tokenizer_hash"),
             (|m| m.template_hash.0[0] ^= 1, "template_hash"),
             (|m| m.end_tokens.push(1), "end_tokens"),
