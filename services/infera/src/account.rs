@@ -1,5 +1,5 @@
-//! `infera account`: a consumer's side, all of it over the gateway: sign in with a wallet, keys, balance, usage,
-//! statement, quotes, vouchers.
+//! `infera account`: a consumer's side: over the gateway sign in with a wallet, keys, balance, usage, statement, quotes
+//! and vouchers; on the chain deposits and withdrawals.
 
 use std::{fs, process::ExitCode};
 
@@ -8,12 +8,12 @@ use infera_protocol::{
     bytes::Address,
     rfc3339,
     siwe::{self, Message, Origin},
-    voucher::Voucher,
 };
 use reqwest::Method;
 use serde_json::{Value, json};
 
 mod args;
+mod escrow;
 mod session;
 mod show;
 
@@ -21,7 +21,7 @@ pub use args::AccountArgs;
 use args::{AccountCommand, AccountKeysCommand, AccountWho, Period};
 use session::{Session, SignIn};
 
-use crate::{client::infer, layout::write_secret, operator::amount, say};
+use crate::{layout::write_secret, say};
 
 /// What the message says to whoever signs it. The gateway's own words are not signed.
 const STATEMENT: &str = "Sign in to Infera with the infera command. This moves no money.";
@@ -46,13 +46,21 @@ async fn run(command: &AccountCommand) -> Result<(), String> {
             let more = [("model", model.as_deref()), ("limit", Some(&*limit)), ("cursor", cursor.as_deref())];
             table(who, "/v1/usage", period, &more, show::usage).await
         }
-        AccountCommand::Statement { who, period } => {
-            table(who, "/v1/statement", period, &[], show::statement).await
+        AccountCommand::Statement { who, period, limit, cursor } => {
+            let limit = limit.to_string();
+            let more = [("limit", Some(&*limit)), ("cursor", cursor.as_deref())];
+            table(who, "/v1/statement", period, &more, show::statement).await
         }
         AccountCommand::Quote { who, prompt, model, max_tokens, json } => {
             quote(who, prompt, model.as_deref(), *max_tokens, *json).await
         }
-        AccountCommand::Voucher { who, amount, more } => voucher(who, amount, *more).await,
+        AccountCommand::Deposit { who, chain, amount, faucet } => {
+            escrow::deposit(who, chain, amount, *faucet).await
+        }
+        AccountCommand::Voucher { who, amount, more } => escrow::voucher(who, amount, *more).await,
+        AccountCommand::Withdraw { who, chain, amount, cancel } => {
+            escrow::withdraw(who, chain, amount.as_deref(), *cancel).await
+        }
     }
 }
 
@@ -209,60 +217,6 @@ async fn quote(
     let body = json!({ "model": model, "messages": messages, "max_tokens": max_tokens });
     let quote = session.ask(Method::POST, "/v1/quote", Some(&body)).await?;
     if json { show::json(&quote) } else { show::quote(&quote) }
-}
-
-/// Signs and brings a voucher. What was signed before is known from this folder, not from the gateway, which could
-/// otherwise have more signed than anybody meant.
-async fn voucher(who: &AccountWho, text: &str, more: bool) -> Result<(), String> {
-    let session = Session::open(who)?;
-    let wanted = u64::try_from(amount(text)?).map_err(|_| format!("the amount `{text}` is too large"))?;
-    let wallet = session.wallet()?;
-    let address = of(wallet.address());
-    let manifest = session.manifest()?.ok_or_else(|| {
-        format!(
-            "there is no network.json in {}: name the network's folder with --data, a voucher is for its chain and contract",
-            who.data.data.display()
-        )
-    })?;
-    let domain = manifest.domain;
-    let path = session.folder().join(format!("voucher-{}-{}-{address}", domain.chain_id, domain.contract));
-    let last = last_voucher(&path)?;
-    let cumulative_micro = match (more, last) {
-        (true, Some(last)) => last.checked_add(wanted).ok_or("that is more than a voucher can say")?,
-        (true, None) => {
-            return Err(
-                "no voucher was signed in this folder yet: give the whole amount, without --more".into()
-            );
-        }
-        (false, Some(last)) if wanted < last => {
-            return Err(format!(
-                "a voucher of {} was signed before, and a lower one takes nothing back: withdraw what is in escrow instead",
-                infer(last)
-            ));
-        }
-        (false, _) => wanted,
-    };
-    let voucher = Voucher { account: address, cumulative_micro };
-    let signature = voucher.sign(&domain, wallet.credential()).map_err(|e| e.to_string())?;
-    // Before it leaves: what may have arrived counts as signed.
-    write_secret(&path, cumulative_micro.to_string().as_bytes())
-        .map_err(|e| format!("cannot write {}: {e}", path.display()))?;
-    let body = json!({ "cumulative_micro": cumulative_micro.to_string(), "signature": signature });
-    session.ask(Method::POST, "/v1/vouchers", Some(&body)).await?;
-    say(format_args!(
-        "{} may be charged in all to {address} on chain {}",
-        infer(cumulative_micro),
-        domain.chain_id
-    ));
-    Ok(())
-}
-
-fn last_voucher(path: &std::path::Path) -> Result<Option<u64>, String> {
-    match fs::read_to_string(path) {
-        Ok(text) => text.trim().parse().map(Some).map_err(|_| format!("{} holds no amount", path.display())),
-        Err(error) if error.kind() == std::io::ErrorKind::NotFound => Ok(None),
-        Err(error) => Err(format!("cannot read {}: {error}", path.display())),
-    }
 }
 
 fn of(address: EvmAddress) -> Address {

@@ -23,9 +23,9 @@ use crate::{
 };
 
 /// Gas money that an operator gets on a devnet, where nobody can buy any.
-const DEVNET_WEI: u128 = 10 * 10_u128.pow(18);
+pub(crate) const DEVNET_WEI: u128 = 10 * 10_u128.pow(18);
 /// anvil's chain id: a devnet.
-const DEVNET: u64 = 31_337;
+pub(crate) const DEVNET: u64 = 31_337;
 /// 10^-6 INFER in an INFER.
 const MICRO: u128 = 1_000_000;
 
@@ -141,7 +141,7 @@ fn key_path(who: &OperatorWho) -> PathBuf {
     }
 }
 
-fn read_json<T: DeserializeOwned>(path: &Path) -> Result<T, String> {
+pub(crate) fn read_json<T: DeserializeOwned>(path: &Path) -> Result<T, String> {
     let bytes = fs::read(path).map_err(|e| format!("cannot read {}: {e}", path.display()))?;
     serde_json::from_slice(&bytes).map_err(|e| format!("{} is damaged: {e}", path.display()))
 }
@@ -164,7 +164,7 @@ pub(crate) fn amount(text: &str) -> Result<u128, String> {
         .ok_or_else(wrong)
 }
 
-fn shown(micro: u128) -> String {
+pub(crate) fn shown(micro: u128) -> String {
     infer(u64::try_from(micro).unwrap_or(u64::MAX))
 }
 

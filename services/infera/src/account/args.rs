@@ -62,6 +62,12 @@ pub enum AccountCommand {
         who: AccountWho,
         #[command(flatten)]
         period: Period,
+        /// At most this many
+        #[arg(long, default_value_t = 100, value_parser = clap::value_parser!(u16).range(1..=1000))]
+        limit: u16,
+        /// Go on where the last page ended
+        #[arg(long)]
+        cursor: Option<String>,
     },
     /// What an answer would cost at most
     Quote {
@@ -79,6 +85,18 @@ pub enum AccountCommand {
         #[arg(long)]
         json: bool,
     },
+    /// Move tokens of the wallet into its escrow; they may be spent once their block is final and a voucher allows it
+    Deposit {
+        #[command(flatten)]
+        who: AccountWho,
+        #[command(flatten)]
+        chain: ChainWho,
+        /// INFER, with up to six decimals
+        amount: String,
+        /// On a devnet: take the tokens that are missing from its treasury
+        #[arg(long)]
+        faucet: bool,
+    },
     /// Allow the network to charge the wallet's escrow up to an amount, over the account's lifetime
     Voucher {
         #[command(flatten)]
@@ -88,6 +106,18 @@ pub enum AccountCommand {
         /// The amount is what is allowed beyond the last voucher that was signed here
         #[arg(long)]
         more: bool,
+    },
+    /// Announce that tokens are to come out of escrow; without an amount: take what the delay has let out
+    Withdraw {
+        #[command(flatten)]
+        who: AccountWho,
+        #[command(flatten)]
+        chain: ChainWho,
+        /// INFER, with up to six decimals
+        amount: Option<String>,
+        /// Take the announcement back
+        #[arg(long, conflicts_with = "amount")]
+        cancel: bool,
     },
 }
 
@@ -147,4 +177,15 @@ pub struct AccountWho {
     pub gateway: Option<String>,
     #[command(flatten)]
     pub data: DataArgs,
+}
+
+/// Which chain and contracts.
+#[derive(Debug, Clone, Args)]
+pub struct ChainWho {
+    /// JSON-RPC endpoint of the chain; default: the one that network.json in the data folder names
+    #[arg(long)]
+    pub rpc: Option<String>,
+    /// Addresses of the contracts; default: contracts.json in the data folder
+    #[arg(long)]
+    pub contracts: Option<PathBuf>,
 }

@@ -62,6 +62,11 @@ impl Session {
         &self.gateway
     }
 
+    /// The folder of the network's files.
+    pub fn data(&self) -> &Path {
+        &self.who.data.data
+    }
+
     pub fn folder(&self) -> &Path {
         &self.who.account
     }
@@ -72,6 +77,11 @@ impl Session {
 
     /// The wallet.
     pub fn wallet(&self) -> Result<PrivateKeySigner, String> {
+        parse_key("the wallet's key", &self.wallet_key()?).map_err(|e| e.to_string())
+    }
+
+    /// Its key as the file has it.
+    pub fn wallet_key(&self) -> Result<String, String> {
         let path = self.key_path();
         let unreadable = |e: std::io::Error| {
             format!(
@@ -86,8 +96,7 @@ impl Session {
         if meta.len() > MAX_KEY_BYTES {
             return Err(format!("{} is too large for a key: write 0x and 64 hex digits", path.display()));
         }
-        let text = fs::read_to_string(&path).map_err(unreadable)?;
-        parse_key("the wallet's key", &text).map_err(|e| e.to_string())
+        fs::read_to_string(&path).map_err(unreadable)
     }
 
     /// The manifest in the data folder, if there is one.

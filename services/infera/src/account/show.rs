@@ -79,15 +79,31 @@ pub fn usage(usage: &Value) -> Result<(), String> {
         let charged = amount(totals.get("charged_micro").unwrap_or(&Value::Null));
         say(format_args!("{requests} requests in the period, charged {charged}"));
     }
-    if let Some(cursor) = usage.get("next_cursor").and_then(Value::as_str) {
-        say(format_args!("there are more: --cursor {cursor}"));
-    }
+    more(usage);
     Ok(())
 }
 
-/// Line by line, as CSV has it: the shape of an entry is settlement's.
 pub fn statement(statement: &Value) -> Result<(), String> {
-    json(statement)
+    say(format_args!("{:24}  {:10} {:>26} {:>26}  request", "time", "kind", "amount", "balance"));
+    for entry in rows(statement)? {
+        let of = |name: &str| amount(entry.get(name).unwrap_or(&Value::Null));
+        say(format_args!(
+            "{:24}  {:10} {:>26} {:>26}  {}",
+            time(entry.get("at_ms").and_then(Value::as_i64)),
+            text(entry, "kind"),
+            of("amount_micro"),
+            of("balance_micro"),
+            text(entry, "request_id"),
+        ));
+    }
+    more(statement);
+    Ok(())
+}
+
+fn more(page: &Value) {
+    if let Some(cursor) = page.get("next_cursor").and_then(Value::as_str) {
+        say(format_args!("there are more: --cursor {cursor}"));
+    }
 }
 
 pub fn quote(quote: &Value) -> Result<(), String> {

@@ -1,0 +1,213 @@
+//! A wallet's money on the chain: deposits, vouchers, withdrawals.
+
+use std::{fs, path::Path};
+
+use alloy::primitives::U256;
+use infera_protocol::{identity::Domain, voucher::Voucher};
+use infera_settlement::chain::{Contracts, Escrow, consumer::Consumer, operator::Operator};
+use reqwest::Method;
+use serde_json::json;
+
+use super::{
+    args::{AccountWho, ChainWho},
+    of,
+    session::Session,
+};
+use crate::{
+    client::infer,
+    layout::write_secret,
+    operator::{DEVNET, DEVNET_WEI, amount, read_json, shown},
+    say,
+};
+
+/// A wallet at a network's contracts.
+struct Wallet {
+    consumer: Consumer,
+    rpc: String,
+    contracts: Contracts,
+    session: Session,
+}
+
+impl Wallet {
+    async fn open(who: &AccountWho, chain: &ChainWho) -> Result<Self, String> {
+        let session = Session::open(who)?;
+        let path = chain.contracts.clone().unwrap_or_else(|| session.data().join("contracts.json"));
+        let contracts: Contracts = read_json(&path).map_err(|e| {
+            format!("{e}; name the contracts with --contracts, or the network's folder with --data")
+        })?;
+        let rpc = match &chain.rpc {
+            Some(rpc) => rpc.clone(),
+            None => session.manifest()?.ok_or("name the chain's endpoint with --rpc")?.rpc_url,
+        };
+        let consumer =
+            Consumer::connect(&rpc, &session.wallet_key()?, contracts).await.map_err(|e| e.to_string())?;
+        let wallet = Self { consumer, rpc, contracts, session };
+        if contracts.chain_id == DEVNET {
+            wallet.devnet().await?;
+        }
+        Ok(wallet)
+    }
+
+    /// On a devnet: its time goes on, and there is money for gas.
+    async fn devnet(&self) -> Result<(), String> {
+        let me = self.consumer.address();
+        let devnet = self.with_key(&self.session.wallet_key()?).await?;
+        devnet.devnet_pass(0).await.map_err(|e| e.to_string())?;
+        if devnet.gas_money(me).await.map_err(|e| e.to_string())?.is_zero() {
+            devnet.devnet_gas(me, U256::from(DEVNET_WEI)).await.map_err(|e| e.to_string())?;
+            say("the devnet gave money for gas");
+        }
+        Ok(())
+    }
+
+    async fn with_key(&self, key: &str) -> Result<Operator, String> {
+        Operator::connect(&self.rpc, key, self.contracts).await.map_err(|e| e.to_string())
+    }
+
+    async fn from_treasury(&self, missing: u128) -> Result<(), String> {
+        let path = self.session.data().join("keys/treasury.key");
+        let key = fs::read_to_string(&path)
+            .map_err(|e| format!("there is no treasury here ({}: {e})", path.display()))?;
+        let treasury = self.with_key(&key).await?;
+        treasury.transfer(self.consumer.address(), missing).await.map_err(|e| e.to_string())?;
+        say(format_args!("the devnet's treasury gave {}", shown(missing)));
+        Ok(())
+    }
+
+    async fn say_escrow(&self) -> Result<Escrow, String> {
+        let escrow = self.consumer.account(self.consumer.address()).await.map_err(|e| e.to_string())?;
+        say(format_args!(
+            "in escrow {}, charged in all {}, of at most {} that vouchers on the chain allow",
+            shown(escrow.escrow),
+            shown(escrow.charged),
+            shown(escrow.authorized)
+        ));
+        Ok(escrow)
+    }
+}
+
+pub async fn deposit(who: &AccountWho, chain: &ChainWho, text: &str, faucet: bool) -> Result<(), String> {
+    let wanted = amount(text)?;
+    let wallet = Wallet::open(who, chain).await?;
+    let me = wallet.consumer.address();
+    let has = wallet.consumer.tokens(me).await.map_err(|e| e.to_string())?;
+    if has < wanted {
+        if !faucet {
+            return Err(format!(
+                "{me} has {}, {} are to be deposited; on a devnet --faucet takes what is missing from its treasury",
+                shown(has),
+                shown(wanted)
+            ));
+        }
+        wallet.from_treasury(wanted - has).await?;
+    }
+    let tx = wallet.consumer.deposit(wanted).await.map_err(|e| e.to_string())?;
+    say(format_args!("deposited {}, transaction {tx}", shown(wanted)));
+    wallet.say_escrow().await?;
+    say(
+        "it may be spent once the block is final, as far as a voucher allows: `infera account voucher AMOUNT`",
+    );
+    Ok(())
+}
+
+pub async fn withdraw(
+    who: &AccountWho,
+    chain: &ChainWho,
+    text: Option<&str>,
+    cancel: bool,
+) -> Result<(), String> {
+    let wanted = text.map(amount).transpose()?;
+    let wallet = Wallet::open(who, chain).await?;
+    let consumer = &wallet.consumer;
+    let (what, tx) = match wanted {
+        Some(wanted) => {
+            (format!("{} is on its way out", shown(wanted)), consumer.request_withdrawal(wanted).await)
+        }
+        None if cancel => {
+            ("nothing is on its way out any more".to_owned(), consumer.cancel_withdrawal().await)
+        }
+        None => ("took out what had come out".to_owned(), consumer.withdraw().await),
+    };
+    say(format_args!("{what}, transaction {}", tx.map_err(|e| e.to_string())?));
+    let escrow = wallet.say_escrow().await?;
+    if escrow.withdrawal > 0 {
+        let now = consumer.reader().time().await.map_err(|e| e.to_string())?;
+        say(format_args!(
+            "on its way out {}: `infera account withdraw` without an amount takes it in {} s",
+            shown(escrow.withdrawal),
+            escrow.withdrawable_secs.saturating_sub(now)
+        ));
+    }
+    let tokens = consumer.tokens(consumer.address()).await.map_err(|e| e.to_string())?;
+    say(format_args!("in the wallet {}", shown(tokens)));
+    Ok(())
+}
+
+/// Signs and brings a voucher. What was signed before is known from the account's folder, not from the gateway, which
+/// could otherwise have more signed than anybody meant.
+pub async fn voucher(who: &AccountWho, text: &str, more: bool) -> Result<(), String> {
+    let session = Session::open(who)?;
+    let wanted = u64::try_from(amount(text)?).map_err(|_| format!("the amount `{text}` is too large"))?;
+    let wallet = session.wallet()?;
+    let account = of(wallet.address());
+    let manifest = session.manifest()?.ok_or_else(|| {
+        format!(
+            "there is no network.json in {}: name the network's folder with --data, a voucher is for its chain and contract",
+            session.data().display()
+        )
+    })?;
+    let domain = manifest.domain;
+    let Domain { chain_id, contract } = domain;
+    let path = session.folder().join(format!("voucher-{chain_id}-{contract}-{account}"));
+    let cumulative_micro = total(last(&path)?, wanted, more)?;
+    let voucher = Voucher { account, cumulative_micro };
+    let signature = voucher.sign(&domain, wallet.credential()).map_err(|e| e.to_string())?;
+    // Before it leaves: what may have arrived counts as signed.
+    write_secret(&path, cumulative_micro.to_string().as_bytes())
+        .map_err(|e| format!("cannot write {}: {e}", path.display()))?;
+    let body = json!({ "cumulative_micro": cumulative_micro.to_string(), "signature": signature });
+    session.ask(Method::POST, "/v1/vouchers", Some(&body)).await?;
+    say(format_args!("{} may be charged in all to {account} on chain {chain_id}", infer(cumulative_micro)));
+    Ok(())
+}
+
+/// What the voucher says, after one of `last`.
+fn total(last: Option<u64>, wanted: u64, more: bool) -> Result<u64, String> {
+    match (more, last) {
+        (true, Some(last)) => {
+            last.checked_add(wanted).ok_or_else(|| "that is more than a voucher can say".to_owned())
+        }
+        (true, None) => {
+            Err("no voucher was signed in this folder yet: give the whole amount, without --more".into())
+        }
+        (false, Some(last)) if wanted < last => Err(format!(
+            "a voucher of {} was signed before, and a lower one takes nothing back: withdraw what is in escrow instead",
+            infer(last)
+        )),
+        (false, _) => Ok(wanted),
+    }
+}
+
+fn last(path: &Path) -> Result<Option<u64>, String> {
+    match fs::read_to_string(path) {
+        Ok(text) => text.trim().parse().map(Some).map_err(|_| format!("{} holds no amount", path.display())),
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => Ok(None),
+        Err(error) => Err(format!("cannot read {}: {error}", path.display())),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn vouchers_only_grow() {
+        assert_eq!(total(None, 5, false), Ok(5));
+        assert_eq!(total(Some(5), 5, false), Ok(5));
+        assert_eq!(total(Some(5), 7, false), Ok(7));
+        assert_eq!(total(Some(5), 7, true), Ok(12));
+        assert!(total(Some(5), 4, false).unwrap_err().contains("0.000005 INFER"));
+        assert!(total(None, 4, true).unwrap_err().contains("--more"));
+        assert!(total(Some(u64::MAX), 1, true).is_err());
+    }
+}
