@@ -64,7 +64,7 @@ impl Wallet {
         Operator::connect(&self.rpc, key, self.contracts).await.map_err(|e| e.to_string())
     }
 
-    async fn from_treasury(&self, missing: u128) -> Result<(), String> {
+    async fn take_from_treasury(&self, missing: u128) -> Result<(), String> {
         let path = self.session.data().join("keys/treasury.key");
         let key = fs::read_to_string(&path)
             .map_err(|e| format!("there is no treasury here ({}: {e})", path.display()))?;
@@ -99,7 +99,7 @@ pub async fn deposit(who: &AccountWho, chain: &ChainWho, text: &str, faucet: boo
                 shown(wanted)
             ));
         }
-        wallet.from_treasury(wanted - has).await?;
+        wallet.take_from_treasury(wanted - has).await?;
     }
     let tx = wallet.consumer.deposit(wanted).await.map_err(|e| e.to_string())?;
     say(format_args!("deposited {}, transaction {tx}", shown(wanted)));
