@@ -22,7 +22,7 @@ use std::rc::Rc;
 use std::time::Instant;
 
 use clap::Parser;
-use infera_node::engine::{Class, Engine, EngineConfig, Event, Job, ScoreJob};
+use infera_node::engine::{Class, DeviceChoice, Engine, EngineConfig, Event, Job, ScoreJob, choose};
 use infera_prompt::{Message, Prompt};
 use infera_protocol::sampling::SamplingParams;
 use serde::{Deserialize, Serialize};
@@ -38,9 +38,12 @@ const TICKS: f64 = 100.0;
 struct Args {
     /// The model file, GGUF
     model: PathBuf,
-    /// exact or fast
+    /// exact, fast or bf16
     #[arg(long, value_parser = class)]
     class: Class,
+    /// auto, cpu, cuda or cuda:N
+    #[arg(long, default_value = "cpu")]
+    device: DeviceChoice,
     /// Threads of the engine
     #[arg(long, default_value_t = 2)]
     threads: usize,
@@ -56,7 +59,8 @@ struct Args {
 }
 
 fn class(name: &str) -> Result<Class, String> {
-    [Class::Exact, Class::Fast].into_iter().find(|c| c.name() == name).ok_or("exact or fast".into())
+    let all = [Class::Exact, Class::Fast, Class::Bf16];
+    all.into_iter().find(|c| c.name() == name).ok_or("exact, fast or bf16".into())
 }
 
 #[derive(Deserialize)]
@@ -226,9 +230,11 @@ async fn answer(engine: &Engine, prompt: &Prompt, line: &str) -> Result<Value, S
 }
 
 fn serve(args: Args) -> Result<(), String> {
+    let (device, class) = choose(args.device, Some(args.class)).map_err(|e| e.to_string())?;
     let config = EngineConfig {
         model_path: args.model,
-        class: args.class,
+        class,
+        device,
         slots: args.slots,
         scorers: 1,
         threads: args.threads,
