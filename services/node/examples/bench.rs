@@ -8,6 +8,8 @@
 //!     {"wall_secs", "cpu_secs", "first_cpu_secs", "jobs": [{"submitted", "times": [s], "tokens": [id]}]}
 //! {"do": "score", "prompt": [id], "answer": [id]}   {"wall_secs", "cpu_secs", "scores"}
 //! {"do": "memory"}                             {"peak_bytes"}
+//! {"do": "pause", "prompts": [[id]]}           {"pause_secs"}: with an endless job for each prompt running
+//! {"do": "resume"}                             {"resume_secs"}
 //! anything that fails                          {"error": "..."}
 //! ```
 //!
@@ -70,6 +72,8 @@ enum Command {
     Run { waves: Vec<Wave> },
     Score { prompt: Vec<u32>, answer: Vec<u32> },
     Memory {},
+    Pause { prompts: Vec<Vec<u32>> },
+    Resume {},
 }
 
 #[derive(Deserialize)]
@@ -217,7 +221,32 @@ async fn score(engine: &Engine, prompt: Vec<u32>, answer: Vec<u32>) -> Result<Va
     Ok(json!({"wall_secs": wall, "cpu_secs": cpu_secs()? - cpu, "scores": scores.len()}))
 }
 
-async fn answer(engine: &Engine, prompt: &Prompt, line: &str) -> Result<Value, String> {
+/// How long it takes to end running jobs and free the memory.
+async fn pause(engine: &Engine, prompts: Vec<Vec<u32>>, most: usize) -> Result<Value, String> {
+    let mut running = Vec::new();
+    for prompt in prompts {
+        let tokens = u32::try_from(most.saturating_sub(prompt.len())).map_err(|e| e.to_string())?;
+        let job = Work { prompt, tokens, temperature: 1.0, seed: 1 }.job();
+        running.push(engine.generate(job).map_err(|e| e.to_string())?);
+    }
+    for events in &mut running {
+        match events.recv().await {
+            Some(Event::Token { .. }) => {}
+            other => return Err(format!("a job ended before the pause: {other:?}")),
+        }
+    }
+    let began = Instant::now();
+    engine.pause().map_err(|e| e.to_string())?;
+    Ok(json!({"pause_secs": began.elapsed().as_secs_f64()}))
+}
+
+fn resume(engine: &Engine) -> Result<Value, String> {
+    let began = Instant::now();
+    engine.resume().map_err(|e| e.to_string())?;
+    Ok(json!({"resume_secs": began.elapsed().as_secs_f64()}))
+}
+
+async fn answer(engine: &Engine, prompt: &Prompt, context: usize, line: &str) -> Result<Value, String> {
     match serde_json::from_str(line).map_err(|e| format!("not a command: {e}"))? {
         Command::Prompt { system, user } => {
             let messages = [Message::new("system", &system), Message::new("user", &user)];
@@ -225,6 +254,8 @@ async fn answer(engine: &Engine, prompt: &Prompt, line: &str) -> Result<Value, S
         }
         Command::Run { waves } => run(engine, waves).await,
         Command::Score { prompt, answer } => score(engine, prompt, answer).await,
+        Command::Pause { prompts } => pause(engine, prompts, context).await,
+        Command::Resume {} => resume(engine),
         Command::Memory {} => Ok(json!({"peak_bytes": status("VmHWM")?})),
     }
 }
@@ -254,7 +285,7 @@ fn serve(args: Args) -> Result<(), String> {
     say(json!({"load_secs": load, "base_bytes": base, "weights_bytes": engine.memory().weights}))?;
     for line in std::io::stdin().lock().lines() {
         let line = line.map_err(|e| e.to_string())?;
-        let answer = LocalSet::new().block_on(&runtime, answer(&engine, &prompt, &line));
+        let answer = LocalSet::new().block_on(&runtime, answer(&engine, &prompt, args.context, &line));
         say(answer.unwrap_or_else(|error| json!({"error": error})))?;
     }
     Ok(())

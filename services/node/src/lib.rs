@@ -125,15 +125,15 @@ pub async fn run(
     pauses: watch::Receiver<bool>,
 ) -> Result<(), Error> {
     fault::check(&args)?;
+    let (choice, class) = (args.device, args.class);
+    let (device, class) = blocking(move || engine::choose(choice, class)).await??;
+    (args.device, args.class) = (DeviceChoice::Only(device), Some(class));
     let manifest = read_manifest(&args.manifest)?;
     let _lock = lock(&args.data)?;
     let mut identity = Identity::load_or_create(&args, &manifest)?;
     if args.fault.is_some_and(Fault::forges_release) {
         identity.forge_release();
     }
-    let (choice, class) = (args.device, args.class);
-    let (device, class) = blocking(move || engine::choose(choice, class)).await??;
-    (args.device, args.class) = (DeviceChoice::Only(device), Some(class));
     let config = config(&args);
     let (for_weights, for_engine, loaded) = (args.clone(), args.clone(), config.clone());
     let weights = blocking(move || read_weights(&for_weights)).await??;

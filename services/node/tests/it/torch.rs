@@ -1,11 +1,13 @@
 //! The class bf16 on the real model: what a GPU computes with the same operations of libtorch, here on the processor.
 
+use clap::Parser;
 use infera_node::engine::{
     Busy, Class, Device, Engine, EngineConfig, EngineError, Event, Finish, Job, PREEMPTED, Score, ScoreJob,
     memory_need,
 };
 use infera_prompt::Prompt;
 use infera_protocol::sampling::SamplingParams;
+use infera_runtime::CancellationToken;
 use uuid::Uuid;
 
 use crate::engine::{Answer, QUESTIONS, alone, collect, config, job, jobs, resident, together};
@@ -13,10 +15,10 @@ use crate::{ONE_AT_A_TIME, model_path};
 
 /// How far behind the scorer's own choice a token of an honest answer may be, in logits: answers of this class part only
 /// where two tokens are this near to each other.
-const NEAR_TIE: f64 = 0.5;
+const NEAR_TIE: f64 = 0.3;
 
 fn bf16(slots: usize) -> EngineConfig {
-    EngineConfig { slots, scorers: 2, ..config(Class::Bf16, 2) }
+    EngineConfig { slots, scorers: 2, ..config(Class::Bf16, 1) }
 }
 
 fn score(engine: &Engine, job: &Job, tokens: &[u32]) -> Vec<Score> {
@@ -284,6 +286,11 @@ fn a_gpu_that_is_not_there_is_an_error_in_words() {
         error.starts_with("libtorch_cuda.so does not load (") && error.contains("LD_LIBRARY_PATH"),
         "{error}"
     );
+    let words = ["infera-node", "--device", "cuda", "--model", "/nowhere"];
+    let args = infera_node::Args::parse_from(words);
+    let run = infera_node::run(args, CancellationToken::new(), tokio::sync::watch::channel(false).1);
+    let error = tokio::runtime::Runtime::new().unwrap().block_on(run).unwrap_err().to_string();
+    assert!(error.starts_with("the engine does not start: libtorch_cuda.so does not load ("), "{error}");
     let chosen = infera_node::engine::choose("auto".parse().unwrap(), None).unwrap();
     assert_eq!(chosen, (Device::Cpu, Class::Exact));
 }

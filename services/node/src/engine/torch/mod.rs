@@ -62,15 +62,12 @@ impl Model {
     /// Reads the weights.
     pub fn load(source: &Source, config: &EngineConfig) -> Result<Self, EngineError> {
         let numerics = Numerics { device: config.device.torch(), kind: Kind::BFloat16 };
-        let shim = match config.device {
-            Device::Cpu => None,
-            Device::Cuda(device) => Shim::find()
-                .map(|shim| shim.on(device))
-                .inspect_err(
-                    |why| tracing::warn!(%why, "no graphs: decoding is slower, and a pause keeps memory"),
-                )
-                .ok(),
-        };
+        let shim = shim_for(config.device)?;
+        if shim.is_none() && config.device != Device::Cpu {
+            tracing::warn!(
+                "no libinfera_cuda_graphs.so (deploy/gpu/build-shim): decoding is slower, and a pause keeps memory"
+            );
+        }
         memory::check(&need(&source.shape(), config), config.device, shim)?;
         Self::with(source, config, numerics, shim)
     }
@@ -196,18 +193,24 @@ fn tops(packed: &[f32], batch: usize) -> Vec<Option<Top>> {
         .collect()
 }
 
+fn shim_for(device: Device) -> Result<Option<Shim>, EngineError> {
+    let Device::Cuda(number) = device else { return Ok(None) };
+    Ok(Shim::find().map_err(EngineError::Device)?.map(|shim| shim.on(number)))
+}
+
 /// Gives the memory that libtorch's allocator and the processor's hold back; nothing of the model may be in use.
 pub(super) fn release(config: &EngineConfig) {
     if config.class != super::Class::Bf16 {
         return;
     }
     shim::trim();
-    let Device::Cuda(number) = config.device else { return };
-    match Shim::find().map(|shim| shim.on(number).release()) {
-        Ok(Ok(())) => {}
-        Ok(Err(why)) | Err(why) => {
-            tracing::warn!(%why, device = %config.device, "the device's memory stays allocated");
-        }
+    let released = match shim_for(config.device) {
+        Ok(Some(shim)) => shim.release(),
+        Ok(None) => return,
+        Err(why) => Err(why.to_string()),
+    };
+    if let Err(why) = released {
+        tracing::warn!(%why, device = %config.device, "the device's memory stays allocated");
     }
 }
 

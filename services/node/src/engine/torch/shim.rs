@@ -10,7 +10,7 @@ use std::ffi::{CStr, CString, c_char, c_int, c_void};
 use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 
-/// Names the library, if it is in another place.
+/// Names the library, if it is in another place; `off`: without it.
 const VARIABLE: &str = "INFERA_CUDA_GRAPHS";
 const FILE: &str = "libinfera_cuda_graphs.so";
 /// What `infera_cuda_abi` gives.
@@ -122,11 +122,19 @@ fn call(function: impl FnOnce(*mut c_char, usize) -> c_int) -> Result<(), String
 }
 
 impl Shim {
-    /// Opens the library: the one that the variable names, the one beside this program, or the one that the loader finds.
-    pub fn find() -> Result<Self, String> {
+    /// Opens the library that the variable names, the one beside this program, or the one that the loader finds; `None` if
+    /// there is none, or the variable is `off`.
+    pub fn find() -> Result<Option<Self>, String> {
         let beside = || Some(std::env::current_exe().ok()?.parent()?.join(FILE)).filter(|path| path.exists());
         let named = std::env::var_os(VARIABLE).map(PathBuf::from);
-        Self::open(&named.or_else(beside).unwrap_or_else(|| FILE.into()))
+        match named.or_else(beside) {
+            Some(path) if path.as_os_str() == "off" => Ok(None),
+            Some(path) => Self::open(&path).map(Some),
+            None => match Self::open(Path::new(FILE)) {
+                Err(why) if why.contains("cannot open shared object file") => Ok(None),
+                found => found.map(Some),
+            },
+        }
     }
 
     /// Opens this library.
