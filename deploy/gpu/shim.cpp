@@ -4,6 +4,7 @@
 // function returns 0, or 1 with a message of at most `room` bytes in `error`, its end included. No exception leaves it.
 // One thread of a process calls it.
 
+#include <ATen/Context.h>
 #include <ATen/core/CachingHostAllocator.h>
 #include <ATen/cuda/CUDAGraph.h>
 #include <c10/cuda/CUDACachingAllocator.h>
@@ -70,6 +71,14 @@ template <typename Work> int guarded(char *error, size_t room, const Work &work)
 extern "C" {
 
 __attribute__((visibility("default"))) int infera_cuda_abi(void) { return 1; }
+
+// Products of bf16 are summed in f32 to the end: libtorch allows partial sums in bf16 if nobody objects.
+__attribute__((visibility("default"))) int infera_cuda_setup(int device, char *error, size_t room) {
+    return guarded(error, room, [&] {
+        (void)device;
+        at::globalContext().setAllowBF16ReductionCuBLAS(false);
+    });
+}
 
 // Bytes that the device has free, and all; what this process's allocator keeps for later counts as taken.
 __attribute__((visibility("default"))) int infera_cuda_memory(int device, uint64_t *free, uint64_t *all, char *error, size_t room) {

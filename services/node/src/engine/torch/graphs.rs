@@ -80,7 +80,7 @@ fn record<T>(shim: Shim, compute: &mut dyn FnMut() -> Result<T, EngineError>) ->
 }
 
 #[cfg(test)]
-mod tests {
+pub(super) mod tests {
     use std::path::{Path, PathBuf};
     use std::process::Command;
 
@@ -106,9 +106,10 @@ struct graph { int number; };
 static int graphs;
 int infera_cuda_abi(void) { return ABI; }
 int infera_cuda_memory(int device, uint64_t *free, uint64_t *all, char *error, size_t room) {
-    *free = 3000; *all = 5000;
+    *free = 3000ull << 20; *all = 5000ull << 20;
     return done("memory", device, error, room);
 }
+int infera_cuda_setup(int device, char *error, size_t room) { return done("setup", device, error, room); }
 int infera_cuda_release(int device, char *error, size_t room) { return done("release", device, error, room); }
 int infera_graph_begin(int device, void **graph, char *error, size_t room) {
     if (done("begin", device, error, room)) return 1;
@@ -122,13 +123,13 @@ int infera_graph_replay(void *graph, char *error, size_t room) { return done("re
 void infera_graph_free(void *graph) { char none[1]; done("free", ((struct graph *)graph)->number, none, 0); free(graph); }
 "#;
 
-    struct Fake {
+    pub struct Fake {
         folder: tempfile::TempDir,
         library: PathBuf,
     }
 
     impl Fake {
-        fn new(abi: u32) -> Self {
+        pub fn new(abi: u32) -> Self {
             let folder = tempfile::tempdir().unwrap();
             let (source, library) = (folder.path().join("fake.c"), folder.path().join("fake.so"));
             std::fs::write(&source, FAKE).unwrap();
@@ -142,11 +143,11 @@ void infera_graph_free(void *graph) { char none[1]; done("free", ((struct graph 
             Self { folder, library }
         }
 
-        fn shim(&self) -> Shim {
+        pub fn shim(&self) -> Shim {
             Shim::open(&self.library).unwrap().on(3)
         }
 
-        fn fails(&self, what: &str) {
+        pub fn fails(&self, what: &str) {
             std::fs::write(self.folder.path().join("fail"), what).unwrap();
         }
 
@@ -246,9 +247,10 @@ void infera_graph_free(void *graph) { char none[1]; done("free", ((struct graph 
     #[test]
     fn the_library_tells_and_frees_memory_and_its_interface_is_checked() {
         let fake = Fake::new(1);
-        assert_eq!(fake.shim().memory(), Ok((3000, 5000)));
+        assert_eq!(fake.shim().memory(), Ok((3000 << 20, 5000 << 20)));
+        fake.shim().setup().unwrap();
         fake.shim().release().unwrap();
-        assert_eq!(fake.calls(), ["memory 3", "release 3"]);
+        assert_eq!(fake.calls(), ["memory 3", "setup 3", "release 3"]);
         fake.fails("memory");
         // A message that is longer than its room is cut off.
         let message = fake.shim().memory().unwrap_err();

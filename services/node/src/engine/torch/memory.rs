@@ -55,3 +55,27 @@ pub(super) fn check(need: &MemoryNeed, device: Device, shim: Option<Shim>) -> Re
         need.cache / MIB
     )))
 }
+
+#[cfg(test)]
+mod tests {
+    use super::super::graphs::tests::Fake;
+    use super::*;
+
+    #[test]
+    fn what_does_not_fit_a_device_is_refused_before_it_is_loaded() {
+        let fake = Fake::new(1);
+        let need = |mib: u64| MemoryNeed { weights: mib * MIB, cache: 1000 * MIB, step: 400 * MIB };
+        let check = |mib| check(&need(mib), Device::Cuda(3), Some(fake.shim()));
+        // The stand-in has 3000 MiB free.
+        check(1000).unwrap();
+        let error = check(1089).unwrap_err().to_string();
+        assert!(
+            error
+                .starts_with("cuda:3 has 3000 MiB free, the model needs 3001 MiB (1089 MiB of weights, 1000"),
+            "{error}"
+        );
+        fake.fails("memory");
+        assert!(check(1000).unwrap_err().to_string().starts_with("memory fails"));
+        super::check(&need(1 << 20), Device::Cpu, None).unwrap();
+    }
+}

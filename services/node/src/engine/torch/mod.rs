@@ -63,10 +63,13 @@ impl Model {
     pub fn load(source: &Source, config: &EngineConfig) -> Result<Self, EngineError> {
         let numerics = Numerics { device: config.device.torch(), kind: Kind::BFloat16 };
         let shim = shim_for(config.device)?;
-        if shim.is_none() && config.device != Device::Cpu {
-            tracing::warn!(
-                "no libinfera_cuda_graphs.so (deploy/gpu/build-shim): decoding is slower, and a pause keeps memory"
-            );
+        match shim {
+            Some(shim) => shim.setup().map_err(EngineError::Device)?,
+            None if config.device == Device::Cpu => {}
+            None => tracing::warn!(
+                "no libinfera_cuda_graphs.so (deploy/gpu/build-shim): decoding is slower, a pause keeps memory, and \
+                 sums of products may be rounded to bf16 on the way"
+            ),
         }
         memory::check(&need(&source.shape(), config), config.device, shim)?;
         Self::with(source, config, numerics, shim)

@@ -23,6 +23,7 @@ type Failing<A> = unsafe extern "C" fn(A, *mut c_char, usize) -> c_int;
 #[derive(Debug, Clone, Copy)]
 struct Functions {
     memory: unsafe extern "C" fn(c_int, *mut u64, *mut u64, *mut c_char, usize) -> c_int,
+    setup: Failing<c_int>,
     release: Failing<c_int>,
     begin: unsafe extern "C" fn(c_int, *mut *mut c_void, *mut c_char, usize) -> c_int,
     end: Failing<*mut c_void>,
@@ -101,6 +102,7 @@ impl Functions {
             }
             Ok(Self {
                 memory: function(library, c"infera_cuda_memory")?,
+                setup: function(library, c"infera_cuda_setup")?,
                 release: function(library, c"infera_cuda_release")?,
                 begin: function(library, c"infera_graph_begin")?,
                 end: function(library, c"infera_graph_end")?,
@@ -157,6 +159,12 @@ impl Shim {
             (self.functions.memory)(self.device, &raw mut free, &raw mut all, message, room)
         })?;
         Ok((free, all))
+    }
+
+    /// Sets how libtorch sums on GPUs, for this process.
+    pub fn setup(self) -> Result<(), String> {
+        // SAFETY: as above.
+        call(|message, room| unsafe { (self.functions.setup)(self.device, message, room) })
     }
 
     /// Waits for the device and gives back what the allocator keeps.
