@@ -22,6 +22,7 @@ PROMPT = 64  # tokens of the prompts before measured answers
 STREAM_PROMPT = 128  # of the streams' prompts
 QUIET = 0.9  # least share of its cores that llama.cpp must have had
 MIB = 1 << 20
+NAME = "bench-node"  # in messages
 WORDS = """river miller winter lantern quiet orchard bridge copper letter valley harbour seven thunder basket garden
  northern paper candle village stone sailor morning forest silver market teacher distant island yellow mountain evening
  carpenter window autumn bread kitchen whisper meadow engine summer ribbon""".split()
@@ -49,10 +50,10 @@ class Driver:
     def read(self):
         line = self.process.stdout.readline()
         if not line:
-            raise SystemExit(f"bench-node: {self.name} ended with status {self.process.wait()}; its words are above")
+            raise SystemExit(f"{NAME}: {self.name} ended with status {self.process.wait()}; its words are above")
         reply = json.loads(line)
         if "error" in reply:
-            raise SystemExit(f"bench-node: {self.name}: {reply['error']}")
+            raise SystemExit(f"{NAME}: {self.name}: {reply['error']}")
         return reply
 
     def ask(self, **command):
@@ -97,7 +98,7 @@ class Prompts:
     def cut(self, system, user, length):
         tokens = self.render(system, user)
         if len(tokens) < length:
-            raise SystemExit(f"bench-node: a prompt of {length} tokens was wanted, and its text has {len(tokens)}")
+            raise SystemExit(f"{NAME}: a prompt of {length} tokens was wanted, and its text has {len(tokens)}")
         return tokens[:length - len(self.tail)] + self.tail
 
     def questions(self, count):

@@ -110,7 +110,7 @@ pub fn calibrate(
     let same = |class: Class| {
         let (first, second) = match class {
             Class::Exact => (&court.sets.exact, &again.exact),
-            Class::Fast => (&court.sets.fast, &again.fast),
+            Class::Fast | Class::Bf16 => (&court.sets.fast, &again.fast),
         };
         let cases: Vec<Case> =
             again.requests.iter().zip(second).map(|((p, m), answer)| case_of(*p, *m, answer)).collect();

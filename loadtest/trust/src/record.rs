@@ -2,7 +2,9 @@
 
 use std::{collections::VecDeque, fs, path::Path};
 
-use infera_node::engine::{Class, Engine, EngineConfig, Event, Finish, Job, Rounding, Score, ScoreJob};
+use infera_node::engine::{
+    Class, Device, Engine, EngineConfig, Event, Finish, Job, Rounding, Score, ScoreJob,
+};
 use infera_prompt::{Message, Prompt};
 use infera_protocol::{
     bytes::Hash32,
@@ -138,6 +140,7 @@ pub fn engine(model: &Path, class: Class, rounding: Option<Rounding>) -> Result<
     Engine::start(EngineConfig {
         model_path: model.to_owned(),
         class,
+        device: Device::Cpu,
         slots: SLOTS,
         scorers: SCORERS,
         threads: 1,

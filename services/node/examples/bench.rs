@@ -8,6 +8,8 @@
 //!     {"wall_secs", "cpu_secs", "first_cpu_secs", "jobs": [{"submitted", "times": [s], "tokens": [id]}]}
 //! {"do": "score", "prompt": [id], "answer": [id]}   {"wall_secs", "cpu_secs", "scores"}
 //! {"do": "memory"}                             {"peak_bytes"}
+//! {"do": "pause", "prompts": [[id]]}           {"pause_secs"}: with an endless job for each prompt running
+//! {"do": "resume"}                             {"resume_secs"}
 //! anything that fails                          {"error": "..."}
 //! ```
 //!
@@ -22,7 +24,7 @@ use std::rc::Rc;
 use std::time::Instant;
 
 use clap::Parser;
-use infera_node::engine::{Class, Engine, EngineConfig, Event, Job, ScoreJob};
+use infera_node::engine::{Class, DeviceChoice, Engine, EngineConfig, Event, Job, ScoreJob, choose};
 use infera_prompt::{Message, Prompt};
 use infera_protocol::sampling::SamplingParams;
 use serde::{Deserialize, Serialize};
@@ -38,9 +40,12 @@ const TICKS: f64 = 100.0;
 struct Args {
     /// The model file, GGUF
     model: PathBuf,
-    /// exact or fast
+    /// exact, fast or bf16
     #[arg(long, value_parser = class)]
     class: Class,
+    /// auto, cpu, cuda or cuda:N
+    #[arg(long, default_value = "cpu")]
+    device: DeviceChoice,
     /// Threads of the engine
     #[arg(long, default_value_t = 2)]
     threads: usize,
@@ -56,7 +61,8 @@ struct Args {
 }
 
 fn class(name: &str) -> Result<Class, String> {
-    [Class::Exact, Class::Fast].into_iter().find(|c| c.name() == name).ok_or("exact or fast".into())
+    let all = [Class::Exact, Class::Fast, Class::Bf16];
+    all.into_iter().find(|c| c.name() == name).ok_or("exact, fast or bf16".into())
 }
 
 #[derive(Deserialize)]
@@ -66,6 +72,8 @@ enum Command {
     Run { waves: Vec<Wave> },
     Score { prompt: Vec<u32>, answer: Vec<u32> },
     Memory {},
+    Pause { prompts: Vec<Vec<u32>> },
+    Resume {},
 }
 
 #[derive(Deserialize)]
@@ -213,7 +221,32 @@ async fn score(engine: &Engine, prompt: Vec<u32>, answer: Vec<u32>) -> Result<Va
     Ok(json!({"wall_secs": wall, "cpu_secs": cpu_secs()? - cpu, "scores": scores.len()}))
 }
 
-async fn answer(engine: &Engine, prompt: &Prompt, line: &str) -> Result<Value, String> {
+/// How long it takes to end running jobs and free the memory.
+async fn pause(engine: &Engine, prompts: Vec<Vec<u32>>, most: usize) -> Result<Value, String> {
+    let mut running = Vec::new();
+    for prompt in prompts {
+        let tokens = u32::try_from(most.saturating_sub(prompt.len())).map_err(|e| e.to_string())?;
+        let job = Work { prompt, tokens, temperature: 1.0, seed: 1 }.job();
+        running.push(engine.generate(job).map_err(|e| e.to_string())?);
+    }
+    for events in &mut running {
+        match events.recv().await {
+            Some(Event::Token { .. }) => {}
+            other => return Err(format!("a job ended before the pause: {other:?}")),
+        }
+    }
+    let began = Instant::now();
+    engine.pause().map_err(|e| e.to_string())?;
+    Ok(json!({"pause_secs": began.elapsed().as_secs_f64()}))
+}
+
+fn resume(engine: &Engine) -> Result<Value, String> {
+    let began = Instant::now();
+    engine.resume().map_err(|e| e.to_string())?;
+    Ok(json!({"resume_secs": began.elapsed().as_secs_f64()}))
+}
+
+async fn answer(engine: &Engine, prompt: &Prompt, context: usize, line: &str) -> Result<Value, String> {
     match serde_json::from_str(line).map_err(|e| format!("not a command: {e}"))? {
         Command::Prompt { system, user } => {
             let messages = [Message::new("system", &system), Message::new("user", &user)];
@@ -221,14 +254,18 @@ async fn answer(engine: &Engine, prompt: &Prompt, line: &str) -> Result<Value, S
         }
         Command::Run { waves } => run(engine, waves).await,
         Command::Score { prompt, answer } => score(engine, prompt, answer).await,
+        Command::Pause { prompts } => pause(engine, prompts, context).await,
+        Command::Resume {} => resume(engine),
         Command::Memory {} => Ok(json!({"peak_bytes": status("VmHWM")?})),
     }
 }
 
 fn serve(args: Args) -> Result<(), String> {
+    let (device, class) = choose(args.device, Some(args.class)).map_err(|e| e.to_string())?;
     let config = EngineConfig {
         model_path: args.model,
-        class: args.class,
+        class,
+        device,
         slots: args.slots,
         scorers: 1,
         threads: args.threads,
@@ -248,7 +285,7 @@ fn serve(args: Args) -> Result<(), String> {
     say(json!({"load_secs": load, "base_bytes": base, "weights_bytes": engine.memory().weights}))?;
     for line in std::io::stdin().lock().lines() {
         let line = line.map_err(|e| e.to_string())?;
-        let answer = LocalSet::new().block_on(&runtime, answer(&engine, &prompt, &line));
+        let answer = LocalSet::new().block_on(&runtime, answer(&engine, &prompt, args.context, &line));
         say(answer.unwrap_or_else(|error| json!({"error": error})))?;
     }
     Ok(())

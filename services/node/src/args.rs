@@ -2,7 +2,10 @@
 
 use std::path::PathBuf;
 
-use crate::{engine::Class, fault::Fault};
+use crate::{
+    engine::{Class, DeviceChoice},
+    fault::Fault,
+};
 
 /// The command line of `infera node`.
 #[derive(Debug, Clone, clap::Parser)]
@@ -19,12 +22,15 @@ pub struct Args {
     /// The model to serve: a GGUF file
     #[arg(long)]
     pub model: PathBuf,
-    /// Numerics class
-    #[arg(long, default_value = "exact", value_parser = class)]
-    pub class: Class,
-    /// Requests at once
-    #[arg(long, default_value_t = 4, value_parser = clap::value_parser!(u8).range(1..=64))]
-    pub slots: u8,
+    /// What computes: auto, cpu, cuda or cuda:N; auto takes the first GPU, if there is one and the class allows it
+    #[arg(long, default_value = "auto", env = "INFERA_NODE__DEVICE")]
+    pub device: DeviceChoice,
+    /// Numerics class: exact or fast on a processor, bf16 on a GPU; default: bf16 on a GPU, otherwise exact
+    #[arg(long, value_parser = class)]
+    pub class: Option<Class>,
+    /// Requests at once; at most 64 in the classes exact and fast
+    #[arg(long, default_value_t = 4, value_parser = clap::value_parser!(u16).range(1..=256))]
+    pub slots: u16,
     /// Others' answers to check at once, beside the requests: work that is paid too
     #[arg(long, default_value_t = 1, value_parser = clap::value_parser!(u8).range(1..=8))]
     pub scorers: u8,
@@ -63,10 +69,18 @@ pub struct Args {
     pub log_text: bool,
 }
 
+impl Args {
+    /// The class that is computed: as asked for, or, once the device is chosen, the device's.
+    pub(crate) fn class(&self) -> Class {
+        self.class.unwrap_or(Class::Exact)
+    }
+}
+
 fn class(text: &str) -> Result<Class, String> {
     match text {
         "exact" => Ok(Class::Exact),
         "fast" => Ok(Class::Fast),
-        other => Err(format!("there is no class `{other}`: choose exact or fast")),
+        "bf16" => Ok(Class::Bf16),
+        other => Err(format!("there is no class `{other}`: choose exact, fast or bf16")),
     }
 }

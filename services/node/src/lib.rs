@@ -56,7 +56,7 @@ pub use fault::Fault;
 pub use pause::{pause, resume};
 pub use weights::weights_root;
 
-use engine::{Engine, EngineConfig};
+use engine::{Device, DeviceChoice, Engine, EngineConfig};
 use fault::Faults;
 use identity::Identity;
 use slots::Slots;
@@ -120,11 +120,14 @@ async fn process(args: Args) -> Result<(), String> {
 /// # Errors
 /// [`Error`]; a dispatcher that is away is none.
 pub async fn run(
-    args: Args,
+    mut args: Args,
     shutdown: CancellationToken,
     pauses: watch::Receiver<bool>,
 ) -> Result<(), Error> {
     fault::check(&args)?;
+    let (choice, class) = (args.device, args.class);
+    let (device, class) = blocking(move || engine::choose(choice, class)).await??;
+    (args.device, args.class) = (DeviceChoice::Only(device), Some(class));
     let manifest = read_manifest(&args.manifest)?;
     let _lock = lock(&args.data)?;
     let mut identity = Identity::load_or_create(&args, &manifest)?;
@@ -142,7 +145,8 @@ pub async fn run(
         node = %identity.node(),
         operator = %identity.operator(),
         model = %weights.root(),
-        class = args.class.name(),
+        class = args.class().name(),
+        %device,
         slots = args.slots,
         "node is ready"
     );
@@ -165,7 +169,8 @@ pub async fn run(
 fn config(args: &Args) -> EngineConfig {
     EngineConfig {
         model_path: loaded(args).to_owned(),
-        class: args.class,
+        class: args.class(),
+        device: device(args),
         slots: usize::from(args.slots),
         scorers: usize::from(args.scorers),
         threads: usize::from(args.threads),
@@ -173,6 +178,14 @@ fn config(args: &Args) -> EngineConfig {
         cache_tokens: args.cache_tokens.map(|tokens| tokens as usize),
         memory_limit: args.memory_limit_mib.map(|mib| mib.saturating_mul(1024 * 1024)),
         rounding: args.fault.and_then(Fault::rounding),
+    }
+}
+
+/// What computes, once it is chosen.
+fn device(args: &Args) -> Device {
+    match args.device {
+        DeviceChoice::Only(device) => device,
+        DeviceChoice::Auto => Device::Cpu,
     }
 }
 

@@ -104,8 +104,12 @@ where
     }
     let nonce = <[u8; 32]>::try_from(challenge.nonce.as_slice())
         .map_err(|_| WireError::invalid("challenge.nonce", "expected 32 bytes"))?;
-    let hello =
-        slots.identity.hello(&nonce, slots.setting.weights.root(), args.class.name(), u32::from(args.slots));
+    let hello = slots.identity.hello(
+        &nonce,
+        slots.setting.weights.root(),
+        args.class().name(),
+        u32::from(args.slots),
+    );
     send(sink, v1::from_node::Message::Hello(hello)).await?;
     loop {
         match next_frame(stream).await? {

@@ -9,6 +9,7 @@ use infera_kernels::{Aligned, Cpu, Gate, Isa, KvElement, KvPool, Matrix, Precisi
 use infera_prompt::gguf::GgmlType;
 
 use super::error::EngineError;
+use super::logits::Logits;
 use super::quant::{GROUP, Raw, is_four_bit};
 use super::shape::{Activation, Shape};
 use super::source::{Name, Part, Source};
@@ -62,6 +63,8 @@ pub(super) struct Span<'a> {
     pub blocks: &'a [u32],
     /// How many of the last tokens' logits are wanted.
     pub logits: usize,
+    /// Whether all numbers of these rows are, or only those that a plain draw looks at.
+    pub whole: bool,
 }
 
 /// Memory of a step.
@@ -227,8 +230,8 @@ impl Rotary {
 /// How the cache of a class stores keys and values.
 pub(super) fn kv_element(class: Class) -> KvElement {
     match class {
-        Class::Exact => KvElement::F32,
         Class::Fast => KvElement::F16,
+        _ => KvElement::F32,
     }
 }
 
@@ -300,8 +303,8 @@ impl Model {
         Ok(Self {
             shape: s,
             precision: match class {
-                Class::Exact => Precision::F32,
                 Class::Fast => Precision::Integer,
+                _ => Precision::F32,
             },
             cpu: Cpu::new(threads)?,
             kv: KvPool::new(kv_element(class), s.layers, s.kv_heads, s.head, blocks),
@@ -354,7 +357,8 @@ impl Model {
     /// The logits of the last step, and the processor to work on them.
     pub fn logits(&mut self) -> (Logits<'_>, &mut Cpu) {
         let stride = self.head.as_ref().unwrap_or(&self.embedding).padded_rows();
-        let logits = Logits { rows: &self.buffers.logits, stride, vocabulary: self.shape.vocabulary };
+        let vocabulary = self.shape.vocabulary;
+        let logits = Logits { rows: &self.buffers.logits, stride, vocabulary, places: None };
         (logits, &mut self.cpu)
     }
 
@@ -473,22 +477,10 @@ pub fn engine_logits(
     let mut position = 0;
     while position < tokens.len() {
         let end = if position == 0 { prefilled } else { position + 1 };
-        model.forward(&[Span { tokens: &tokens[position..end], position, blocks: &blocks, logits: 1 }]);
-        all.push(model.logits().0.row(0).to_vec());
+        let tokens = &tokens[position..end];
+        model.forward(&[Span { tokens, position, blocks: &blocks, logits: 1, whole: true }]);
+        all.push(model.logits().0.row(0).whole().to_vec());
         position = end;
     }
     Ok(all)
-}
-
-/// Rows of logits, in the order of the spans.
-pub(super) struct Logits<'a> {
-    rows: &'a [f32],
-    stride: usize,
-    vocabulary: usize,
-}
-
-impl Logits<'_> {
-    pub fn row(&self, i: usize) -> &[f32] {
-        &self.rows[i * self.stride..][..self.vocabulary]
-    }
 }

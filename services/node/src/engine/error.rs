@@ -48,6 +48,9 @@ pub enum EngineError {
         /// The limit.
         limit_mib: u64,
     },
+    /// The device is not there, has too little memory, or failed.
+    #[error("{0}")]
+    Device(String),
     /// libtorch refused an operation.
     #[error("libtorch: {0}")]
     Torch(#[from] tch::TchError),

@@ -43,6 +43,13 @@ pub(super) struct Table {
     known: usize,
 }
 
+impl Table {
+    /// Of a sequence that has one place for all its tokens.
+    pub fn of_place(place: u32, length: usize) -> Self {
+        Self { blocks: vec![place], length, ..Self::default() }
+    }
+}
+
 fn extend(chain: &Hash, tokens: &[u32]) -> Hash {
     let mut hasher = blake3::Hasher::new();
     hasher.update(chain);

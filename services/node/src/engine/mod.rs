@@ -1,5 +1,8 @@
 //! The engine: token ids in, tokens with fingerprints out. One OS thread owns the model.
 //!
+//! Classes `exact` and `fast` are computed by `infera_kernels` on a processor, `bf16` by libtorch on a GPU; what follows
+//! about bits holds for the first two, `torch` says what differs.
+//!
 //! Jobs join and leave between steps. A step computes, in one pass over the weights, the next token of every sequence
 //! that is past its prompt and a piece of every prompt that is not; memory for keys and values is taken in blocks of 16
 //! tokens, and a prompt that begins like an earlier one finds its blocks filled. None of this can be seen in the results:
@@ -14,11 +17,14 @@
 //! `reference` is the same forward pass written with libtorch: the tests hold the kernels against it, and both against
 //! transformers.
 
+mod backend;
 mod cpu;
+mod device;
 mod error;
 mod gate;
 mod job;
 mod kv;
+mod logits;
 mod quant;
 mod reference;
 mod rounding;
@@ -26,6 +32,7 @@ mod sequence;
 mod shape;
 mod source;
 mod thread;
+mod torch;
 
 use std::collections::HashMap;
 use std::path::PathBuf;
@@ -45,26 +52,34 @@ use uuid::Uuid;
 
 #[doc(hidden)]
 pub use cpu::engine_logits;
+pub use device::{Device, DeviceChoice, choose};
 pub use error::{Busy, DrawError, EngineError};
 pub use job::{Event, Job, Score, ScoreJob};
 #[doc(hidden)]
 pub use reference::reference_logits;
 pub use rounding::Rounding;
 pub use shape::MemoryNeed;
+#[doc(hidden)]
+pub use torch::torch_logits;
 
 use gate::Gate;
 use sequence::Start;
 use shape::Shape;
 use source::Source;
 
-/// Most generations at once.
+/// Most generations at once on a processor.
 pub const MAX_SLOTS: usize = 64;
+/// Most generations at once with libtorch.
+pub const MAX_TORCH_SLOTS: usize = 256;
 /// Most answers that are scored at once.
 pub const MAX_SCORERS: usize = 8;
+/// Most sequences at once with libtorch.
+const MAX_PLACES: usize = MAX_TORCH_SLOTS + MAX_SCORERS;
 /// Most threads.
 pub const MAX_THREADS: usize = 256;
 
-/// The numerics class: results of one class are equal bit for bit, on every processor.
+/// The numerics class: results of `exact` and of `fast` are equal bit for bit, on every processor; those of `bf16` are
+/// equal up to near-ties.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Class {
@@ -73,6 +88,9 @@ pub enum Class {
     /// Inputs of 4-bit matrices rounded to 15 bits in groups of 32, keys and values to half precision: up to twice as
     /// fast, with half the cache. Logits are f32.
     Fast,
+    /// Weights, activations, keys and values in bf16, sums in f32, computed by libtorch: for GPUs. Logits are f32. The
+    /// batch changes the last bits, so an answer may part from another node's where two tokens are nearly as likely.
+    Bf16,
 }
 
 impl Class {
@@ -82,6 +100,16 @@ impl Class {
         match self {
             Self::Exact => "exact",
             Self::Fast => "fast",
+            Self::Bf16 => "bf16",
+        }
+    }
+
+    /// Most generations at once.
+    #[must_use]
+    pub fn max_slots(self) -> usize {
+        match self {
+            Self::Exact | Self::Fast => MAX_SLOTS,
+            Self::Bf16 => MAX_TORCH_SLOTS,
         }
     }
 }
@@ -93,7 +121,9 @@ pub struct EngineConfig {
     pub model_path: PathBuf,
     /// Numerics.
     pub class: Class,
-    /// Generations at once, 1 to [`MAX_SLOTS`].
+    /// What computes: a GPU computes the class bf16 alone.
+    pub device: Device,
+    /// Generations at once, 1 to the class's [`Class::max_slots`].
     pub slots: usize,
     /// Answers that are scored at once, beside the generations, 0 to [`MAX_SCORERS`].
     pub scorers: usize,
@@ -171,7 +201,11 @@ fn in_range(field: &'static str, range: &'static str, got: usize, most: usize) -
 }
 
 fn read_shape(config: &EngineConfig) -> Result<(Source, Shape), EngineError> {
-    in_range("slots", "1 to 64", config.slots, MAX_SLOTS)?;
+    let slots = if config.class == Class::Bf16 { "1 to 256" } else { "1 to 64" };
+    in_range("slots", slots, config.slots, config.class.max_slots())?;
+    if config.device != Device::Cpu && config.class != Class::Bf16 {
+        return Err(EngineError::Device(format!("{} computes the class bf16 alone", config.device)));
+    }
     if config.scorers > 0 {
         in_range("scorers", "0 to 8", config.scorers, MAX_SCORERS)?;
     }
@@ -191,7 +225,7 @@ fn read_shape(config: &EngineConfig) -> Result<(Source, Shape), EngineError> {
 /// The file or the configuration cannot be used.
 pub fn memory_need(config: &EngineConfig) -> Result<MemoryNeed, EngineError> {
     let (_, shape) = read_shape(config)?;
-    Ok(shape.memory(config))
+    Ok(backend::memory(&shape, config))
 }
 
 impl Engine {
@@ -201,7 +235,7 @@ impl Engine {
     /// The file, the configuration or the memory that it needs; see [`EngineError`].
     pub fn start(config: EngineConfig) -> Result<Self, EngineError> {
         let (source, shape) = read_shape(&config)?;
-        let need = shape.memory(&config);
+        let need = backend::memory(&shape, &config);
         need.check(config.memory_limit)?;
         let tokenizer = Arc::new(match source.gguf() {
             Some(gguf) => Tokenizer::new(gguf)?,
@@ -216,7 +250,7 @@ impl Engine {
         let (active, gate): (Active, _) = (Arc::default(), Arc::new(Gate::new()));
         let (ready, loaded) = oneshot::channel();
         let (slots, scorers, vocabulary) = (config.slots, config.scorers, shape.vocabulary);
-        let max_context = config.max_context.min(config.blocks() * kv::BLOCK);
+        let max_context = backend::context(&config);
         let ended = CancellationToken::new();
         let ends = Ends(gate.clone(), ended.clone());
         let main =

@@ -8,13 +8,14 @@ use infera_prompt::{StopMatcher, Tokenizer};
 use infera_protocol::fingerprint::Fingerprint;
 use infera_protocol::margin::{Place, standing};
 use infera_protocol::request::Finish;
-use infera_protocol::sampling::{Candidate, Counts, SamplingParams, candidates, choose};
+use infera_protocol::sampling::{Candidate, Counts, SamplingParams, choose};
 use tokio::sync::{mpsc, oneshot};
 use uuid::Uuid;
 
-use super::cpu::{Logits, Span};
+use super::cpu::Span;
 use super::error::DrawError;
 use super::kv::Table;
+use super::logits::{Logits, Row, needs_all};
 use super::{Event, Job, Score, ScoreJob};
 
 /// Longest run of tokens that is looked up to guess the next one.
@@ -219,6 +220,8 @@ impl Sequence {
             position: self.table.length,
             blocks: &self.table.blocks,
             logits: self.logits,
+            whole: matches!(self.job.purpose, Purpose::Score { .. })
+                || needs_all(&self.job.params, self.job.grammar.is_some()),
         }
     }
 
@@ -265,7 +268,7 @@ impl Sequence {
     }
 
     /// Draws the next token and sends it; gives the reason if it was the last one.
-    fn draw(&mut self, logits: &[f32], tokenizer: &Tokenizer) -> Result<(u32, Option<Finish>), DrawError> {
+    fn draw(&mut self, logits: Row<'_>, tokenizer: &Tokenizer) -> Result<(u32, Option<Finish>), DrawError> {
         let generated = self.job.tokens.len() - self.job.prompt;
         let found = self.candidates(logits)?;
         let choice = choose(&found, self.job.params.temperature, self.job.seed, generated as u32)?;
@@ -296,17 +299,17 @@ impl Sequence {
         Ok((token, finish))
     }
 
-    fn candidates(&mut self, logits: &[f32]) -> Result<Vec<Candidate>, DrawError> {
+    fn candidates(&mut self, logits: Row<'_>) -> Result<Vec<Candidate>, DrawError> {
         let mask = self.job.grammar.as_mut().map(Matcher::mask).transpose()?;
-        Ok(candidates(logits, &self.job.params, &self.counts, mask.as_ref())?)
+        Ok(logits.candidates(&self.job.params, &self.counts, mask.as_ref())?)
     }
 
     /// Scores the token at `position` of the sequence from the logits before it.
-    fn score(&mut self, logits: &[f32], position: usize) -> Result<(), DrawError> {
+    fn score(&mut self, logits: Row<'_>, position: usize) -> Result<(), DrawError> {
         let token = self.job.tokens[position];
         let mask = self.job.grammar.as_mut().map(Matcher::mask).transpose()?;
         let place = Place {
-            logits,
+            logits: logits.whole(),
             params: &self.job.params,
             emitted: &self.counts,
             mask: mask.as_ref(),

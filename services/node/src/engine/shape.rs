@@ -6,7 +6,7 @@ use super::EngineConfig;
 use super::cpu::{kv_element, step_bytes};
 use super::error::EngineError;
 
-const MIB: u64 = 1 << 20;
+pub(super) const MIB: u64 = 1 << 20;
 
 /// What the gate of a feed-forward block goes through.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

@@ -9,13 +9,13 @@ use infera_prompt::Tokenizer;
 use parking_lot::Mutex;
 use tokio::sync::oneshot;
 
-use super::cpu::{LOGIT_ROWS, Model, STEP_ROWS, Span};
+use super::backend::{Cache, Model};
+use super::cpu::Span;
 use super::error::EngineError;
 use super::gate::Gate;
-use super::kv::Blocks;
 use super::sequence::{End, Sequence, Start};
 use super::source::Source;
-use super::{Active, EngineConfig, PREEMPTED};
+use super::{Active, EngineConfig, PREEMPTED, torch};
 
 /// How long a step may take while others wait for their next token: a prompt is read in pieces of about this time.
 const STEP_SECS: f64 = 0.1;
@@ -42,7 +42,14 @@ impl Main {
         if ready.send(Ok(())).is_err() {
             return;
         }
-        while Worker::new(model, &self).run(inbox) {
+        loop {
+            match Worker::new(model, &self).run(inbox) {
+                After::Pause => {}
+                After::End => return,
+                After::Failure(error) => return tracing::error!(%error, "the engine can't go on"),
+            }
+            // The model is gone by now.
+            torch::release(&self.config);
             self.gate.reached(false);
             if !self.sleep(inbox) {
                 return;
@@ -56,8 +63,7 @@ impl Main {
     }
 
     fn load(&self, source: Source) -> Result<Model, EngineError> {
-        let c = &self.config;
-        Model::load(&source.rounded(c.rounding), c.class, c.threads, c.max_context, c.blocks())
+        Model::load(&source.rounded(self.config.rounding), &self.config)
     }
 
     /// Until the end of a pause; false when the engine is dropped.
@@ -76,10 +82,19 @@ impl Main {
     }
 }
 
+/// What follows when a worker stops.
+enum After {
+    Pause,
+    /// The engine is dropped.
+    End,
+    /// The device computes nothing any more.
+    Failure(EngineError),
+}
+
 struct Worker<'a> {
     main: &'a Main,
     model: Model,
-    blocks: Blocks,
+    cache: Cache,
     sequences: Vec<Sequence>,
     /// Jobs that wait for memory, first come first served.
     waiting: VecDeque<Start>,
@@ -92,32 +107,37 @@ type Ended = (usize, Result<End, String>);
 
 impl<'a> Worker<'a> {
     fn new(model: Model, main: &'a Main) -> Self {
-        let blocks = Blocks::new(main.config.blocks());
-        Self { main, model, blocks, sequences: Vec::new(), waiting: VecDeque::new(), row_secs: 1e-3 }
+        let cache = Cache::new(&main.config);
+        Self { main, model, cache, sequences: Vec::new(), waiting: VecDeque::new(), row_secs: 1e-3 }
     }
 
-    /// Works until a pause (true) or until the engine is dropped.
-    fn run(mut self, inbox: &Inbox) -> bool {
-        let mut goes_on = true;
-        while goes_on && self.main.gate.is_open() {
+    /// Works until a pause, until the engine is dropped, or until a step fails.
+    fn run(mut self, inbox: &Inbox) -> After {
+        let (mut goes_on, mut failure) = (true, None);
+        while goes_on && failure.is_none() && self.main.gate.is_open() {
             goes_on = self.receive(inbox);
             self.sweep();
             self.admit();
-            self.step();
+            failure = self.step().err();
         }
+        let reason = failure.as_ref().map_or_else(|| PREEMPTED.to_owned(), ToString::to_string);
         for sequence in self.sequences.drain(..) {
             self.main.active.lock().remove(&sequence.id());
             if goes_on {
-                sequence.end(Err(PREEMPTED.to_owned()));
+                sequence.end(Err(reason.clone()));
             }
         }
         for start in self.waiting.drain(..) {
             self.main.active.lock().remove(&start.id);
             if goes_on {
-                start.fail(PREEMPTED);
+                start.fail(&reason);
             }
         }
-        goes_on
+        match failure {
+            Some(error) => After::Failure(error),
+            None if goes_on => After::Pause,
+            None => After::End,
+        }
     }
 
     /// Takes new jobs, waiting for one if there is nothing to do; false when the engine is dropped.
@@ -144,7 +164,7 @@ impl<'a> Worker<'a> {
 
     /// Drops the jobs that nobody waits for.
     fn sweep(&mut self) {
-        let (active, blocks) = (&self.main.active, &mut self.blocks);
+        let (active, cache) = (&self.main.active, &mut self.cache);
         self.waiting.retain(|start| {
             let keep = !start.is_abandoned();
             if !keep {
@@ -155,7 +175,7 @@ impl<'a> Worker<'a> {
         self.sequences.retain(|sequence| {
             let keep = !sequence.is_abandoned();
             if !keep {
-                blocks.close(&sequence.table);
+                cache.close(&sequence.table);
                 active.lock().remove(&sequence.id());
             }
             keep
@@ -165,7 +185,7 @@ impl<'a> Worker<'a> {
     /// Starts the jobs that there is memory for.
     fn admit(&mut self) {
         while let Some(start) = self.waiting.pop_front() {
-            if let Some(table) = self.blocks.open(start.prompt(), start.capacity) {
+            if let Some(table) = self.cache.open(start.prompt(), start.capacity) {
                 self.sequences.push(Sequence::new(start, table));
             } else if self.sequences.is_empty() {
                 // Everything is free and it is still too little: `Engine` refuses such jobs.
@@ -182,11 +202,12 @@ impl<'a> Worker<'a> {
     fn plan(&mut self) -> usize {
         let decoding = self.sequences.iter().filter(|s| s.is_decoding()).count();
         let reading = self.sequences.len() - decoding;
-        let mut rows = STEP_ROWS - decoding;
+        let limits = self.model.limits();
+        let mut rows = limits.rows.saturating_sub(decoding);
         if decoding > 0 {
             rows = rows.min(((STEP_SECS / self.row_secs) as usize).max(LEAST_ROWS));
         }
-        let mut logits = LOGIT_ROWS;
+        let mut logits = limits.logits;
         for sequence in self.sequences.iter_mut().filter(|s| s.is_decoding()) {
             logits -= sequence.plan(1, 1).1;
         }
@@ -200,25 +221,26 @@ impl<'a> Worker<'a> {
             all += count;
             logits -= wanted;
         }
-        if let [only] = &mut self.sequences[..] {
+        if let ([only], true) = (&mut self.sequences[..], limits.guesses) {
             only.guess();
         }
         all
     }
 
-    fn step(&mut self) {
+    fn step(&mut self) -> Result<(), EngineError> {
         if self.sequences.is_empty() {
-            return;
+            return Ok(());
         }
         let began = Instant::now();
+        let moves = self.cache.arrange(self.sequences.iter_mut().map(|s| &mut s.table));
         let rows = self.plan();
         let spans: Vec<Span<'_>> =
             self.sequences.iter().map(Sequence::span).filter(|s| !s.tokens.is_empty()).collect();
-        self.model.forward(&spans);
+        self.model.forward(&spans, &moves)?;
         let ended = self.draw();
         for sequence in &mut self.sequences {
             let mut table = std::mem::take(&mut sequence.table);
-            self.blocks.remember(&mut table, |i| sequence.token(i));
+            self.cache.remember(&mut table, |i| sequence.token(i));
             sequence.table = table;
         }
         self.finish(ended);
@@ -226,6 +248,7 @@ impl<'a> Worker<'a> {
             let secs = began.elapsed().as_secs_f64() / rows as f64;
             self.row_secs += (secs - self.row_secs) * 0.25;
         }
+        Ok(())
     }
 
     /// Draws of all sequences, at the same time.
@@ -260,7 +283,7 @@ impl<'a> Worker<'a> {
     fn finish(&mut self, ended: Vec<Ended>) {
         for (at, how) in ended.into_iter().rev() {
             let sequence = self.sequences.remove(at);
-            self.blocks.close(&sequence.table);
+            self.cache.close(&sequence.table);
             self.main.active.lock().remove(&sequence.id());
             sequence.end(how);
         }

@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use infera_node::engine::{
-    Busy, Class, Engine, EngineConfig, EngineError, Event, Finish, Job, PREEMPTED, reference_logits,
+    Busy, Class, Device, Engine, EngineConfig, EngineError, Event, Finish, Job, PREEMPTED, reference_logits,
 };
 use infera_prompt::{Message, Prompt};
 use infera_protocol::fingerprint::Fingerprint;
@@ -17,6 +17,7 @@ pub fn config(class: Class, threads: usize) -> EngineConfig {
     EngineConfig {
         model_path: model_path(),
         class,
+        device: Device::Cpu,
         slots: 8,
         scorers: 8,
         threads,
@@ -356,7 +357,7 @@ fn slots_are_bounded_and_freed() {
 }
 
 /// Resident memory of this process, bytes.
-fn resident() -> u64 {
+pub fn resident() -> u64 {
     let status = std::fs::read_to_string("/proc/self/status").unwrap();
     let line = status.lines().find_map(|l| l.strip_prefix("VmRSS:")).unwrap();
     line.trim().trim_end_matches(" kB").parse::<u64>().unwrap() * 1024

@@ -3,7 +3,9 @@
 
 use std::path::{Path, PathBuf};
 
-use infera_node::engine::{Class, Engine, EngineConfig, Event, Job, engine_logits, reference_logits};
+use infera_node::engine::{
+    Class, Device, Engine, EngineConfig, Event, Job, engine_logits, reference_logits, torch_logits,
+};
 use infera_protocol::sampling::SamplingParams;
 use serde::Deserialize;
 use serde_json::json;
@@ -58,6 +60,42 @@ fn agrees(model: &Path, folder: &str) {
             );
         }
     }
+}
+
+/// libtorch's forward pass of the engine, in f32: batches of next tokens, pieces from the start and in the middle.
+fn libtorch_agrees(model: &Path, folder: &str) {
+    let tokens = tokens();
+    let expected = expected(folder, tokens.len());
+    let count = tokens.len();
+    for (prefilled, piece) in [(1, 1), (10, 10), (count, count), (count, 7)] {
+        let got = torch_logits(model, false, &tokens, (prefilled, piece)).unwrap();
+        assert_eq!(got.len(), count + 1 - prefilled);
+        for (at, (got, expected)) in got.iter().zip(&expected[prefilled - 1..]).enumerate() {
+            let (far, at, name) = (farthest(got, expected), at + prefilled - 1, model.display());
+            assert!(far <= TOLERANCE, "{name}, {prefilled} in pieces of {piece}, token {at}: {far}");
+        }
+    }
+    // In bf16, with its 8 bits, they are near.
+    let got = torch_logits(model, true, &tokens, (count / 2, 7)).unwrap();
+    let far = got.iter().zip(&expected[count / 2 - 1..]).map(|(g, e)| farthest(g, e)).fold(0.0, f32::max);
+    assert!(far > TOLERANCE && far < 0.3, "{}: {far} in bf16", model.display());
+}
+
+#[test]
+fn libtorch_computes_safetensors_as_transformers() {
+    let _one = ONE_AT_A_TIME.blocking_lock();
+    for family in ["llama", "llama3", "mistral", "qwen2", "qwen3", "gemma3"] {
+        libtorch_agrees(&fixture(family), family);
+    }
+}
+
+#[test]
+fn libtorch_computes_gguf_as_transformers() {
+    let _one = ONE_AT_A_TIME.blocking_lock();
+    for family in ["llama", "llama3", "mistral", "qwen2", "qwen3", "gemma3"] {
+        libtorch_agrees(&fixture(&format!("{family}.gguf")), family);
+    }
+    libtorch_agrees(&fixture("quantised.gguf"), "quantised");
 }
 
 #[test]
@@ -138,6 +176,28 @@ fn agrees_on_real_weights(model: &Path, record: &str, tolerance: f32) {
     }
 }
 
+/// The same records with libtorch: in f32, and in bf16 with the class's distance.
+fn libtorch_agrees_on_real_weights(model: &Path, record: &str, in_bf16: f32) {
+    let record: Recorded = serde_json::from_slice(&std::fs::read(fixture(record)).unwrap()).unwrap();
+    for (bf16, tolerance) in [(false, 2e-3), (true, in_bf16)] {
+        let got = torch_logits(model, bf16, &record.tokens, (1, 1)).unwrap();
+        let mut most = 0f32;
+        for picked in &record.logits {
+            for (token, expected) in &picked.values {
+                most = most.max((got[picked.position][*token] - expected).abs());
+            }
+        }
+        assert!(most <= tolerance, "{}, bf16 {bf16}: {most}", model.display());
+    }
+}
+
+#[test]
+fn libtorch_computes_real_weights_as_transformers() {
+    let _one = ONE_AT_A_TIME.blocking_lock();
+    libtorch_agrees_on_real_weights(&model_path(), "smollm2-135m-instruct-q4_1.json", 1.2);
+    libtorch_agrees_on_real_weights(&gemma_path(), "gemma-3-270m-q4_k_m.json", 0.3);
+}
+
 #[test]
 fn smollm2_computes_as_transformers() {
     let _one = ONE_AT_A_TIME.blocking_lock();
@@ -168,6 +228,7 @@ fn real_models_continue_a_sentence_as_transformers_does() {
             let config = EngineConfig {
                 model_path: model_path.clone(),
                 class,
+                device: Device::Cpu,
                 slots: 1,
                 scorers: 1,
                 threads: 2,

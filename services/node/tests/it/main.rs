@@ -10,6 +10,7 @@ mod referee;
 mod scoring;
 mod session;
 mod shapes;
+mod torch;
 
 use std::path::PathBuf;
 
