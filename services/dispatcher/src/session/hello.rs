@@ -5,9 +5,6 @@ use infera_protocol::registry::Registry;
 use infera_wire::convert;
 use infera_wire::v1;
 
-/// Numerics classes of the network.
-const CLASSES: [&str; 2] = ["exact", "fast"];
-
 /// Why a session ends: what the node's operator reads.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Refusal {
@@ -59,10 +56,17 @@ pub fn check(
             ),
         ));
     }
-    if !CLASSES.contains(&claims.class.as_str()) {
+    let class = &claims.class;
+    if registry.calibration.bounds(class, class).is_none() {
+        let known = registry.calibration.pairs.iter().filter(|pair| pair.classes[0] == pair.classes[1]);
+        let known: Vec<&str> = known.map(|pair| pair.classes[0].as_str()).collect();
         return Err(Refusal::new(
             "unknown_class",
-            format!("hello.class must be one of {}", CLASSES.join(", ")),
+            format!(
+                "the numerics class `{class}` is not calibrated in this network, which knows {}: start the node with \
+                 --class and --device for one of them",
+                known.join(", ")
+            ),
         ));
     }
     Ok(hello)
