@@ -9,14 +9,13 @@ use alloy::{
     signers::local::PrivateKeySigner,
     sol_types::{SolCall, SolConstructor},
 };
-use infera_protocol::registry::Registry;
+use infera_protocol::{governed::ModelTerms, registry::Registry};
 use serde::{Deserialize, Serialize};
 
 use super::{
     ChainError, InferToken, InferaGovernor, InferaSettlement, InferaStaking, InferaTimelock, ModelRegistry,
     TxStatus,
     client::{self, Draft, parse_key},
-    governance::ModelTerms,
     port::Fees,
     reader::{self, ChainReader},
 };

@@ -1,11 +1,13 @@
 //! The life of a proposal on a real chain, and every refusal on the way.
 
-use infera_protocol::{bytes::Hash32, registry::Model};
+use infera_protocol::{
+    bytes::Hash32,
+    governed::{ModelTerms, end_tokens_hash, registry},
+    registry::Model,
+};
 use infera_settlement::chain::{
     Contracts,
-    governance::{
-        Action, GovernanceError, ModelTerms, Proposal, RegistryCall, State, Support, Voter, end_tokens_hash,
-    },
+    governance::{Action, GovernanceError, Proposal, RegistryCall, State, Support, Voter},
 };
 use infera_testkit::anvil::{Anvil, DEV_KEYS};
 
@@ -121,6 +123,9 @@ async fn a_model_is_voted_in_and_whoever_follows_has_its_whole_entry() {
     assert_eq!(after.revision, before.revision + 1);
     assert_eq!((after.models[1].id.as_str(), after.models[1].terms), ("second", ModelTerms::of(&model)));
     assert_eq!(after.models[1].terms.end_tokens_hash, end_tokens_hash(&[1, 106]));
+    let cards: Vec<Model> = done.entries().into_iter().map(|(_, card)| card.unwrap()).collect();
+    let (followed, unmet) = registry(&after.decided(), &Network::offline().registry, &cards);
+    assert_eq!((followed.models.last(), unmet.as_slice()), (Some(&model), [].as_slice()));
     assert_eq!(governance.registry_state(Some(after.block)).await.unwrap(), after);
     let future = governance.registry_state(Some(after.block + 100)).await.unwrap_err();
     assert!(future.to_string().contains("has no block"), "{future}");

@@ -4,12 +4,13 @@ use alloy::{
     primitives::{Bytes, U256, hex},
     sol_types::{SolCall, SolInterface},
 };
-use infera_protocol::bytes::{Address, Hash32};
+use infera_protocol::{
+    bytes::{Address, Hash32},
+    governed::ModelTerms,
+};
 use serde::{Deserialize, Serialize};
 
 use super::super::{ModelRegistry, ModelRegistry::ModelRegistryCalls};
-
-pub use infera_protocol::governed::{ModelTerms, end_tokens_hash};
 
 impl From<ModelTerms> for ModelRegistry::Model {
     fn from(terms: ModelTerms) -> Self {
@@ -150,6 +151,8 @@ pub(super) struct RawCall {
 
 #[cfg(test)]
 mod tests {
+    use infera_protocol::governed::end_tokens_hash;
+
     use super::*;
 
     fn terms() -> ModelTerms {
@@ -204,14 +207,5 @@ mod tests {
         assert_eq!(Action::of(registry, &raw), other);
         let empty = RawCall { data: Bytes::new(), ..raw };
         assert!(matches!(Action::of(registry, &empty), Action::Other { selector, .. } if selector == "0x"));
-    }
-
-    #[test]
-    fn end_tokens_are_hashed_in_ascending_order() {
-        // cast keccak 0x0000000000000002
-        let hash = Hash32(alloy::primitives::keccak256([0, 0, 0, 0, 0, 0, 0, 2]).0);
-        assert_eq!(end_tokens_hash(&[2, 0]), hash);
-        assert_eq!(end_tokens_hash(&[0, 2]), hash);
-        assert_ne!(end_tokens_hash(&[2]), hash);
     }
 }

@@ -14,9 +14,9 @@
 //! OpenZeppelin's: nobody else can submit this description.
 
 use alloy::primitives::Address;
-use infera_protocol::registry::Model;
+use infera_protocol::{governed::ModelTerms, registry::Model};
 
-use super::call::{ModelTerms, RegistryCall};
+use super::call::RegistryCall;
 
 /// Longest entry that is read, bytes. One with some hundred end tokens has 3,000.
 pub const MAX_ENTRY_BYTES: usize = 16_384;
@@ -110,20 +110,17 @@ pub fn entry(description: &str, id: &str, terms: &ModelTerms) -> Result<Model, E
 }
 
 fn check(model: &Model, id: &str, terms: &ModelTerms) -> Result<(), EntryError> {
-    let said = ModelTerms::of(model);
+    if model.id != id {
+        return Err(EntryError::Differs("id"));
+    }
+    terms.fits(model).map_err(EntryError::Differs)?;
     let fields = [
-        ("id", model.id == id),
-        ("weights_root", said.weights_root == terms.weights_root),
-        ("tokenizer_hash", said.tokenizer_hash == terms.tokenizer_hash),
-        ("template_hash", said.template_hash == terms.template_hash),
-        ("end_tokens", said.end_tokens_hash == terms.end_tokens_hash),
-        ("vocab_size", said.vocab_size == terms.vocab_size),
-        ("context_length", said.context_length == terms.context_length),
         (
             "similarity_threshold_millionths",
-            said.similarity_threshold_millionths == terms.similarity_threshold_millionths,
+            model.similarity_threshold_millionths == terms.similarity_threshold_millionths,
         ),
-        ("price_micro", said.price_cap_micro == terms.price_cap_micro),
+        // Asked may be less than what is allowed.
+        ("price_micro", model.price_micro <= terms.price_cap_micro),
     ];
     match fields.iter().find(|(_, same)| !same) {
         Some((field, _)) => Err(EntryError::Differs(field)),
@@ -179,7 +176,7 @@ mod tests {
     #[test]
     fn an_entry_that_differs_in_anything_is_refused() {
         type Change = fn(&mut Model);
-        let changes: [(&str, Change); 9] = [
+        let changes: [(&str, Change); 8] = [
             ("id", |m| m.id.push('x')),
             ("weights_root", |m| m.weights_root.0[0] ^= 1),
             ("tokenizer_hash", |m| m.tokenizer_hash.0[0] ^= 1),
@@ -188,7 +185,6 @@ mod tests {
             ("vocab_size", |m| m.vocab_size += 1),
             ("context_length", |m| m.context_length += 1),
             ("similarity_threshold_millionths", |m| m.similarity_threshold_millionths += 1),
-            ("price_micro", |m| m.price_micro += 1),
         ];
         for (field, change) in changes {
             let mut other = model();
@@ -201,6 +197,11 @@ mod tests {
             let refused = describe("Serve gemma", Address::ZERO, &admit(&model()), Some(&other));
             assert_eq!(refused, Err(EntryError::Differs(field)));
         }
+        let mut terms = ModelTerms::of(&model());
+        terms.price_cap_micro += 1;
+        assert!(entry(&said(), "gemma", &terms).is_ok(), "a price below the cap");
+        terms.price_cap_micro -= 2;
+        assert_eq!(entry(&said(), "gemma", &terms), Err(EntryError::Differs("price_micro")));
     }
 
     #[test]

@@ -21,10 +21,10 @@ use super::{
 };
 use proposal::micro;
 
-pub use call::{Action, ModelTerms, RegistryCall, end_tokens_hash};
+pub use call::{Action, RegistryCall};
 pub use entry::{EntryError, MAX_ENTRY_BYTES, MAX_TITLE_BYTES, describe, entry};
 pub use proposal::{LOG_RANGE, Place, Proposal, ProposalId, State, Tally};
-pub use state::{ListedModel, RegistryState};
+pub use state::RegistryState;
 
 /// Why something about votes cannot be done. Times in seconds of the chain's clock.
 #[derive(Debug, thiserror::Error)]

@@ -4,7 +4,10 @@ use alloy::{
     eips::{BlockId, BlockNumberOrTag},
     providers::Provider,
 };
-use infera_protocol::bytes::Hash32;
+use infera_protocol::{
+    bytes::Hash32,
+    governed::{Decided, ListedModel},
+};
 use serde::{Deserialize, Serialize};
 
 use super::Governance;
@@ -12,8 +15,6 @@ use crate::chain::{ChainError, ModelRegistry, call};
 
 /// How often it is begun anew: an endpoint that keeps no history forgets a block's state when the next one comes.
 const ATTEMPTS: usize = 8;
-
-pub use infera_protocol::governed::ListedModel;
 
 /// Everything that the registry says, as of the end of one block.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -29,6 +30,17 @@ pub struct RegistryState {
     /// Approved releases.
     pub releases: Vec<Hash32>,
     pub calibration_hash: Hash32,
+}
+
+impl RegistryState {
+    /// What [`infera_protocol::governed::registry`] makes a registry of.
+    pub fn decided(&self) -> Decided {
+        Decided {
+            models: self.models.clone(),
+            releases: self.releases.clone(),
+            calibration_hash: self.calibration_hash,
+        }
+    }
 }
 
 impl Governance {
