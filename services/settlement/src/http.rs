@@ -5,6 +5,7 @@
 //! | `GET /v1/receipts/{id}` | everybody; with an API key of the account also the evidence | the receipt document in its canonical encoding |
 //! | `GET /v1/balance`, `/v1/usage`, `/v1/statement`, `POST /v1/vouchers` | an API key | see [`crate::accounts`] |
 //! | `GET /v1/ledger/audit` | everybody | the sums that prove the ledger's invariants, at most 2 s old; 429 while they are computed |
+//! | `GET /v1/batches/...` | everybody | see [`crate::batches_http`] |
 //! | `GET /v1/operators/...` | everybody | see [`crate::operators`] |
 //! | `/livez`, `/readyz`, `/metrics` | | see [`infera_runtime::health`] |
 
@@ -93,6 +94,7 @@ pub fn routes(state: State, health: health::Health) -> impl FnOnce(&mut ServiceC
         config
             .configure(defaults(MAX_BODY))
             .configure(health::routes(health))
+            .configure(crate::batches_http::routes)
             .app_data(web::Data::new(state))
             .route("/v1/receipts/{id}", web::get().to(receipt))
             .route("/v1/balance", web::get().to(accounts::balance))

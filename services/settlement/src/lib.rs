@@ -23,6 +23,7 @@
 
 pub mod accounts;
 pub mod batcher;
+pub mod batches_http;
 pub mod chain;
 pub mod config;
 pub mod consumer;

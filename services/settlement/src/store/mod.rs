@@ -2,6 +2,7 @@
 
 pub mod batches;
 pub mod escrows;
+pub mod listing;
 mod migrations;
 pub mod requests;
 pub mod rewards;

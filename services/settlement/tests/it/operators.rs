@@ -199,3 +199,46 @@ async fn stake_goes_in_at_once_and_comes_out_after_its_delay() {
     assert_eq!(operator.tokens(me).await.unwrap(), 1_100_000_000);
     world.service.stop().await;
 }
+
+/// What a stranger needs to recompute a batch is public, and leads to the roots on the chain.
+#[tokio::test]
+async fn batches_are_public_with_their_receipts_and_rewards() {
+    use infera_protocol::{merkle::MerkleTree, receipt::Receipt};
+    use infera_settlement::{
+        batches_http::{BatchInfo, ReceiptPage, RewardLeaves},
+        chain::ChainReader,
+        domain::reward_root,
+    };
+    let world = World::new().await;
+    let ids = decided(&world.place, 5);
+    anchored(&world.service, &world.place, &ids).await;
+    let reader = ChainReader::connect(world.anvil.url(), world.contracts.settlement).await.unwrap();
+    let mut seen = Vec::new();
+    let head = reader.head().await.unwrap().sequence;
+    for sequence in 1..=head {
+        let get = async |path: &str| world.service.json(&format!("/v1/batches/{sequence}{path}"), None).await;
+        let info: BatchInfo = serde_json::from_value(get("").await).unwrap();
+        let posted = reader.posted(sequence, 0).await.unwrap().unwrap();
+        assert_eq!(info.hash.0, posted.batch.hash().0);
+        assert_eq!((info.count, u128::from(info.total_micro)), (posted.batch.count, posted.batch.total));
+        assert_eq!((info.block, info.transaction.unwrap().0), (Some(posted.block), posted.tx.0));
+        let page: ReceiptPage = serde_json::from_value(get("/receipts").await).unwrap();
+        assert_eq!((page.receipts.len() as u64, page.next), (info.count, None));
+        let leaves: Vec<_> = page.receipts.iter().map(Receipt::leaf).collect();
+        assert_eq!(MerkleTree::new(&leaves).unwrap().root().0, posted.batch.receipts_root.0);
+        let later: ReceiptPage = serde_json::from_value(get("/receipts?from=1").await).unwrap();
+        assert_eq!(later.receipts, page.receipts[1..]);
+        let rewards: RewardLeaves = serde_json::from_value(get("/rewards").await).unwrap();
+        let sums: Vec<_> =
+            rewards.rewards.iter().map(|leaf| (leaf.operator, leaf.cumulative_micro)).collect();
+        assert_eq!(reward_root(&sums).0, posted.batch.reward_root.0);
+        seen.extend(page.receipts.iter().map(|receipt| receipt.id));
+    }
+    seen.sort();
+    let mut wanted = ids.clone();
+    wanted.sort();
+    assert_eq!(seen, wanted);
+    for (path, status) in [(format!("/v1/batches/{}", head + 1), 404), ("/v1/batches/first".into(), 400)] {
+        assert_eq!(world.service.get(&path, None).await.0, status, "{path}");
+    }
+}
