@@ -6,7 +6,7 @@
 //!   [`Chain::send_raw`]. Sending the same bytes again is harmless, and the contract refuses a sequence it already has.
 //! - [`port`] is what the batcher needs of a chain, so that tests can put one of their own in its place.
 //! - [`consumer`] deposits, signs vouchers and withdraws.
-//! - [`operator`] claims rewards and stakes, [`deploy`] sets up a network's contracts.
+//! - [`operator`] claims rewards and stakes, [`slash`] reports who cheats, [`deploy`] sets up a network's contracts.
 //! - [`governance`] reads and makes decisions of the token's holders, and the model registry that they govern.
 //! - [`devnet`] runs a local anvil whose state survives restarts.
 //!
@@ -20,6 +20,7 @@ pub mod governance;
 pub mod operator;
 pub mod port;
 pub mod reader;
+pub mod slash;
 
 use std::time::Duration;
 
@@ -251,6 +252,14 @@ fn staking_reason(error: &InferaStaking::InferaStakingErrors) -> String {
         E::NothingUnbonding(_) => "nothing is on its way out".to_string(),
         E::NotBefore(e) => format!("too early: not before {} s", e.time),
         E::ZeroAmount(_) => "the amount is zero".to_string(),
+        E::NotTheSigner(e) => format!("{} signed it, not the bound signer {}", e.actual, e.expected),
+        E::OperatorsDiffer(e) => {
+            format!("{} and {} signed the bindings, not one operator", e.first, e.second)
+        }
+        E::BindingTooOld(e) => format!("the binding expired too long ago, at {} ms", e.expiryMs),
+        E::NoContradiction(_) => "the two statements say the same".to_string(),
+        E::AlreadySlashed(_) => "the operator has paid for this slot".to_string(),
+        E::NothingStaked(e) => format!("{} has nothing at stake", e.operator),
         other => format!("the contract's error 0x{}", alloy::hex::encode(other.selector())),
     }
 }

@@ -47,6 +47,10 @@ impl Operator {
         self.signer.address()
     }
 
+    pub fn contracts(&self) -> &Contracts {
+        &self.contracts
+    }
+
     pub fn reader(&self) -> &ChainReader {
         &self.reader
     }
