@@ -4,7 +4,7 @@ use std::path::PathBuf;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
 
-use crate::account::AccountArgs;
+use crate::{account::AccountArgs, govern::args::GovernArgs};
 
 #[derive(Debug, Parser)]
 #[command(
@@ -35,7 +35,7 @@ pub enum Command {
     Account(AccountArgs),
     /// Show the models of the network, or the registry entry of a model file
     Models(ModelsArgs),
-    /// Check a receipt, trusting no service
+    /// Check a receipt or whole batches, trusting no service
     Verify(VerifyArgs),
     /// List verified requests
     History(HistoryArgs),
@@ -47,6 +47,8 @@ pub enum Command {
     Ledger(LedgerArgs),
     /// What a node's operator earned, and its stake: look, claim, stake, unstake
     Operator(OperatorArgs),
+    /// What the token's holders decide: look, delegate, propose, vote, queue, execute
+    Govern(GovernArgs),
     /// Show the configuration that a service runs with; secrets are left out
     Config(ConfigArgs),
     /// Run all services in this process (what `infera up` starts)
@@ -154,7 +156,17 @@ pub struct ModelsArgs {
 #[derive(Debug, Args)]
 pub struct VerifyArgs {
     /// The receipt document, as `GET /v1/receipts/{id}` answers it; `-` reads standard input
-    pub receipt: PathBuf,
+    #[arg(required_unless_present = "batches")]
+    pub receipt: Option<PathBuf>,
+    /// Check whole batches instead, from public data and the chain alone: 1..20, 5.. to the newest, or 7
+    #[arg(long, visible_alias = "epoch", value_name = "FIRST..LAST", conflicts_with_all = ["receipt", "allocation"])]
+    pub batches: Option<crate::epoch::Range>,
+    /// Address of a settlement service, for --batches; default: the one that runs on the data folder
+    #[arg(long, requires = "batches")]
+    pub settlement: Option<String>,
+    /// The block of the contract's deployment, for --batches: the log is read from there on
+    #[arg(long, requires = "batches", default_value_t = 0)]
+    pub from_block: u64,
     /// JSON-RPC endpoint of the chain; default: the one that the manifest names
     #[arg(long)]
     pub rpc: Option<String>,
@@ -281,6 +293,19 @@ pub enum OperatorCommand {
         /// On a devnet: take the tokens that are missing from its treasury
         #[arg(long)]
         faucet: bool,
+    },
+    /// Report evidence that an operator signed two things for one slot: it loses half of its stake, a tenth of that is yours
+    Slash {
+        #[command(flatten)]
+        who: OperatorWho,
+        /// The evidence, as JSON
+        evidence: PathBuf,
+    },
+    /// On a devnet, for demonstrations: sign two answers for one slot and print them as evidence
+    #[command(hide = true)]
+    Cheat {
+        #[command(flatten)]
+        who: OperatorWho,
     },
     /// Begin to take stake out; without an amount: take what has come out
     Unstake {

@@ -17,9 +17,12 @@ use std::process::ExitCode;
 use clap::Parser;
 
 mod account;
+mod cheat;
 mod cli;
 mod client;
 mod dead;
+mod epoch;
+mod govern;
 mod holds;
 mod keys;
 mod layout;
@@ -54,6 +57,7 @@ pub fn main() -> ExitCode {
         Command::Holds(args) => holds::holds(&args),
         Command::Ledger(args) => ledger::ledger(&args),
         Command::Operator(args) => operator::operator(&args),
+        Command::Govern(args) => govern::govern(&args),
         Command::Config(args) => services::dump(&args),
         Command::Network(args) => network::network(&args),
     };

@@ -35,6 +35,8 @@ pub fn operator(args: &OperatorArgs) -> Result<ExitCode, String> {
             OperatorCommand::Earnings { who, json } => earnings(who, *json).await,
             OperatorCommand::Claim { who } => claim(who).await,
             OperatorCommand::Stake { who, amount, faucet } => stake(who, amount, *faucet).await,
+            OperatorCommand::Slash { who, evidence } => crate::cheat::slash(who, evidence).await,
+            OperatorCommand::Cheat { who } => crate::cheat::cheat(who).await,
             OperatorCommand::Unstake { who, amount } => unstake(who, amount.as_deref()).await,
         }
         .map(|()| ExitCode::SUCCESS)
@@ -42,15 +44,17 @@ pub fn operator(args: &OperatorArgs) -> Result<ExitCode, String> {
 }
 
 /// An operator at its network.
-struct Session {
-    chain: Operator,
-    contracts: Contracts,
+pub(crate) struct Session {
+    pub(crate) chain: Operator,
+    /// The operator's key, hex.
+    pub(crate) key: String,
+    pub(crate) contracts: Contracts,
     settlement: Option<String>,
     treasury: PathBuf,
 }
 
 impl Session {
-    async fn open(who: &OperatorWho) -> Result<Self, String> {
+    pub(crate) async fn open(who: &OperatorWho) -> Result<Self, String> {
         let folder = &who.data.data;
         let contracts_path = who.contracts.clone().unwrap_or_else(|| folder.join("contracts.json"));
         let contracts: Contracts = read_json(&contracts_path).map_err(|e| {
@@ -80,7 +84,7 @@ impl Session {
         if contracts.chain_id == DEVNET {
             chain.devnet_pass(0).await.map_err(|e| e.to_string())?;
         }
-        Ok(Self { chain, contracts, settlement, treasury })
+        Ok(Self { chain, key, contracts, settlement, treasury })
     }
 
     fn address(&self) -> Address {
@@ -121,7 +125,7 @@ impl Session {
     }
 
     /// On a devnet: money for gas, where there is none.
-    async fn gas(&self) -> Result<(), String> {
+    pub(crate) async fn gas(&self) -> Result<(), String> {
         let me = self.chain.address();
         if self.contracts.chain_id == DEVNET
             && self.chain.gas_money(me).await.map_err(|e| e.to_string())?.is_zero()

@@ -47,7 +47,11 @@ fn checked(args: &VerifyArgs) -> Result<ExitCode, String> {
             return Err(format!("{error}; name it with --registry, or the data folder with --data"));
         }
     };
-    let bytes = read_document(&args.receipt)?;
+    if let Some(range) = args.batches {
+        return crate::epoch::verify(args, range, &manifest, &registries);
+    }
+    let path = args.receipt.as_deref().ok_or("name a receipt document, or batches with --batches")?;
+    let bytes = read_document(path)?;
     let mut report = check(&bytes, &manifest, &registries);
     let rpc = args.rpc.as_deref().unwrap_or(&manifest.rpc_url);
     let chain = crate::block_on(on_chain(&report, &manifest, rpc))?;
