@@ -6,5 +6,6 @@ mod accounts;
 mod chaos;
 mod commands;
 mod dependencies;
+mod governed;
 mod network;
 mod suite;

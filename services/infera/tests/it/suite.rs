@@ -7,7 +7,7 @@ use infera_testkit::{TempDir, eventually, otlp::Receiver, sqlite_url};
 use serde_json::Value;
 
 use crate::{
-    accounts,
+    accounts, governed,
     network::{Network, infera, text},
 };
 
@@ -37,6 +37,7 @@ async fn everything(profile: &'static str) {
     the_books_balance(&network).await;
     operators_are_paid(&network).await;
     accounts::wallets_have_accounts(&network).await;
+    governed::holders_decide_and_strangers_check(&network).await;
     history_is_there(&network, &receipt).await;
     one_trace_per_request(&network, &traces).await;
     a_second_start_goes_on(&network, &receipt).await;
