@@ -3,7 +3,7 @@ PROFILE ?= embedded
 DETACH  ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help up down test check audit soak bench-up bench-load bench-audits bench-node bench-settle bench-trust bench-sim docs clean-data
+.PHONY: help up down test check audit soak bench-up bench-load bench-audits bench-node bench-settle bench-trust bench-sim demo-chain docs clean-data
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | awk -F'\t' '{ printf "%-16s %s\n", $$1, $$2 }'
@@ -46,6 +46,9 @@ bench-sim: ## a network of thousands with cheaters -> target/reports/bench-sim.j
 
 bench-settle: ## receipts, ledger postings and gas -> target/reports/bench-settle.json
 	@exec deploy/bench-settle
+
+demo-chain: ## the way of money on a devnet of its own: deposit, ask, settle, claim, slash a cheat, vote a model in
+	@exec deploy/demo-chain
 
 docs: ## build docs/book with mdBook, which it installs on first use
 	@exec deploy/docs
