@@ -67,7 +67,7 @@ pub struct RewardLeaf {
 /// Where a page begins.
 #[derive(Debug, Clone, Copy, Deserialize)]
 #[serde(deny_unknown_fields)]
-pub struct From {
+pub struct PageQuery {
     #[serde(default)]
     from: u64,
 }
@@ -113,7 +113,7 @@ async fn info(state: web::Data<State>, path: web::Path<String>) -> Result<HttpRe
 async fn receipts(
     state: web::Data<State>,
     path: web::Path<String>,
-    query: web::Query<From>,
+    query: web::Query<PageQuery>,
 ) -> Result<HttpResponse, ApiError> {
     let (sequence, _) = find(&state, &path).await?;
     if query.from > i64::MAX.unsigned_abs() {

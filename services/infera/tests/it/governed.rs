@@ -4,8 +4,10 @@ use std::{
     path::Path,
     process::Command,
     sync::{Arc, Mutex},
+    time::Duration,
 };
 
+use infera_testkit::eventually;
 use serde_json::{Value, json};
 use tokio::{
     io::{AsyncReadExt, AsyncWriteExt},
@@ -31,12 +33,12 @@ fn as_json(printed: &str) -> Value {
 }
 
 pub async fn holders_decide_and_strangers_check(network: &Network) {
-    a_model_is_voted_in(network);
+    a_model_is_voted_in_and_out(network).await;
     a_cheat_is_slashed(network);
     batches_are_recomputed(network).await;
 }
 
-fn a_model_is_voted_in(network: &Network) {
+async fn a_model_is_voted_in_and_out(network: &Network) {
     let registry: Value = as_json(&std::fs::read_to_string(network.data().join("models.json")).unwrap());
     let mut entry = registry["models"][0].clone();
     entry["weights_root"] = json!(format!("0x{}", "22".repeat(32)));
@@ -76,8 +78,27 @@ fn a_model_is_voted_in(network: &Network) {
     let registry = as_json(&succeeds(network, &["govern", "registry", "--json"]));
     assert_eq!(registry["models"][1]["id"], "voted", "{registry}");
     assert_eq!(registry["models"][1]["price_cap_micro"], 5, "{registry}");
-    let (status, printed) = command(network, &["govern", "show", "0x1"]);
-    assert!(status == Some(1) || id.starts_with("0x1"), "{printed}");
+    followed(network, true).await;
+
+    let out = as_json(&succeeds(network, &["govern", "propose", "withdraw-model", "voted", "--json"]));
+    let id = out["proposal"].as_str().unwrap();
+    for step in [["vote", id, "for"].as_slice(), &["queue", id], &["execute", id]] {
+        succeeds(network, &[&["govern"], step].concat());
+    }
+    let registry = as_json(&succeeds(network, &["govern", "registry", "--json"]));
+    assert_eq!(registry["models"][1]["active"], false, "{registry}");
+    followed(network, false).await;
+}
+
+/// The services' registry has the model, or has it no more.
+async fn followed(network: &Network, listed: bool) {
+    eventually(Duration::from_secs(60), async || {
+        let registry = std::fs::read_to_string(network.data().join("models.json")).unwrap();
+        let models = as_json(&registry)["models"].clone();
+        let has = models.as_array().unwrap().iter().any(|model| model["id"] == "voted");
+        if has == listed { Ok(()) } else { Err(models) }
+    })
+    .await;
 }
 
 fn a_cheat_is_slashed(network: &Network) {
