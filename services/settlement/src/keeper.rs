@@ -80,7 +80,7 @@ impl Keeper {
 
     /// Takes over what was decided since `followed`. The revision, and what can't be followed; `None`: nothing is new.
     async fn look(&self, followed: Option<u64>) -> Result<Option<(u64, Option<String>)>, KeeperError> {
-        let governance = Governance::connect(&self.rpc_url, self.contracts.clone()).await?;
+        let governance = Governance::connect(&self.rpc_url, self.contracts).await?;
         let last = governance.final_block(self.finality, self.confirmations).await?;
         let state = governance.registry_state(Some(last)).await?;
         if followed == Some(state.revision) {
