@@ -16,14 +16,12 @@ use infera_settlement::chain::{
 use serde::Serialize;
 
 use crate::{
-    operator::{DEVNET, shown},
+    operator::{DEVNET, DEVNET_WEI, shown},
     say,
 };
 use args::{Chain, Change, GovernArgs, GovernCommand, Holder, Proposer, Vote};
 use show::clean;
 
-/// Gas money that a voter gets on a devnet, wei.
-const DEVNET_WEI: u128 = 10 * 10_u128.pow(18);
 /// Cosine similarity is counted in millionths.
 const FULL_SIMILARITY: u32 = 1_000_000;
 

@@ -85,10 +85,11 @@ impl RegistryCall {
         .into()
     }
 
-    /// None for what is no change of a registry.
+    /// None for what is no change of a registry, or is not encoded as [`RegistryCall::encode`] does it: decoders may
+    /// differ about loose encodings.
     pub fn decode(data: &[u8]) -> Option<Self> {
         let call = ModelRegistryCalls::abi_decode_validate(data).ok()?;
-        Some(match call {
+        let change = match call {
             ModelRegistryCalls::admitModel(c) => Self::AdmitModel { id: c.id, terms: c.model_.into() },
             ModelRegistryCalls::setTerms(c) => Self::SetTerms {
                 id: c.id,
@@ -102,7 +103,8 @@ impl RegistryCall {
             ModelRegistryCalls::withdrawRelease(c) => Self::WithdrawRelease { release: Hash32(c.release.0) },
             ModelRegistryCalls::setCalibration(c) => Self::SetCalibration { hash: Hash32(c.hash.0) },
             _ => return None,
-        })
+        };
+        (change.encode().as_ref() == data).then_some(change)
     }
 }
 
