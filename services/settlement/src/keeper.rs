@@ -7,16 +7,16 @@
 //! ```
 //!
 //! One keeper writes the files of a deployment. A change that can't be followed (a model whose entry nobody published, a
-//! calibration that is not known here) leaves everything as it is, and `/readyz` says so under `registry`.
+//! calibration that is not known here) leaves that as it is; the log says so, and `infera_settlement_registry_unmet` counts it.
 
 use std::path::PathBuf;
 use std::time::Duration;
 
-use infera_protocol::governed::{self, Decided};
+use infera_protocol::governed::{self, Decided, Unmet};
 use infera_protocol::registry::{Manifest, Model};
-use infera_runtime::health::CheckHandle;
 use infera_runtime::network::{self, Live, NetworkError};
 use infera_runtime::{CancellationToken, clock};
+use prometheus::IntGauge;
 
 use crate::chain::governance::{Governance, GovernanceError};
 use crate::chain::port::Finality;
@@ -34,7 +34,8 @@ pub struct Keeper {
     pub finality: Finality,
     pub confirmations: u64,
     pub poll: Duration,
-    pub check: CheckHandle,
+    /// Decisions that can't be followed.
+    pub unmet: IntGauge,
 }
 
 /// Why a look was in vain.
@@ -55,17 +56,13 @@ impl Keeper {
     pub async fn run(self, stop: CancellationToken) {
         // Which revision is followed, and what of it could not be.
         let mut followed: Option<u64> = None;
-        self.check.up();
         loop {
             match self.look(followed).await {
                 Ok(Some((revision, unmet))) => {
                     followed = Some(revision);
-                    match unmet {
-                        None => self.check.up(),
-                        Some(reason) => {
-                            tracing::error!(revision, reason, "what the holders decided is not followed");
-                            self.check.down(reason);
-                        }
+                    self.unmet.set(i64::try_from(unmet.len()).unwrap_or(i64::MAX));
+                    for reason in unmet {
+                        tracing::error!(revision, %reason, "what the holders decided is not followed");
                     }
                 }
                 Ok(None) => {}
@@ -79,7 +76,7 @@ impl Keeper {
     }
 
     /// Takes over what was decided since `followed`. The revision, and what can't be followed; `None`: nothing is new.
-    async fn look(&self, followed: Option<u64>) -> Result<Option<(u64, Option<String>)>, KeeperError> {
+    async fn look(&self, followed: Option<u64>) -> Result<Option<(u64, Vec<Unmet>)>, KeeperError> {
         let governance = Governance::connect(&self.rpc_url, self.contracts).await?;
         let last = governance.final_block(self.finality, self.confirmations).await?;
         let state = governance.registry_state(Some(last)).await?;
@@ -107,7 +104,6 @@ impl Keeper {
             network::write_json(&self.manifest_path, &manifest)?;
             tracing::info!(revision = state.revision, registry = %registry_hash, "the holders' decision is in force");
         }
-        let unmet: Vec<String> = unmet.iter().map(ToString::to_string).collect();
-        Ok(Some((state.revision, (!unmet.is_empty()).then(|| unmet.join("; ")))))
+        Ok(Some((state.revision, unmet)))
     }
 }

@@ -197,7 +197,10 @@ async fn keeper(
         finality: config.chain.finality,
         confirmations: config.chain.confirmations,
         poll: std::time::Duration::from_millis(config.governance.poll_ms),
-        check: health.check("registry"),
+        unmet: health.gauge(
+            "infera_settlement_registry_unmet",
+            "Decisions of the holders that can't be followed here.",
+        )?,
     }))
 }
 

@@ -7,7 +7,9 @@ pub enum Error {
     Config(#[from] infera_runtime::config::ConfigError),
     #[error(transparent)]
     Network(#[from] infera_runtime::network::NetworkError),
-    #[error("no GGUF file is configured for model `{model}` of the registry: add it to [models]")]
+    #[error(
+        "there is no GGUF file of the registry's model `{model}`: add it to [models], or as ID.gguf to `model_folder`"
+    )]
     NoModelFile { model: String },
     #[error("the tokenizer of model `{model}` cannot be read: {source}")]
     Prompt { model: String, source: infera_prompt::PromptError },

@@ -110,12 +110,11 @@ pub async fn run(config: Config, deps: Deps, shutdown: CancellationToken) -> Res
     };
     let arbiter =
         Arc::new(Arbiter { live: live.clone(), texts: texts.clone(), embedder, metrics, indexable });
-    let models = health.check("models");
     let parts = Parts { config, bus: deps.bus, db, health, arbiter };
     // Ends everything when one part ends, so that no half of a service stays behind.
     let stop = shutdown.child_token();
     let indexing = actix_rt::spawn(indexer.run(stop.clone()));
-    let loading = actix_rt::spawn(texts.follow(changes, models, stop.clone()));
+    let loading = actix_rt::spawn(texts.follow(changes, stop.clone()));
     let (result, ()) = futures::join!(parts.run(deps.bound, &stop), live.follow(stop.clone()));
     let _ = futures::join!(indexing, loading);
     result

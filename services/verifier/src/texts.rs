@@ -10,7 +10,6 @@ use infera_prompt::Prompt;
 use infera_protocol::bytes::Hash32;
 use infera_protocol::registry::{Model, Registry};
 use infera_runtime::CancellationToken;
-use infera_runtime::health::CheckHandle;
 use infera_runtime::network::Roots;
 use parking_lot::RwLock;
 use tokio::sync::watch;
@@ -34,18 +33,21 @@ pub(crate) struct Texts {
 }
 
 impl Texts {
-    /// Loads every model of the registry.
+    /// Loads every model of the registry that has its file here.
     ///
     /// # Errors
-    /// The first model without its file, or with another one than the registry's.
+    /// The first file that is another one than the registry's; no model has its file here.
     pub async fn load(config: &Config, registry: &Registry) -> Result<Self, Error> {
         let texts = Self {
             files: Arc::new(config.models.clone()),
             folder: config.model_folder.clone(),
             loaded: Arc::default(),
         };
-        texts.add(registry).await?;
-        Ok(texts)
+        let missing = texts.add(registry).await?;
+        match missing.into_iter().next() {
+            Some(model) if texts.loaded.read().is_empty() => Err(Error::NoModelFile { model }),
+            _ => Ok(texts),
+        }
     }
 
     /// By the model's weights.
@@ -53,53 +55,59 @@ impl Texts {
         self.loaded.read().get(model_root).cloned()
     }
 
-    /// Loads the models of every registry that comes into force, until `stop`. While one has no file here, `check` says so
-    /// and what concerns it waits.
-    pub async fn follow(
-        self,
-        mut changes: watch::Receiver<Arc<Roots>>,
-        check: CheckHandle,
-        stop: CancellationToken,
-    ) {
-        check.up();
+    /// Loads the models of every registry that comes into force, until `stop`. While one has no file here, the log says so and
+    /// what concerns it waits.
+    pub async fn follow(self, mut changes: watch::Receiver<Arc<Roots>>, stop: CancellationToken) {
         loop {
+            let roots = changes.borrow_and_update().clone();
+            let added = self.add(roots.registries.current()).await;
+            match added.map(|missing| missing.into_iter().next()) {
+                Ok(None) => {}
+                Ok(Some(model)) => lacks(&Error::NoModelFile { model }),
+                Err(error) => lacks(&error),
+            }
             tokio::select! {
                 () = stop.cancelled() => return,
                 changed = changes.changed() => if changed.is_err() { return },
             }
-            let roots = changes.borrow_and_update().clone();
-            match self.add(roots.registries.current()).await {
-                Ok(()) => check.up(),
-                Err(error) => {
-                    tracing::error!(%error, "a model of the registry can't be verified here");
-                    check.down(error.to_string());
+        }
+    }
+
+    /// Loads what is not loaded yet; the ids of the models that have no file here.
+    async fn add(&self, registry: &Registry) -> Result<Vec<String>, Error> {
+        let mut missing = Vec::new();
+        for model in registry.models.iter().filter(|model| self.get(&model.weights_root).is_none()) {
+            match self.file(&model.id) {
+                Some(path) => {
+                    let text = read(model, path).await?;
+                    self.loaded.write().insert(model.weights_root, Arc::new(text));
                 }
+                None => missing.push(model.id.clone()),
             }
         }
+        Ok(missing)
     }
 
-    async fn add(&self, registry: &Registry) -> Result<(), Error> {
-        for model in registry.models.iter().filter(|model| self.get(&model.weights_root).is_none()) {
-            let text = self.read(model).await?;
-            self.loaded.write().insert(model.weights_root, Arc::new(text));
-        }
-        Ok(())
-    }
-
-    async fn read(&self, model: &Model) -> Result<Text, Error> {
-        let id = model.id.clone();
+    fn file(&self, id: &str) -> Option<PathBuf> {
         let in_folder =
             || Some(self.folder.as_ref()?.join(format!("{id}.gguf"))).filter(|path| path.is_file());
-        let path = self.files.get(&id).cloned().or_else(in_folder);
-        let path = path.ok_or_else(|| Error::NoModelFile { model: id.clone() })?;
-        let prompt = on_a_thread(move || Prompt::load(&path)).await?;
-        let prompt = Arc::new(prompt.map_err(|source| Error::Prompt { model: id.clone(), source })?);
-        if prompt.tokenizer_hash() != model.tokenizer_hash.0 {
-            return Err(Error::WrongTokenizer { model: id });
-        }
-        let (tokenizer, end_tokens) = (prompt.clone(), model.end_tokens.clone());
-        let made = on_a_thread(move || Vocabulary::new(tokenizer.tokenizer(), &end_tokens)).await?;
-        let vocabulary = Arc::new(made.map_err(|source| Error::Vocabulary { model: id, source })?);
-        Ok(Text { prompt, vocabulary })
+        self.files.get(id).cloned().or_else(in_folder)
     }
+}
+
+fn lacks(error: &Error) {
+    tracing::error!(%error, "a model of the registry can't be verified here");
+}
+
+async fn read(model: &Model, path: PathBuf) -> Result<Text, Error> {
+    let id = model.id.clone();
+    let prompt = on_a_thread(move || Prompt::load(&path)).await?;
+    let prompt = Arc::new(prompt.map_err(|source| Error::Prompt { model: id.clone(), source })?);
+    if prompt.tokenizer_hash() != model.tokenizer_hash.0 {
+        return Err(Error::WrongTokenizer { model: id });
+    }
+    let (tokenizer, end_tokens) = (prompt.clone(), model.end_tokens.clone());
+    let made = on_a_thread(move || Vocabulary::new(tokenizer.tokenizer(), &end_tokens)).await?;
+    let vocabulary = Arc::new(made.map_err(|source| Error::Vocabulary { model: id, source })?);
+    Ok(Text { prompt, vocabulary })
 }
