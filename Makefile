@@ -3,7 +3,7 @@ PROFILE ?= embedded
 DETACH  ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help up down test check audit soak bench-up bench-load bench-audits bench-node bench-settle bench-trust bench-sim demo-chain docs clean-data
+.PHONY: help up down test check audit soak bench-up bench-load bench-audits bench-node bench-settlement bench-trust bench-sim demo-chain docs clean-data
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | awk -F'\t' '{ printf "%-16s %s\n", $$1, $$2 }'
@@ -44,8 +44,8 @@ bench-trust: ## honest and cheating answers before every layer -> target/reports
 bench-sim: ## a network of thousands with cheaters -> target/reports/bench-sim.json (QUICK=1: a small one)
 	@exec deploy/bench-sim
 
-bench-settle: ## receipts, ledger postings and gas -> target/reports/bench-settle.json
-	@exec deploy/bench-settle
+bench-settlement: ## receipts, ledger postings and gas -> target/reports/bench-settlement.json
+	@exec deploy/bench-settlement
 
 demo-chain: ## the way of money on a devnet of its own: deposit, ask, settle, claim, slash a cheat, vote a model in
 	@exec deploy/demo-chain

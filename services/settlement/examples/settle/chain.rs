@@ -75,7 +75,7 @@ pub async fn run(args: &Args, report: &mut Report) -> Result<(), String> {
     let queued = next(&mut batch);
     let both = send(&chain, &[Call::Post(queued), Call::Queue { batch: queued, total }]).await?;
     let receipts = f64::from(args.receipts);
-    report.add("gas_per_receipt", "gas", alone / receipts, Some(GAS_PER_RECEIPT));
+    report.add("gas_per_receipt_10k", "gas", alone / receipts, Some(GAS_PER_RECEIPT));
     report.add("gas_per_receipt_with_rewards", "gas", both / receipts, None);
 
     report.add("charge_gas", "gas/account", charges(&anvil, contracts, &chain, &mut batch).await?, None);

@@ -22,7 +22,7 @@ pub struct Args {
     #[arg(long, default_value_t = 5, value_parser = clap::value_parser!(u32).range(1..=100))]
     rounds: u32,
     /// Where the report goes
-    #[arg(long, default_value = "target/reports/bench-settle.json")]
+    #[arg(long, default_value = "target/reports/bench-settlement.json")]
     out: PathBuf,
 }
 
@@ -47,7 +47,7 @@ impl Report {
         let shown = |number: Option<f64>| number.map_or_else(|| "-".to_owned(), |n| format!("{n:.2}"));
         let (goal, over) = (shown(baseline), shown(ratio));
         eprintln!("{metric:34} {value:12.2} {unit:18} {goal:>10} {over:>7}");
-        self.0.push(Metric { metric, value, unit, baseline, ratio, command: "make bench-settle" });
+        self.0.push(Metric { metric, value, unit, baseline, ratio, command: "make bench-settlement" });
     }
 }
 
@@ -69,7 +69,7 @@ async fn main() -> ExitCode {
     match run(&Args::parse()).await {
         Ok(()) => ExitCode::SUCCESS,
         Err(message) => {
-            eprintln!("bench-settle: {message}");
+            eprintln!("bench-settlement: {message}");
             ExitCode::FAILURE
         }
     }
