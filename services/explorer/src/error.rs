@@ -19,6 +19,8 @@ pub enum Error {
     Http(#[from] infera_runtime::http::HttpError),
     #[error("a metric cannot be registered: {0}")]
     Metrics(#[from] prometheus::Error),
+    #[error("no HTTP client can be made: {0}")]
+    Client(reqwest::Error),
     #[error("a thread was lost: {0}")]
     Thread(String),
 }

@@ -108,6 +108,7 @@ pub async fn run(config: Config, deps: Deps, shutdown: CancellationToken) -> Res
         receipts_url: config.receipts_url.clone(),
         rpc_url: manifest.rpc_url,
         network: manifest.network,
+        client: reqwest::Client::builder().no_proxy().build().map_err(Error::Client)?,
     });
     let reader = Arc::new(Reader { domain: manifest.domain, metrics });
     let parts = Parts { config, bus: deps.bus, health, explorer, reader };

@@ -12,6 +12,7 @@
 //! | `DELETE /v1/keys/{jti}` | the same, or the key itself | revokes it |
 //! | `GET /v1/balance`, `/v1/usage`, `/v1/statement`, `POST /v1/vouchers` | key | what settlement answers |
 //! | `GET /v1/receipts/{id}` | with a key of the account also the evidence | what settlement answers |
+//! | `GET /v1/governance` | | what settlement answers: proposals and the registry on the chain |
 //! | `/livez`, `/readyz`, `/metrics` | | |
 
 mod auth;
@@ -56,6 +57,7 @@ pub(crate) fn routes(app: web::Data<App>, health: Health) -> impl Fn(&mut Servic
             .route("/v1/statement", web::get().to(forward::statement))
             .route("/v1/vouchers", web::post().to(forward::voucher))
             .route("/v1/receipts/{id}", web::get().to(forward::receipt))
+            .route("/v1/governance", web::get().to(forward::governance))
             .route("/v1/models", web::get().to(models::list))
             .route("/v1/models/{id:.+}", web::get().to(models::get))
             .route("/v1/requests/{id}", web::get().to(requests::get))

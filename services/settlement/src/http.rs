@@ -6,6 +6,7 @@
 //! | `GET /v1/balance`, `/v1/usage`, `/v1/statement`, `POST /v1/vouchers` | an API key | see [`crate::accounts`] |
 //! | `GET /v1/ledger/audit` | everybody | the sums that prove the ledger's invariants, at most 2 s old; 429 while they are computed |
 //! | `GET /v1/batches/...` | everybody | see [`crate::batches_http`] |
+//! | `GET /v1/governance` | everybody | see [`crate::governance_http`] |
 //! | `GET /v1/operators/...` | everybody | see [`crate::operators`] |
 //! | `/livez`, `/readyz`, `/metrics` | | see [`infera_runtime::health`] |
 
@@ -37,6 +38,7 @@ use crate::{
     accounts,
     batcher::is_anchored,
     config::AUDIENCE,
+    governance_http::{self, Decisions},
     ledger::{self, Audit},
     operators,
     store::{batches, corrupt, hash, requests, unsigned},
@@ -60,6 +62,8 @@ pub struct State {
     pub audit: Arc<Mutex<Option<(Instant, Audit)>>>,
     /// Trees of the batches that were asked for last, newest first.
     pub trees: Trees,
+    /// `None` where the contracts are not known.
+    pub decisions: Option<Arc<Decisions>>,
 }
 
 /// The Merkle trees of the last few batches, by sequence; whoever has one proves any of its receipts.
@@ -101,6 +105,7 @@ pub fn routes(state: State, health: health::Health) -> impl FnOnce(&mut ServiceC
             .route("/v1/vouchers", web::post().to(accounts::voucher))
             .route("/v1/usage", web::get().to(accounts::usage::usage))
             .route("/v1/statement", web::get().to(accounts::statement::statement))
+            .route("/v1/governance", web::get().to(governance_http::governance))
             .route("/v1/ledger/audit", web::get().to(audit))
             .route("/v1/operators/{address}", web::get().to(operators::earned))
             .route("/v1/operators/{address}/rewards/{sequence}", web::get().to(operators::reward));
@@ -260,7 +265,14 @@ mod tests {
         Signer::load_or_create(&dir.path().join("key.pem")).unwrap().write_jwks(&jwks).unwrap();
         let keys = Verifier::from_jwks_file(&jwks).unwrap();
         let domain = Domain { chain_id: 31_337, contract: infera_protocol::bytes::Address([1; 20]) };
-        web::Data::new(State { db, keys, domain, audit: Arc::default(), trees: Trees::default() })
+        web::Data::new(State {
+            db,
+            keys,
+            domain,
+            audit: Arc::default(),
+            trees: Trees::default(),
+            decisions: None,
+        })
     }
 
     async fn transfers(state: &web::Data<State>) -> i64 {

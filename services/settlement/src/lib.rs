@@ -31,6 +31,7 @@ pub mod domain;
 pub mod error;
 pub mod escrow;
 pub mod exposure;
+pub mod governance_http;
 pub mod holds;
 pub mod http;
 pub mod keeper;
@@ -93,7 +94,12 @@ pub async fn run(config: Config, deps: Deps, shutdown: CancellationToken) -> Res
         written: written.clone(),
         config: config.clone(),
     };
-    let keeper = keeper(&config, &manifest, &live, &health).await?;
+    let contracts = contracts(&config)?;
+    let rpc_url = rpc_url(&config, &manifest);
+    let keeper =
+        contracts.map(|known| keeper(&config, rpc_url.clone(), known, &live, &health)).transpose()?;
+    let decisions = contracts
+        .map(|known| Arc::new(governance_http::Decisions::new(rpc_url, known, config.chain.from_block)));
     // Without a settler nothing is ever final.
     let cap_micro = if config.chain.settler_key.is_empty() { 0 } else { config.exposure.cap_micro };
     let exposure = exposure::Exposure::new(ledger::amount(cap_micro)?);
@@ -126,8 +132,14 @@ pub async fn run(config: Config, deps: Deps, shutdown: CancellationToken) -> Res
     let consuming = consume_both(spec, &handlers, &stop);
     let batching = anchor(batcher, &stop);
     let following = follow(follower, &stop);
-    let state =
-        http::State { db: db.clone(), keys, domain, audit: Arc::default(), trees: http::Trees::default() };
+    let state = http::State {
+        db: db.clone(),
+        keys,
+        domain,
+        audit: Arc::default(),
+        trees: http::Trees::default(),
+        decisions,
+    };
     let routes = {
         let health = health.clone();
         move |config: &mut actix_web::web::ServiceConfig| {
@@ -173,22 +185,27 @@ fn rpc_url(config: &Config, manifest: &Manifest) -> String {
     if configured.is_empty() { manifest.rpc_url.clone() } else { configured.clone() }
 }
 
-/// Who follows the holders' decisions, if this service does.
-async fn keeper(
-    config: &Config,
-    manifest: &Manifest,
-    live: &Live,
-    health: &Health,
-) -> Result<Option<keeper::Keeper>, Error> {
+/// The network's contracts, where this service is told them.
+fn contracts(config: &Config) -> Result<Option<chain::Contracts>, Error> {
     let path = &config.governance.contracts_path;
     if path.as_os_str().is_empty() {
         return Ok(None);
     }
     let unusable = |reason: String| Error::Contracts { path: path.clone(), reason };
     let bytes = std::fs::read(path).map_err(|error| unusable(error.to_string()))?;
-    let contracts = serde_json::from_slice(&bytes).map_err(|error| unusable(error.to_string()))?;
-    Ok(Some(keeper::Keeper {
-        rpc_url: rpc_url(config, manifest),
+    serde_json::from_slice(&bytes).map(Some).map_err(|error| unusable(error.to_string()))
+}
+
+/// Who follows the holders' decisions.
+fn keeper(
+    config: &Config,
+    rpc_url: String,
+    contracts: chain::Contracts,
+    live: &Live,
+    health: &Health,
+) -> Result<keeper::Keeper, Error> {
+    Ok(keeper::Keeper {
+        rpc_url,
         contracts,
         live: live.clone(),
         manifest_path: config.common.manifest_path.clone(),
@@ -201,7 +218,7 @@ async fn keeper(
             "infera_settlement_registry_unmet",
             "Decisions of the holders that can't be followed here.",
         )?,
-    }))
+    })
 }
 
 /// The network's contract.

@@ -2,6 +2,7 @@
 
 mod api;
 mod export;
+mod governance;
 mod pages;
 mod views;
 
@@ -30,6 +31,8 @@ pub(crate) struct Explorer {
     pub receipts_url: String,
     pub rpc_url: String,
     pub network: String,
+    /// For what holders decide.
+    pub client: reqwest::Client,
 }
 
 /// The routes over `explorer`.
@@ -45,6 +48,7 @@ pub(crate) fn routes(explorer: Arc<Explorer>) -> impl FnOnce(&mut ServiceConfig)
             .service(export::jsonl)
             .service(pages::home)
             .service(pages::receipt)
+            .service(governance::page)
             .service(pages::style)
             .service(pages::script);
     }

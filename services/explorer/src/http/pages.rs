@@ -128,7 +128,7 @@ fn asset(content_type: &str, text: &'static str) -> HttpResponse {
 }
 
 /// The page, or a page that says what is wrong.
-fn answer<T: Template>(explorer: &Explorer, page: Result<T, ApiError>) -> HttpResponse {
+pub(super) fn answer<T: Template>(explorer: &Explorer, page: Result<T, ApiError>) -> HttpResponse {
     let (status, text) = match page.and_then(|page| page.render().map_err(ApiError::internal)) {
         Ok(text) => (StatusCode::OK, text),
         Err(error) => (error.status, error_text(explorer, &error)),

@@ -118,6 +118,45 @@ pub struct ReceiptPage {
     pub rpc_url: String,
 }
 
+/// `/governance`.
+#[derive(Template)]
+#[template(path = "governance.html")]
+pub struct GovernancePage {
+    pub network: String,
+    pub block: u64,
+    pub time: String,
+    pub revision: u64,
+    pub models: Vec<ListedModel>,
+    pub releases: Vec<String>,
+    pub calibration_hash: String,
+    pub proposals: Vec<ProposalLine>,
+}
+
+/// A model as the holders list it.
+pub struct ListedModel {
+    pub id: String,
+    pub weights_root: String,
+    pub threshold: String,
+    pub price_cap: String,
+    pub active: bool,
+}
+
+/// A proposal's line.
+pub struct ProposalLine {
+    pub id: String,
+    pub short_id: String,
+    pub title: String,
+    pub state: String,
+    pub good: bool,
+    pub bad: bool,
+    pub actions: Vec<String>,
+    pub votes_for: String,
+    pub votes_against: String,
+    pub abstentions: String,
+    pub quorum: String,
+    pub deadline: String,
+}
+
 /// Anything that went wrong.
 #[derive(Template)]
 #[template(path = "error.html")]

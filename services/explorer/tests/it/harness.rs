@@ -71,12 +71,17 @@ impl World {
     }
 
     pub async fn start(&self) -> Running {
+        self.start_with(|_| {}).await
+    }
+
+    pub async fn start_with(&self, change: impl FnOnce(&mut Config)) -> Running {
         let mut config = Config::load(None).unwrap();
         config.common.http_bind = "127.0.0.1:0".to_owned();
         config.common.database_url = self.database_url.clone().into();
         config.common.database_schema = Some(self.schema.clone());
         config.common.manifest_path = self.dir.path().join("network.json");
         config.max_searches = 256;
+        change(&mut config);
         let (bound, address) = oneshot::channel::<SocketAddr>();
         let deps = Deps {
             embedder: Some(embedder()),

@@ -77,3 +77,60 @@ async fn mistakes_have_a_page_and_nothing_is_run() {
     }
     explorer.stop().await;
 }
+
+/// Answers every request with `body`, as settlement does at the gateway's address.
+async fn governance(body: String) -> String {
+    use tokio::io::{AsyncReadExt, AsyncWriteExt};
+    let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let url = format!("http://{}", listener.local_addr().unwrap());
+    tokio::spawn(async move {
+        while let Ok((mut stream, _)) = listener.accept().await {
+            let mut request = [0; 4096];
+            let read = stream.read(&mut request).await.unwrap();
+            let asked = std::str::from_utf8(&request[..read]).unwrap();
+            assert!(asked.starts_with("GET /v1/governance "), "{asked}");
+            let head = "HTTP/1.1 200 OK\r\ncontent-type: application/json\r\nconnection: close\r\n";
+            let answer = format!("{head}content-length: {}\r\n\r\n{body}", body.len());
+            stream.write_all(answer.as_bytes()).await.unwrap();
+        }
+    });
+    url
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_holders_decide_has_a_page() {
+    let world = World::new(On::Embedded).await;
+    let hash = format!("0x{}", "ab".repeat(32));
+    let told = serde_json::json!({
+        "registry": {
+            "block": 77, "time_secs": 1_790_000_000, "revision": 3, "releases": [], "calibration_hash": hash,
+            "models": [
+                { "id": "first", "weights_root": hash, "similarity_threshold_millionths": 600_000, "price_cap_micro": 2, "active": true },
+                { "id": "second", "weights_root": hash, "similarity_threshold_millionths": 600_000, "price_cap_micro": 2, "active": false },
+            ],
+        },
+        "proposals": [{
+            "id": hash, "state": "executed", "description": "Serve <script>alert(1)</script>\n\nmore", "quorum_micro": 40_000_000,
+            "actions": [{ "call": "withdraw_model", "id": "second" }], "deadline_secs": 1_790_000_100,
+            "votes": { "for_micro": 990_000_000, "against_micro": 0, "abstain_micro": 0 },
+        }],
+    });
+    let url = governance(told.to_string()).await;
+    let explorer = world.start_with(|config| config.receipts_url = url).await;
+    let (status, page) = explorer.text("/governance").await;
+    assert_eq!(status, 200, "{page}");
+    for text in
+        ["first", "withdrawn", "withdraw the model second", "executed", "990.000000", "block 77", &hash]
+    {
+        assert!(page.contains(text), "{text} is missing");
+    }
+    assert!(!page.contains("<script>alert"), "a description is text");
+    explorer.stop().await;
+    // Nobody answers: the page says so, and the others go on.
+    let explorer = world.start_with(|config| config.receipts_url = "http://127.0.0.1:1".into()).await;
+    let (status, page) = explorer.text("/governance").await;
+    assert_eq!(status, 503);
+    assert!(page.contains("try again"), "{page}");
+    assert_eq!(explorer.text("/").await.0, 200);
+    explorer.stop().await;
+}

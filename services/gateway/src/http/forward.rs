@@ -56,6 +56,17 @@ pub(super) async fn receipt(
     Ok(private(settlement.ask(ask, &app.metrics).await?))
 }
 
+/// What holders decide is everybody's.
+pub(super) async fn governance(app: Data<App>, request: HttpRequest) -> Result<HttpResponse, ApiError> {
+    let settlement = enabled(&app)?;
+    if request.headers().contains_key(AUTHORIZATION) {
+        auth::account_caller(&app, &request).await?;
+    }
+    let route = "/v1/governance";
+    let ask = Ask { method: Method::GET, route, path: route.to_owned(), client: &request, body: None };
+    settlement.ask(ask, &app.metrics).await
+}
+
 async fn of_account(app: &App, request: &HttpRequest, route: &'static str) -> Result<HttpResponse, ApiError> {
     let settlement = enabled(app)?;
     auth::account_caller(app, request).await?;
