@@ -3,7 +3,7 @@
 use std::{cell::RefCell, collections::HashMap};
 
 use infera_embed::{Embedder, similarity_millionths};
-use infera_node::engine::{Class, Engine, Finish, Score, ScoreJob};
+use infera_node::engine::{Class, Engine, Score, ScoreJob};
 use infera_protocol::{
     agreement::{Relation, compare},
     calibration::{Bounds, Calibration},
@@ -112,23 +112,11 @@ impl Court<'_> {
         self.calibration.bounds("fast", class.name()).ok_or_else(|| "no bounds between the classes".into())
     }
 
-    /// Section 5: the end token ends, and nothing else does before the limit.
-    fn ends_well(&self, case: &Case) -> bool {
-        let (output, ends) = (&case.output, self.setup.end_tokens());
-        let first = output.tokens.iter().position(|t| ends.contains(t));
-        let request = self.setup.request(case.prompt, case.mode);
-        let fits = match output.finish {
-            Finish::Eos => first == Some(output.tokens.len() - 1),
-            Finish::Length => first.is_none(),
-            Finish::Stop | Finish::Grammar => false,
-        };
-        fits && check_output(&request, output).is_ok()
-    }
-
     /// Up to the parting from the referee's own answer every margin is 0, since it draws the same; the margin there
     /// follows from its own fingerprint.
     fn quick(&self, class: Class, case: &Case) -> Quick {
-        if !self.ends_well(case) {
+        let request = self.setup.request(case.prompt, case.mode);
+        if check_output(&request, &case.output, self.setup.end_tokens()).is_err() {
             return Quick::Known(Finding::Finish);
         }
         let honest = self.honest(class, case);

@@ -37,7 +37,6 @@ pub mod session;
 pub mod standing;
 pub mod store;
 
-use std::collections::BTreeMap;
 use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::Duration;
@@ -159,11 +158,10 @@ fn replica(config: &Config) -> String {
 fn rules(config: &Config, roots: &Roots) -> Rules {
     let ms = |secs: u32| i64::from(secs) * 1000;
     let now = roots.live.now();
-    let mut rules = Rules {
+    Rules {
         domain: now.manifest.domain,
         key: roots.key.clone(),
-        registry: now.registries.current().clone(),
-        terms: BTreeMap::new(),
+        registry: now.registries.current().clone().into(),
         lease_ms: ms(config.lease_secs),
         reveal_ms: ms(config.reveal_secs),
         referee_ms: ms(config.referee_secs),
@@ -174,9 +172,7 @@ fn rules(config: &Config, roots: &Roots) -> Rules {
         max_requests: usize::from(config.max_requests),
         canary_ppm: config.canary_ppm,
         entry_trials: config.entry_trials,
-    };
-    rules.put_in_force(now.registries.current().clone());
-    rules
+    }
 }
 
 /// Tells the draws of every registry that comes into force, until the service ends.

@@ -4,12 +4,9 @@ use std::sync::Arc;
 
 use infera_bus::{Envelope, Reject, outbox};
 use infera_embed::{Embedder, similarity_millionths};
-use infera_grammar::{GrammarError, Vocabulary};
 use infera_protocol::agreement::Relation;
 use infera_protocol::bytes::{Hash32, NodeId};
-use infera_protocol::grammar::Grammar;
 use infera_protocol::ids::message_id;
-use infera_protocol::request::Output;
 use infera_runtime::clock;
 use infera_runtime::network::Live;
 use infera_wire::topology::keys;
@@ -20,6 +17,7 @@ use tracing::Instrument;
 use uuid::Uuid;
 
 use crate::domain::{self, Case, EXACT_CLASS, Finding, Judgement, Rejection};
+use crate::fit::unfit;
 use crate::metrics::Metrics;
 use crate::store::{self, verdicts};
 use crate::texts::{Text, Texts};
@@ -63,17 +61,19 @@ impl Arbiter {
         Ok(())
     }
 
-    /// The nodes whose results do not keep to the request's grammar. Some milliseconds a result, on another thread.
+    /// The nodes whose results do not keep to the request's grammar or stop strings. On another thread.
     async fn unfit(&self, case: &Case) -> Result<Vec<NodeId>, Reject> {
-        let Some(grammar) = case.evidence.request.grammar.clone() else { return Ok(Vec::new()) };
-        let model = &case.evidence.request.model_root;
-        let vocabulary = self.text(model)?.vocabulary.clone();
+        let request = case.evidence.request.clone();
+        if request.grammar.is_none() && request.stop.is_empty() {
+            return Ok(Vec::new());
+        }
+        let text = self.text(&request.model_root)?;
         let results = case.outputs().into_iter().map(|(node, output)| (node, output.clone())).collect();
         let id = case.request_id();
-        let found = tokio::task::spawn_blocking(move || unfit(&vocabulary, &grammar, results));
-        let found = found.await.map_err(|error| Reject::Retry(error.to_string()))?;
+        let check = move || unfit(&request, text.prompt.tokenizer(), &text.vocabulary, results);
+        let found = tokio::task::spawn_blocking(check).await.map_err(|e| Reject::Retry(e.to_string()))?;
         for (node, reason) in &found {
-            tracing::warn!(request_id = %id, %node, reason, "a result does not keep to its grammar");
+            tracing::warn!(request_id = %id, %node, reason, "a result does not keep to its grammar or stop strings");
         }
         Ok(found.into_iter().map(|(node, _)| node).collect())
     }
@@ -231,23 +231,4 @@ async fn say(
 ) -> Result<(), Reject> {
     let id = message_id("verdict", request_id, round.unsigned_abs());
     Ok(outbox::enqueue_bytes(tx, &keys::verdict(reply_to), id, body).await?)
-}
-
-/// Results that do not keep to the grammar, and why; none keeps to one that no node could use.
-fn unfit(
-    vocabulary: &Vocabulary,
-    grammar: &Grammar,
-    results: Vec<(NodeId, Output)>,
-) -> Vec<(NodeId, String)> {
-    let compiled = vocabulary.compile(grammar);
-    let check = |(node, output): (NodeId, Output)| {
-        let checked = compiled.clone().and_then(|matcher| matcher.check(&output.tokens, output.finish));
-        match checked {
-            Err(error @ (GrammarError::Violated { .. } | GrammarError::Refused(_))) => {
-                Some((node, error.to_string()))
-            }
-            Ok(()) | Err(GrammarError::Stuck(_) | GrammarError::Vocabulary(_)) => None,
-        }
-    };
-    results.into_iter().filter_map(check).collect()
 }

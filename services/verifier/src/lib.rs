@@ -22,6 +22,7 @@ mod config;
 mod consumer;
 pub mod domain;
 mod error;
+mod fit;
 mod http;
 mod indexer;
 mod metrics;

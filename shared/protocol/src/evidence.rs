@@ -64,6 +64,9 @@ pub struct Terms {
     pub similarity_threshold_millionths: u32,
     /// The model's.
     pub vocab_size: u32,
+    /// The model's: what ends an answer, and stands nowhere else in it.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub end_tokens: Vec<u32>,
 }
 
 impl Terms {
@@ -73,6 +76,7 @@ impl Terms {
             calibration: registry.calibration.clone(),
             similarity_threshold_millionths: model.similarity_threshold_millionths,
             vocab_size: model.vocab_size,
+            end_tokens: model.end_tokens.clone(),
         }
     }
 }
@@ -376,7 +380,8 @@ impl Evidence {
             }
             _ => false,
         };
-        let output = slot.reveal.as_ref().map(|r| check_output(&self.request, &r.output));
+        let output =
+            slot.reveal.as_ref().map(|r| check_output(&self.request, &r.output, &self.terms.end_tokens));
         if slot.outcome == SlotOutcome::Revealed && opened {
             output.unwrap_or(Ok(()))?;
         }

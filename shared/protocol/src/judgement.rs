@@ -14,7 +14,7 @@ use crate::{
     evidence::{Evidence, RefereeEvidence, RefereeOutcome, SlotOutcome},
     hash::keccak,
     referee::{Fault, Report, judge},
-    request::Output,
+    request::{Finish, Output},
     trust::Reason,
 };
 
@@ -89,11 +89,14 @@ pub struct Mean {
     pub referee_class: String,
 }
 
-/// The defect that stands in the job of this referee in place of an answer, made from `output`: one token replaced by another of the vocabulary.
+/// The defect that stands in the job of this referee in place of an answer, made from `output`: one token replaced by
+/// another of the vocabulary. Not its end token: an answer that ends without one shows without any scoring.
 pub fn planted(beta2: &Hash32, referee: &NodeId, output: &Output, vocab_size: u32) -> Output {
     let beta = keccak(&[b"infera.defect.v1", &beta2.0, &referee.0]);
     let mut tokens = output.tokens.clone();
-    let at = number(&beta, b"place", tokens.len() as u64) as usize;
+    let ends = output.finish == Finish::Eos && tokens.len() > 1;
+    let places = tokens.len() - usize::from(ends);
+    let at = number(&beta, b"place", places as u64) as usize;
     if let Some(token) = tokens.get_mut(at) {
         let others = u64::from(vocab_size.saturating_sub(1)).max(1);
         let next = (u64::from(*token) + 1 + number(&beta, b"token", others)) % u64::from(vocab_size.max(1));

@@ -165,13 +165,14 @@ impl Output {
     }
 }
 
-/// Checks an output against its request's limits: 1 to max_tokens tokens, `Length` only at exactly
-/// max_tokens, `Grammar` only with one, one well-formed fingerprint per token. What the tokens say is
-/// not looked at: that takes the model's vocabulary.
+/// Checks an output against its request's limits and the model's end tokens (section 5): 1 to max_tokens tokens, an end
+/// token only as the last one and exactly with `Eos`, `Length` only at exactly max_tokens, `Stop` and `Grammar` only
+/// where the request has such, one well-formed fingerprint per token. Where a stop string or a grammar ends takes the
+/// model's vocabulary; that is the verifier's to check ([`crate::evidence::Evidence::unfit`]).
 ///
 /// # Errors
 /// What is wrong, for people.
-pub fn check_output(request: &Request, output: &Output) -> Result<(), &'static str> {
+pub fn check_output(request: &Request, output: &Output, end_tokens: &[u32]) -> Result<(), &'static str> {
     let most = request.max_tokens as usize;
     if output.tokens.is_empty() {
         return Err("the result has no tokens");
@@ -179,11 +180,23 @@ pub fn check_output(request: &Request, output: &Output) -> Result<(), &'static s
     if output.tokens.len() > most {
         return Err("the result has more tokens than max_tokens");
     }
-    if output.finish == Finish::Length && output.tokens.len() != most {
-        return Err("the result says `length` before max_tokens");
-    }
-    if output.finish == Finish::Grammar && request.grammar.is_none() {
-        return Err("the result says `grammar`, but the request has none");
+    let end = output.tokens.iter().position(|token| end_tokens.contains(token));
+    match (output.finish, end) {
+        (_, Some(at)) if at + 1 < output.tokens.len() => return Err("the result goes on after an end token"),
+        (Finish::Eos, None) => return Err("the result says `eos` without an end token"),
+        (Finish::Length | Finish::Stop | Finish::Grammar, Some(_)) => {
+            return Err("the result ends with an end token and does not say `eos`");
+        }
+        (Finish::Length, None) if output.tokens.len() != most => {
+            return Err("the result says `length` before max_tokens");
+        }
+        (Finish::Stop, None) if request.stop.is_empty() => {
+            return Err("the result says `stop`, but the request has no stop strings");
+        }
+        (Finish::Grammar, None) if request.grammar.is_none() => {
+            return Err("the result says `grammar`, but the request has none");
+        }
+        _ => {}
     }
     match Fingerprint::decode_all(&output.fingerprints) {
         Err(_) => Err("the fingerprints are malformed"),
@@ -250,10 +263,17 @@ pub(crate) mod tests {
             let entry = crate::fingerprint::Entry { token, logprob: 0 };
             Fingerprint::new(vec![entry]).unwrap().encode()
         };
-        let output = |tokens: usize, prints: usize, finish| Output {
-            tokens: vec![7; tokens],
-            fingerprints: (0..prints).flat_map(|_| print(7)).collect(),
-            finish,
+        let output = |tokens: usize, prints: usize, finish| {
+            let mut tokens = vec![7; tokens];
+            if let (Finish::Eos, Some(last)) = (finish, tokens.last_mut()) {
+                *last = 2;
+            }
+            let fingerprints = (0..prints).flat_map(|_| print(7)).collect();
+            Output { tokens, fingerprints, finish }
+        };
+        let of = |tokens: &[u32], finish| Output {
+            tokens: tokens.to_vec(),
+            ..output(tokens.len(), tokens.len(), finish)
         };
         // max_tokens is 16.
         let table = [
@@ -269,10 +289,16 @@ pub(crate) mod tests {
             (output(1, 2, Finish::Eos), Some("one fingerprint per token")),
             (output(1, 0, Finish::Eos), Some("one fingerprint per token")),
             (output(3, 3, Finish::Grammar), Some("the request has none")),
+            (of(&[7, 3], Finish::Eos), None),
+            (of(&[7, 7], Finish::Eos), Some("`eos` without an end token")),
+            (of(&[7, 2], Finish::Stop), Some("does not say `eos`")),
+            (of(&[[7; 15].as_slice(), &[2]].concat(), Finish::Length), Some("does not say `eos`")),
+            (of(&[3, 2], Finish::Eos), Some("after an end token")),
+            (of(&[7, 2, 7], Finish::Stop), Some("after an end token")),
             (Output { fingerprints: vec![1, 0], ..output(1, 1, Finish::Eos) }, Some("malformed")),
         ];
         for (output, expected) in table {
-            let actual = check_output(&sample(), &output).err();
+            let actual = check_output(&sample(), &output, &[2, 3]).err();
             let fits = match (actual, expected) {
                 (Some(actual), Some(expected)) => actual.contains(expected),
                 (actual, expected) => actual == expected,
@@ -280,7 +306,13 @@ pub(crate) mod tests {
             assert!(fits, "{actual:?}, expected {expected:?}: {output:?}");
         }
         let formed = Request { grammar: grammar(GrammarKind::Regex, "a"), ..sample() };
-        assert_eq!(check_output(&formed, &output(3, 3, Finish::Grammar)), Ok(()));
+        assert_eq!(check_output(&formed, &output(3, 3, Finish::Grammar), &[2]), Ok(()));
+        let endless = Request { stop: vec![], ..sample() };
+        assert!(
+            check_output(&endless, &output(3, 3, Finish::Stop), &[2])
+                .unwrap_err()
+                .contains("no stop strings")
+        );
     }
 
     #[test]

@@ -27,7 +27,7 @@ use uuid::Uuid;
 
 mod network;
 
-pub use network::{DISPATCHER_SEED, Network, calibration, model, weights};
+pub use network::{DISPATCHER_SEED, END_TOKEN, Network, calibration, model, weights};
 
 /// Log-probability -0.5 as f16 bits, for candidates that are tied.
 const TIED: u16 = 0xb800;

@@ -35,7 +35,7 @@ use uuid::Uuid;
 
 use player::Player;
 
-use crate::evidence::{Network, fingerprint, key, output, weights};
+use crate::evidence::{END_TOKEN, Network, fingerprint, key, output, weights};
 
 /// Long enough for a loaded machine; only a failing test waits for it.
 const PATIENCE: Duration = Duration::from_secs(30);
@@ -277,12 +277,17 @@ pub fn operator_key(n: u8) -> EvmKey {
     EvmKey::from_slice(&keccak(&[b"synthetic operator", &[n]]).0).expect("a hash is a secp256k1 key")
 }
 
-/// The honest answer to a request: up to 8 tokens that follow from its seed.
+/// The honest answer to a request: up to 8 tokens that follow from its seed, the last an end token of
+/// [`crate::evidence::model`] where there is room for one.
 pub fn answer(request: &Request) -> Output {
     let count = request.max_tokens.min(8);
     let finish = if count == request.max_tokens { Finish::Length } else { Finish::Eos };
     let hash = keccak(&[b"synthetic answer", &request.seed.to_be_bytes()]);
-    let tokens: Vec<u32> = hash.0.iter().take(count as usize).map(|byte| u32::from(*byte) + 100).collect();
+    let mut tokens: Vec<u32> =
+        hash.0.iter().take(count as usize).map(|byte| u32::from(*byte) + 100).collect();
+    if let (Finish::Eos, Some(last)) = (finish, tokens.last_mut()) {
+        *last = END_TOKEN;
+    }
     output(&tokens, finish)
 }
 

@@ -163,11 +163,9 @@ impl Assignments {
         self.report_due = false;
         let now = clock::now_ms();
         // Each is reported, with or without nodes.
-        let models = self
-            .state
-            .rules()
-            .terms
-            .keys()
+        let registry = &self.state.rules().registry;
+        let models = registry
+            .roots()
             .map(|model| {
                 let (slots, held) = self.state.model_slots(model);
                 v1::ModelSlots {

@@ -51,13 +51,10 @@ async fn a_node_that_falls_behind_is_cut_off() {
         live,
     };
     let domain = network.manifest.domain;
-    let mut rules = Rules {
-        terms: std::collections::BTreeMap::new(),
-        canary_ppm: 0,
-        entry_trials: false,
+    let rules = Rules {
         domain,
         key: network.dispatcher.clone(),
-        registry: network.registry.clone(),
+        registry: network.registry.clone().into(),
         lease_ms: 60_000,
         reveal_ms: 10_000,
         referee_ms: 30_000,
@@ -66,8 +63,9 @@ async fn a_node_that_falls_behind_is_cut_off() {
         close_grace_ms: 10_000,
         hand_back_ms: 2_000,
         max_requests: 16,
+        canary_ppm: 0,
+        entry_trials: false,
     };
-    rules.put_in_force(network.registry.clone());
     let actor = Assignments::new(State::new(rules), tools).start();
     // Three of them have no room left, so whoever is drawn, one of those is.
     let mut killed = Vec::new();

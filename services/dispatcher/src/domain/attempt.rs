@@ -202,7 +202,9 @@ impl Attempt {
     /// limits is kept as a mismatch.
     pub fn reveal(&mut self, node: &NodeId, reveal: Reveal, desk: &mut Desk) -> Result<Progress, Rejection> {
         let room = self.room_for(&reveal);
-        let limits = check_output(&desk.offer.funded.submitted.request, &reveal.output);
+        let request_asked = &desk.offer.funded.submitted.request;
+        let end_tokens = desk.rules.end_tokens(&request_asked.model_root);
+        let limits = check_output(request_asked, &reveal.output, end_tokens);
         let place =
             commitment::Slot { request_hash: desk.offer.request_hash, attempt: self.number, node: *node };
         let slot = self.slot_mut(node).ok_or(Rejection::NotLeased)?;

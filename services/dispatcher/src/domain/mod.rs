@@ -232,7 +232,7 @@ impl State {
                 })?;
             }
             Command::Trust(ledger) => self.trust = *ledger,
-            Command::Registry(registry) => self.rules.put_in_force(*registry),
+            Command::Registry(registry) => self.rules.registry.replace(*registry),
             Command::Closed { request } => self.closed(request, now, out)?,
             Command::Peer { replica, report } => self.peers.take(replica, report, now),
             Command::Tick => self.tick(now, out),

@@ -261,7 +261,9 @@ impl Trials {
         };
         let place = commitment::Slot { request_hash: trial.hash, attempt, node: *node };
         let digest = commitment::commitment(&court.rules.domain, &place, &reveal.output, &reveal.salt);
-        let step = if digest == commit.digest && check_output(&trial.request, &reveal.output).is_ok() {
+        let end_tokens = court.rules.end_tokens(&trial.request.model_root);
+        let formed = check_output(&trial.request, &reveal.output, end_tokens).is_ok();
+        let step = if digest == commit.digest && formed {
             trial.stage = Stage::Scored { output: reveal.output, votes: Vec::new(), asked: None };
             trial.ask(court)
         } else {

@@ -1,6 +1,7 @@
 //! What the dispatcher is told, what it answers, and what it refuses.
 
 use std::collections::BTreeMap;
+use std::ops::Deref;
 use std::sync::Arc;
 
 use infera_protocol::bytes::{Address, Hash32, NodeId, Signature};
@@ -20,13 +21,19 @@ use super::trust::Ledger;
 /// Longest delta frame, tokens.
 pub const MAX_DELTA_TOKENS: usize = 4_096;
 
+/// The registry that holds, and what it and those before said about each model: what was funded under one of a model that
+/// is withdrawn now is finished.
+#[derive(Debug, Clone)]
+pub struct InForce {
+    registry: Registry,
+    terms: BTreeMap<Hash32, Terms>,
+}
+
 /// What the service goes by. The registry alone changes while it runs.
 pub struct Rules {
     pub domain: Domain,
     pub key: VrfSecret,
-    pub registry: Registry,
-    /// By model, those that were withdrawn included: what was funded before is finished.
-    pub terms: BTreeMap<Hash32, Terms>,
+    pub registry: InForce,
     pub lease_ms: i64,
     pub reveal_ms: i64,
     /// How long a referee has for its report.
@@ -181,14 +188,42 @@ pub struct SignedScores {
 impl Rules {
     /// What the registry says that a verdict about this model depends on.
     pub fn terms(&self, model: &Hash32) -> Option<Terms> {
-        self.terms.get(model).cloned()
+        self.registry.terms.get(model).cloned()
+    }
+
+    /// The model's; none of a model that the registry has never listed.
+    pub fn end_tokens(&self, model: &Hash32) -> &[u32] {
+        self.registry.terms.get(model).map_or(&[], |terms| &terms.end_tokens)
+    }
+}
+
+impl InForce {
+    /// Of every model that is or was listed.
+    pub fn roots(&self) -> impl Iterator<Item = &Hash32> {
+        self.terms.keys()
     }
 
     /// Takes another registry over.
-    pub fn put_in_force(&mut self, registry: Registry) {
+    pub fn replace(&mut self, registry: Registry) {
         let terms = |model: &Model| (model.weights_root, Terms::of(&registry, model));
         self.terms.extend(registry.models.iter().map(terms));
         self.registry = registry;
+    }
+}
+
+impl From<Registry> for InForce {
+    fn from(registry: Registry) -> Self {
+        let mut in_force = Self { registry: registry.clone(), terms: BTreeMap::new() };
+        in_force.replace(registry);
+        in_force
+    }
+}
+
+impl Deref for InForce {
+    type Target = Registry;
+
+    fn deref(&self) -> &Registry {
+        &self.registry
     }
 }
 

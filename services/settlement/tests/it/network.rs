@@ -130,8 +130,9 @@ impl Network {
             .take(honest + wrong)
             .enumerate()
             .map(|(i, drawn)| {
-                let tokens: Vec<u32> =
-                    if i < honest { (100..120).collect() } else { vec![u32::try_from(i).unwrap() + 500] };
+                let mut tokens: Vec<u32> =
+                    if i < honest { (100..119).collect() } else { vec![u32::try_from(i).unwrap() + 500] };
+                tokens.extend(&self.registry.models[0].end_tokens);
                 let output = infera_testkit::evidence::output(&tokens, Finish::Eos);
                 let key = self.nodes.iter().find(|key| node_id(key) == drawn.node).unwrap();
                 let salt = Hash32([u8::try_from(i).unwrap(); 32]);

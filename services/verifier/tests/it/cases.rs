@@ -37,6 +37,7 @@ on_both! {
     garbage_is_dead_lettered_and_stops_nothing
     a_restart_goes_on
     a_result_that_breaks_its_grammar_agrees_with_nothing
+    a_result_that_misses_its_stop_string_agrees_with_nothing
 }
 
 fn answer(text: &str) -> Answer {
@@ -487,5 +488,34 @@ async fn a_result_that_breaks_its_grammar_agrees_with_nothing(mut world: World) 
     case.exhausted = true;
     world.collect(&case).await;
     assert_eq!(failed(&world.verdict().await.1), "no_quorum");
+    verifier.stop().await;
+}
+
+async fn a_result_that_misses_its_stop_string_agrees_with_nothing(mut world: World) {
+    let verifier = world.start().await;
+    let said = |text: &str, finish| {
+        let mut ids = tokens(text);
+        ids.pop();
+        Answer::Output(output(&ids, finish))
+    };
+    let stopped = said("one, two", Finish::Stop);
+    let network = world.network.clone();
+    let asked = |answers: Vec<Answer>| {
+        let mut case = Case::new(&network).answers(answers).referees([Referee::confirms()]);
+        case.request.stop = vec!["two".into(), "four".into()];
+        case
+    };
+    world
+        .collect(&asked(vec![stopped.clone(), said("one, two, three", Finish::Stop), stopped.clone()]))
+        .await;
+    assert_eq!(verified(&world.verdict().await.1).nodes.len(), 2);
+    for wrong in ["one", "one, two, three"] {
+        let mut case = asked(vec![said(wrong, Finish::Stop); 3]);
+        case.exhausted = true;
+        world.collect(&case).await;
+        let (_, verdict) = world.verdict().await;
+        let Some(Outcome::Failed(failed)) = &verdict.outcome else { panic!("failed") };
+        assert!(failed.reason.contains("3 do not"), "{}", failed.reason);
+    }
     verifier.stop().await;
 }

@@ -30,19 +30,21 @@ pub fn embedder() -> Embedder {
 
 /// A network that serves one model with the real tokenizer, so that texts are texts.
 pub fn network() -> Network {
-    static HASH: OnceLock<[u8; 32]> = OnceLock::new();
-    let hash = HASH.get_or_init(|| Prompt::load(&model_path()).unwrap().tokenizer_hash());
     let mut model = model("smollm2", Hash32([0x44; 32]));
-    model.tokenizer_hash = Hash32(*hash);
+    model.tokenizer_hash = Hash32(prompt().tokenizer_hash());
+    model.end_tokens = prompt().end_tokens().to_vec();
     Network::serving(vec![model])
+}
+
+fn prompt() -> &'static Prompt {
+    static PROMPT: OnceLock<Prompt> = OnceLock::new();
+    PROMPT.get_or_init(|| Prompt::load(&model_path()).unwrap())
 }
 
 /// Tokens of a text in the model's own tokenizer, with its end token.
 pub fn tokens(text: &str) -> Vec<u32> {
-    static PROMPT: OnceLock<Arc<Prompt>> = OnceLock::new();
-    let prompt = PROMPT.get_or_init(|| Arc::new(Prompt::load(&model_path()).unwrap()));
-    let mut ids = prompt.tokenizer().encode(text).unwrap();
-    ids.push(prompt.end_tokens()[0]);
+    let mut ids = prompt().tokenizer().encode(text).unwrap();
+    ids.push(prompt().end_tokens()[0]);
     ids
 }
 

@@ -77,6 +77,9 @@ pub fn calibration() -> Calibration {
     Calibration { pairs: vec![pair("exact", "exact"), pair("exact", "fast"), pair("fast", "fast")] }
 }
 
+/// What ends an answer of [`model`].
+pub const END_TOKEN: u32 = 2;
+
 /// A registry entry with usual values.
 pub fn model(id: &str, weights_root: Hash32) -> Model {
     Model {
@@ -85,7 +88,7 @@ pub fn model(id: &str, weights_root: Hash32) -> Model {
         weights_bytes: 1 << 20,
         tokenizer_hash: Hash32([0x22; 32]),
         template_hash: Hash32([0x33; 32]),
-        end_tokens: vec![2],
+        end_tokens: vec![END_TOKEN],
         vocab_size: 49_152,
         context_length: 2_048,
         similarity_threshold_millionths: 600_000,

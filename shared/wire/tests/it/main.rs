@@ -163,6 +163,7 @@ fn read_collected(bytes: &[u8]) -> bool {
         calibration: infera_protocol::calibration::Calibration { pairs: Vec::new() },
         similarity_threshold_millionths: 600_000,
         vocab_size: 100,
+        end_tokens: vec![2],
     };
     let Ok(evidence) = convert::evidence(&wire, DOMAIN, terms, 1_790_000_001_000) else {
         return false;

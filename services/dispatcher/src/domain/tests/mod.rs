@@ -16,6 +16,7 @@ use infera_protocol::registry::Registry;
 use infera_protocol::request::{Finish, Output, Request};
 use infera_protocol::sampling::SamplingParams;
 use infera_protocol::vrf::VrfSecret;
+use infera_testkit::evidence::END_TOKEN;
 use infera_wire::convert::{self, Funded, Submitted, funded_to_wire};
 use infera_wire::v1::from_dispatcher::Message;
 
@@ -30,10 +31,10 @@ fn registry() -> Registry {
 }
 
 fn rules() -> Rules {
-    let mut rules = Rules {
+    Rules {
         domain: DOMAIN,
         key: VrfSecret::from_seed(&[3; 32]).unwrap(),
-        registry: registry(),
+        registry: registry().into(),
         lease_ms: 1_000,
         reveal_ms: 500,
         referee_ms: 700,
@@ -44,10 +45,7 @@ fn rules() -> Rules {
         max_requests: 3,
         canary_ppm: 0,
         entry_trials: false,
-        terms: BTreeMap::new(),
-    };
-    rules.put_in_force(registry());
-    rules
+    }
 }
 
 fn key(n: u8) -> SigningKey {
@@ -106,12 +104,10 @@ fn slot(n: u8, request: u128, attempt: u32) -> Slot {
 
 /// The node's answer in one of three versions; version 0 is everybody's, version 2 breaks a limit.
 fn answer(n: u8, version: u8) -> Reveal {
-    // One candidate: the token, and a log-probability of 0.
-    let fingerprints = vec![1, 0, 0, 0, 9, 0, 0];
     let token = if version == 0 { 9 } else { 10 + u32::from(n) };
     // Version 2 claims to have been cut at max_tokens, which it has not reached.
     let finish = if version == 2 { Finish::Length } else { Finish::Eos };
-    let output = Output { tokens: vec![token], fingerprints, finish };
+    let output = infera_testkit::evidence::output(&[token, END_TOKEN], finish);
     Reveal { output, salt: Hash32([n; 32]) }
 }
 

@@ -66,7 +66,7 @@ fn a_referee_is_from_outside_and_its_report_is_collected() {
     assert_eq!(bench.jobs.len(), 1);
     let (node, lease) = bench.jobs[0].clone();
     assert!(bench.drawn().iter().all(|n| node_id(&key(*n)) != node), "it is no replica");
-    assert!(lease.subjects.iter().any(|subject| subject.tokens == [9]));
+    assert!(lease.subjects.iter().any(|subject| subject.tokens == [9, END_TOKEN]));
     assert!(!collected(&bench, 2), "the report is waited for");
     bench.run(report(&(node, lease), |_| ())).unwrap();
     assert!(collected(&bench, 2));

@@ -34,7 +34,7 @@ fn number(node: NodeId) -> u8 {
 
 /// Commits to this answer in a trial, and reveals it.
 fn answer_trial(bench: &mut Bench, node: NodeId, asked: &Request, token: u32) {
-    let output = Output { tokens: vec![token], ..answer(1, 0).output };
+    let output = Output { tokens: vec![token, END_TOKEN], ..answer(1, 0).output };
     let reveal = Reveal { output, salt: Hash32([7; 32]) };
     let slot = Slot { request_hash: asked.hash(&DOMAIN), attempt: 1, node };
     let digest = commitment(&DOMAIN, &slot, &reveal.output, &reveal.salt);
