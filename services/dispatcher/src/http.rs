@@ -1,4 +1,4 @@
-//! Routes: the nodes' WebSocket, and what anybody may know of nodes and operators.
+//! Routes: the nodes' WebSocket, and what anybody may know of nodes, operators and their contradictions.
 
 use std::sync::Arc;
 
@@ -9,6 +9,7 @@ use serde::Serialize;
 use tokio::sync::Semaphore;
 
 use crate::actor::ListNodes;
+use crate::contradictions;
 use crate::domain::nodes::NodeView;
 use crate::operators;
 use crate::session::{NodeSession, Shared};
@@ -25,6 +26,8 @@ pub fn routes(shared: Arc<Shared>, places: Arc<Semaphore>) -> impl FnOnce(&mut S
             .app_data(Data::from(places))
             .route("/v1/node/session", web::get().to(session))
             .route("/v1/nodes", web::get().to(nodes))
+            .route("/v1/contradictions", web::get().to(contradictions::list))
+            .route("/v1/contradictions/{id}", web::get().to(contradictions::one))
             .route("/v1/operators", web::get().to(operators::list))
             .route("/v1/operators/{operator}", web::get().to(operators::one));
     }

@@ -26,6 +26,7 @@
 pub mod actor;
 pub mod config;
 mod consumer;
+mod contradictions;
 mod deltas;
 pub mod domain;
 pub mod error;
@@ -185,7 +186,7 @@ async fn follow_registry(mut changes: watch::Receiver<Arc<network::Roots>>, assi
     }
 }
 
-/// Keeps old attempts out of the database.
+/// Keeps what is old out of the database.
 async fn prune(db: DatabaseConnection, stop: CancellationToken) {
     let mut every = tokio::time::interval(PRUNE_EVERY);
     loop {
@@ -193,8 +194,8 @@ async fn prune(db: DatabaseConnection, stop: CancellationToken) {
             () = stop.cancelled() => return,
             _ = every.tick() => {}
         }
-        if let Err(error) = store::prune(&db, clock::now_ms() - store::KEEP_MS).await {
-            tracing::warn!(%error, "old attempts are not pruned");
+        if let Err(error) = store::prune(&db, clock::now_ms()).await {
+            tracing::warn!(%error, "what is old is not pruned");
         }
     }
 }

@@ -16,7 +16,7 @@ pub struct Metrics {
     pub refused: IntCounterVec,
     /// Frames that changed nothing, by reason.
     pub rejected: IntCounterVec,
-    pub equivocations: IntCounter,
+    pub contradictions: IntCounterVec,
     /// By kind and by what came of them.
     pub trials: IntCounterVec,
 }
@@ -44,9 +44,10 @@ impl Metrics {
                 "Frames of nodes that changed nothing.",
                 &["reason"],
             )?,
-            equivocations: health.counter(
-                "infera_dispatcher_equivocations_total",
-                "Slots for which a node signed two results.",
+            contradictions: health.counters(
+                "infera_dispatcher_contradictions_total",
+                "Statements of nodes that contradict themselves about one slot: they cost stake.",
+                &["kind"],
             )?,
             trials: health.counters(
                 "infera_dispatcher_trials_total",

@@ -1,11 +1,12 @@
-//! What survives a crash: the number of every request's last attempt, and proofs of equivocation. What is known of the
-//! operators is in [`crate::standing`].
+//! What survives a crash: the number of every request's last attempt, and what nodes signed that contradicts itself. What is
+//! known of the operators is in [`crate::standing`].
 
-use infera_protocol::bytes::NodeId;
-use infera_protocol::evidence::SignedCommitment;
+use infera_protocol::bytes::Address;
+use infera_protocol::slashing::Contradiction;
 use sea_orm::sea_query::{Expr, ExprTrait, OnConflict};
 use sea_orm::{
-    ColumnTrait, ConnectionTrait, DatabaseConnection, DbErr, EntityTrait, QueryFilter, Set, TransactionTrait,
+    ColumnTrait, ConnectionTrait, DatabaseConnection, DbErr, EntityTrait, QueryFilter, QueryOrder,
+    QuerySelect, Set, TransactionTrait,
 };
 use sea_orm_migration::prelude::*;
 use uuid::Uuid;
@@ -35,21 +36,21 @@ mod attempts {
     impl ActiveModelBehavior for ActiveModel {}
 }
 
-mod equivocations {
+mod contradictions {
     use sea_orm::entity::prelude::*;
 
     #[derive(Clone, Debug, PartialEq, Eq, DeriveEntityModel)]
-    #[sea_orm(table_name = "equivocations")]
+    #[sea_orm(table_name = "contradictions")]
     pub struct Model {
         #[sea_orm(primary_key, auto_increment = false)]
         pub id: Uuid,
         pub request: Uuid,
         pub attempt: i64,
         pub node: Vec<u8>,
-        pub first_digest: Vec<u8>,
-        pub first_signature: Vec<u8>,
-        pub second_digest: Vec<u8>,
-        pub second_signature: Vec<u8>,
+        pub operator: Vec<u8>,
+        pub kind: String,
+        /// JSON of [`infera_protocol::slashing::Contradiction`].
+        pub evidence: String,
         pub seen_ms: i64,
     }
 
@@ -59,8 +60,14 @@ mod equivocations {
     impl ActiveModelBehavior for ActiveModel {}
 }
 
+pub use contradictions::Model as Kept;
+
 /// How long attempts are remembered, ms: as long as the bus may deliver a message again.
 pub const KEEP_MS: i64 = 7 * 24 * 3600 * 1000;
+
+/// How long contradictions are kept, ms: a node's binding and the longest unbonding (`InferaStaking.MAX_UNBONDING`), after
+/// which the evidence counts for nothing.
+pub const KEEP_CONTRADICTIONS_MS: i64 = (30 + 60) * 24 * 3600 * 1000;
 
 /// What [`begin_attempt`] found.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -124,51 +131,74 @@ pub async fn close<C: ConnectionTrait>(db: &C, request: Uuid, now: i64) -> Resul
     Ok(())
 }
 
-/// Keeps both of the commitments that a node signed for one slot.
+/// Keeps what a node signed that contradicts itself; the first of each kind about a slot.
 ///
 /// # Errors
 /// The database's.
-pub async fn keep_equivocation<C: ConnectionTrait>(
+pub async fn keep_contradiction<C: ConnectionTrait>(
     db: &C,
     request: Uuid,
-    attempt: u32,
-    node: NodeId,
-    [first, second]: [SignedCommitment; 2],
+    operator: Address,
+    evidence: &Contradiction,
     now: i64,
 ) -> Result<(), DbErr> {
-    let row = equivocations::ActiveModel {
+    use contradictions::Column as C;
+    let slot = evidence.slot();
+    let text = serde_json::to_string(evidence).map_err(|e| DbErr::Custom(e.to_string()))?;
+    let row = contradictions::ActiveModel {
         id: Set(Uuid::now_v7()),
         request: Set(request),
-        attempt: Set(i64::from(attempt)),
-        node: Set(node.to_vec()),
-        first_digest: Set(first.digest.to_vec()),
-        first_signature: Set(first.signature.to_vec()),
-        second_digest: Set(second.digest.to_vec()),
-        second_signature: Set(second.signature.to_vec()),
+        attempt: Set(i64::from(slot.attempt)),
+        node: Set(slot.node.to_vec()),
+        operator: Set(operator.to_vec()),
+        kind: Set(evidence.kind().to_owned()),
+        evidence: Set(text),
         seen_ms: Set(now),
     };
-    equivocations::Entity::insert(row).exec_without_returning(db).await?;
+    let known = OnConflict::columns([C::Request, C::Attempt, C::Node, C::Kind]).do_nothing().to_owned();
+    contradictions::Entity::insert(row).on_conflict(known).exec_without_returning(db).await?;
     Ok(())
 }
 
-/// How many proofs of equivocation are kept about a request.
+/// The newest contradictions, at most `most`, of everybody or of one operator, that are older than `before`.
 ///
 /// # Errors
 /// The database's.
-pub async fn equivocations_of<C: ConnectionTrait>(db: &C, request: Uuid) -> Result<usize, DbErr> {
-    let kept =
-        equivocations::Entity::find().filter(equivocations::Column::Request.eq(request)).all(db).await?;
-    Ok(kept.len())
+pub async fn contradictions<C: ConnectionTrait>(
+    db: &C,
+    operator: Option<Address>,
+    before: Option<Uuid>,
+    most: u64,
+) -> Result<Vec<Kept>, DbErr> {
+    use contradictions::Column as C;
+    let mut found = contradictions::Entity::find().order_by_desc(C::Id).limit(most);
+    if let Some(operator) = operator {
+        found = found.filter(C::Operator.eq(operator.to_vec()));
+    }
+    if let Some(before) = before {
+        found = found.filter(C::Id.lt(before));
+    }
+    found.all(db).await
 }
 
-/// Forgets attempts that were last touched before `before_ms`; returns how many.
+/// One contradiction.
 ///
 /// # Errors
 /// The database's.
-pub async fn prune<C: ConnectionTrait>(db: &C, before_ms: i64) -> Result<u64, DbErr> {
-    let result =
-        attempts::Entity::delete_many().filter(attempts::Column::UpdatedMs.lt(before_ms)).exec(db).await?;
-    Ok(result.rows_affected)
+pub async fn contradiction<C: ConnectionTrait>(db: &C, id: Uuid) -> Result<Option<Kept>, DbErr> {
+    contradictions::Entity::find_by_id(id).one(db).await
+}
+
+/// Forgets attempts that were last touched [`KEEP_MS`] ago, and contradictions that no chain takes any more.
+///
+/// # Errors
+/// The database's.
+pub async fn prune<C: ConnectionTrait>(db: &C, now: i64) -> Result<(), DbErr> {
+    let old = attempts::Column::UpdatedMs.lt(now - KEEP_MS);
+    attempts::Entity::delete_many().filter(old).exec(db).await?;
+    let old = contradictions::Column::SeenMs.lt(now - KEEP_CONTRADICTIONS_MS);
+    contradictions::Entity::delete_many().filter(old).exec(db).await?;
+    Ok(())
 }
 
 /// The tables of this service.
@@ -177,7 +207,7 @@ pub struct Migrator;
 #[async_trait::async_trait]
 impl MigratorTrait for Migrator {
     fn migrations() -> Vec<Box<dyn MigrationTrait>> {
-        vec![Box::new(Attempts), infera_bus::inbox::migration(), Box::new(Standing)]
+        vec![Box::new(Attempts), infera_bus::inbox::migration(), Box::new(Standing), Box::new(Contradictions)]
     }
 }
 
@@ -193,8 +223,6 @@ impl MigrationName for Attempts {
 impl MigrationTrait for Attempts {
     async fn up(&self, manager: &SchemaManager) -> Result<(), DbErr> {
         use attempts::Column as A;
-        use equivocations::Column as E;
-        let bytes = |column| ColumnDef::new(column).binary().not_null().to_owned();
         manager
             .create_table(
                 Table::create()
@@ -206,23 +234,54 @@ impl MigrationTrait for Attempts {
                     .col(ColumnDef::new(A::ClosedMs).big_integer().null())
                     .to_owned(),
             )
-            .await?;
-        manager
-            .create_table(
-                Table::create()
-                    .table(equivocations::Entity)
-                    .col(ColumnDef::new(E::Id).uuid().not_null().primary_key())
-                    .col(ColumnDef::new(E::Request).uuid().not_null())
-                    .col(ColumnDef::new(E::Attempt).big_integer().not_null())
-                    .col(bytes(E::Node))
-                    .col(bytes(E::FirstDigest))
-                    .col(bytes(E::FirstSignature))
-                    .col(bytes(E::SecondDigest))
-                    .col(bytes(E::SecondSignature))
-                    .col(ColumnDef::new(E::SeenMs).big_integer().not_null())
-                    .to_owned(),
-            )
             .await
+    }
+}
+
+/// Proofs of equivocation of before were signed with keys that no contract can check: they go.
+struct Contradictions;
+
+impl MigrationName for Contradictions {
+    fn name(&self) -> &str {
+        "dispatcher_0003_contradictions"
+    }
+}
+
+#[async_trait::async_trait]
+impl MigrationTrait for Contradictions {
+    async fn up(&self, manager: &SchemaManager) -> Result<(), DbErr> {
+        use contradictions::Column as C;
+        let bytes = |column| ColumnDef::new(column).binary().not_null().to_owned();
+        manager.drop_table(Table::drop().table("equivocations").if_exists().to_owned()).await?;
+        let table = Table::create()
+            .table(contradictions::Entity)
+            .col(ColumnDef::new(C::Id).uuid().not_null().primary_key())
+            .col(ColumnDef::new(C::Request).uuid().not_null())
+            .col(ColumnDef::new(C::Attempt).big_integer().not_null())
+            .col(bytes(C::Node))
+            .col(bytes(C::Operator))
+            .col(ColumnDef::new(C::Kind).string().not_null())
+            .col(ColumnDef::new(C::Evidence).text().not_null())
+            .col(ColumnDef::new(C::SeenMs).big_integer().not_null())
+            .to_owned();
+        manager.create_table(table).await?;
+        let once = Index::create()
+            .name("contradictions_once")
+            .table(contradictions::Entity)
+            .col(C::Request)
+            .col(C::Attempt)
+            .col(C::Node)
+            .col(C::Kind)
+            .unique()
+            .to_owned();
+        manager.create_index(once).await?;
+        let by_operator = Index::create()
+            .name("contradictions_operator")
+            .table(contradictions::Entity)
+            .col(C::Operator)
+            .col(C::Id)
+            .to_owned();
+        manager.create_index(by_operator).await
     }
 }
 

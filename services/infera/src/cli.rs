@@ -298,14 +298,8 @@ pub enum OperatorCommand {
     Slash {
         #[command(flatten)]
         who: OperatorWho,
-        /// The evidence, as JSON
+        /// The evidence, as a dispatcher's /v1/contradictions/{id} gives it; `-` reads standard input
         evidence: PathBuf,
-    },
-    /// On a devnet, for demonstrations: sign two answers for one slot and print them as evidence
-    #[command(hide = true)]
-    Cheat {
-        #[command(flatten)]
-        who: OperatorWho,
     },
     /// Begin to take stake out; without an amount: take what has come out
     Unstake {

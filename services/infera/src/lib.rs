@@ -17,7 +17,6 @@ use std::process::ExitCode;
 use clap::Parser;
 
 mod account;
-mod cheat;
 mod cli;
 mod client;
 mod dead;
@@ -31,6 +30,7 @@ mod models;
 mod network;
 mod operator;
 mod services;
+mod slash;
 mod up;
 mod verify;
 

@@ -35,8 +35,7 @@ pub fn operator(args: &OperatorArgs) -> Result<ExitCode, String> {
             OperatorCommand::Earnings { who, json } => earnings(who, *json).await,
             OperatorCommand::Claim { who } => claim(who).await,
             OperatorCommand::Stake { who, amount, faucet } => stake(who, amount, *faucet).await,
-            OperatorCommand::Slash { who, evidence } => crate::cheat::slash(who, evidence).await,
-            OperatorCommand::Cheat { who } => crate::cheat::cheat(who).await,
+            OperatorCommand::Slash { who, evidence } => crate::slash::slash(who, evidence).await,
             OperatorCommand::Unstake { who, amount } => unstake(who, amount.as_deref()).await,
         }
         .map(|()| ExitCode::SUCCESS)
@@ -46,8 +45,6 @@ pub fn operator(args: &OperatorArgs) -> Result<ExitCode, String> {
 /// An operator at its network.
 pub(crate) struct Session {
     pub(crate) chain: Operator,
-    /// The operator's key, hex.
-    pub(crate) key: String,
     pub(crate) contracts: Contracts,
     settlement: Option<String>,
     treasury: PathBuf,
@@ -84,7 +81,7 @@ impl Session {
         if contracts.chain_id == DEVNET {
             chain.devnet_pass(0).await.map_err(|e| e.to_string())?;
         }
-        Ok(Self { chain, key, contracts, settlement, treasury })
+        Ok(Self { chain, contracts, settlement, treasury })
     }
 
     fn address(&self) -> Address {
@@ -308,7 +305,7 @@ async fn say_stake(session: &Session) -> Result<(), String> {
     let stake = session.chain.staked(session.chain.address()).await.map_err(|e| e.to_string())?;
     let now = session.chain.reader().time().await.map_err(|e| e.to_string())?;
     say(format_args!(
-        "staked {}, of which a network may ask {} at least",
+        "staked {}; who works for the network needs {} at least",
         shown(stake.active),
         shown(stake.minimum)
     ));

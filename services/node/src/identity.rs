@@ -11,8 +11,9 @@ use ed25519_dalek::SigningKey;
 use infera_protocol::{
     bytes::{Address, EvmSignature, Hash32, NodeId, Signature},
     commitment::Slot,
-    identity::{Domain, HelloClaims, NodeBinding, evm_address, hello_digest, node_id, sign},
+    identity::{Domain, HelloClaims, IdentityError, NodeBinding, evm_address, hello_digest, node_id, sign},
     registry::Manifest,
+    typed,
 };
 use infera_runtime::clock;
 use infera_wire::v1;
@@ -26,6 +27,8 @@ const BINDING_MS: i64 = 30 * 24 * 3_600 * 1_000;
 /// Who this node is, and on which network.
 pub struct Identity {
     key: SigningKey,
+    /// The binding's.
+    signer: EvmKey,
     pub domain: Domain,
     operator: Address,
     binding: NodeBinding,
@@ -54,6 +57,7 @@ impl Identity {
             binding.sign(&manifest.domain, &operator).map_err(|e| Error::Identity(e.to_string()))?;
         Ok(Self {
             key,
+            signer,
             domain: manifest.domain,
             operator: evm_address(&operator),
             binding,
@@ -77,6 +81,15 @@ impl Identity {
 
     pub fn sign(&self, digest: &Hash32) -> Signature {
         sign(&self.key, digest)
+    }
+
+    /// Signs for the contracts, which can't check [`Identity::sign`]: two such statements about one slot that contradict each
+    /// other cost the operator its stake.
+    ///
+    /// # Errors
+    /// The key cannot sign.
+    pub fn state(&self, digest: &Hash32) -> Result<EvmSignature, IdentityError> {
+        typed::sign(digest, &self.signer)
     }
 
     /// Blinds the answer of a slot. The same slot has the same salt for ever, so that an answer that is computed twice

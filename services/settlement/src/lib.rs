@@ -38,6 +38,7 @@ pub mod keeper;
 pub mod ledger;
 pub mod metrics;
 pub mod operators;
+pub mod stakes;
 pub mod store;
 
 use std::{net::SocketAddr, sync::Arc};
@@ -98,6 +99,15 @@ pub async fn run(config: Config, deps: Deps, shutdown: CancellationToken) -> Res
     let rpc_url = rpc_url(&config, &manifest);
     let keeper =
         contracts.map(|known| keeper(&config, rpc_url.clone(), known, &live, &health)).transpose()?;
+    let stakes = contracts.map(|contracts| stakes::Follower {
+        rpc_url: rpc_url.clone(),
+        contracts,
+        manifest_path: config.common.manifest_path.clone(),
+        from_block: config.chain.from_block,
+        finality: config.chain.finality,
+        confirmations: config.chain.confirmations,
+        poll: std::time::Duration::from_millis(config.governance.poll_ms),
+    });
     let decisions = contracts
         .map(|known| Arc::new(governance_http::Decisions::new(rpc_url, known, config.chain.from_block)));
     // Without a settler nothing is ever final.
@@ -160,8 +170,8 @@ pub async fn run(config: Config, deps: Deps, shutdown: CancellationToken) -> Res
     );
     let watching = async {
         let kept = async {
-            if let Some(keeper) = keeper {
-                keeper.run(stop.clone()).await;
+            if let (Some(keeper), Some(stakes)) = (keeper, stakes) {
+                tokio::join!(keeper.run(stop.clone()), stakes.run(stop.clone()));
             }
         };
         tokio::join!(watch.run(stop.clone()), overdue, exposed, live.follow(stop.clone()), kept);

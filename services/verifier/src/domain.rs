@@ -345,6 +345,7 @@ pub fn is_closing(verdict: &v1::Verdict) -> bool {
 #[cfg(test)]
 mod tests {
     use infera_protocol::registry::Replaced;
+    use infera_protocol::stakes::Stakes;
     use infera_testkit::evidence;
 
     use super::*;
@@ -378,7 +379,7 @@ mod tests {
             let former = serde_json::to_vec(&network.registry).unwrap();
             let registries =
                 infera_protocol::registry::History::follow(current, |_| Ok(Some(former.clone()))).unwrap();
-            Rules { manifest: network.manifest.clone(), registries }
+            Rules { manifest: network.manifest.clone(), registries, stakes: Stakes::default() }
         };
         let rules = changed_at(case.submitted_at_ms + 500);
         let admitted = admit(&rules, &collected, decided_at_ms).unwrap();

@@ -1,5 +1,7 @@
 //! Commit, then reveal (protocol section 6): nobody copies.
 
+use serde::{Deserialize, Serialize};
+
 use crate::{
     bytes::{Hash32, NodeId},
     hash::Encoder,
@@ -8,7 +10,8 @@ use crate::{
 };
 
 /// A slot: the place in which one node answers one attempt of a request.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
 pub struct Slot {
     pub request_hash: Hash32,
     pub attempt: u32,
@@ -18,14 +21,26 @@ pub struct Slot {
 /// The commitment C that a node signs before it reveals `output`; `salt` keeps peers from
 /// guessing short answers.
 pub fn commitment(domain: &Domain, slot: &Slot, output: &Output, salt: &Hash32) -> Hash32 {
+    let roots = [&output.tokens_root(), &output.fingerprint_root()];
+    commitment_of(domain, slot, roots, output.finish.code(), salt)
+}
+
+/// The same of an output of which only the roots are known: of its tokens and of its fingerprints.
+pub(crate) fn commitment_of(
+    domain: &Domain,
+    slot: &Slot,
+    [tokens_root, fingerprint_root]: [&Hash32; 2],
+    finish: u8,
+    salt: &Hash32,
+) -> Hash32 {
     domain
         .encode(Encoder::new("infera.commitment.v1"))
         .fixed(&slot.request_hash.0)
         .u32(slot.attempt)
         .fixed(&slot.node.0)
-        .fixed(&output.tokens_root().0)
-        .fixed(&output.fingerprint_root().0)
-        .u8(output.finish.code())
+        .fixed(&tokens_root.0)
+        .fixed(&fingerprint_root.0)
+        .u8(finish)
         .fixed(&salt.0)
         .keccak()
 }

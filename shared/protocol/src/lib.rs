@@ -46,6 +46,8 @@ pub mod request;
 pub mod rfc3339;
 pub mod sampling;
 pub mod siwe;
+pub mod slashing;
+pub mod stakes;
 pub mod trust;
 pub mod typed;
 pub mod voucher;

@@ -44,13 +44,25 @@ pub fn slot_commitment_digest(domain: &Domain, slot: &Slot, commitment: &Hash32)
 
 /// What a node's bound signer signs along with its reveal, so that one that contradicts its commitment is evidence.
 pub fn slot_reveal_digest(domain: &Domain, slot: &Slot, output: &Output, salt: &Hash32) -> Hash32 {
+    let roots = [&output.tokens_root(), &output.fingerprint_root()];
+    slot_reveal_digest_of(domain, slot, roots, output.finish.code(), salt)
+}
+
+/// The same of an output of which only the roots are known: of its tokens and of its fingerprints.
+pub(crate) fn slot_reveal_digest_of(
+    domain: &Domain,
+    slot: &Slot,
+    [tokens_root, fingerprint_root]: [&Hash32; 2],
+    finish: u8,
+    salt: &Hash32,
+) -> Hash32 {
     let words = [
         slot.request_hash.0,
         word_u64(slot.attempt.into()),
         slot.node.0,
-        output.tokens_root().0,
-        output.fingerprint_root().0,
-        word_u64(output.finish.code().into()),
+        tokens_root.0,
+        fingerprint_root.0,
+        word_u64(finish.into()),
         salt.0,
     ];
     let type_string = "SlotReveal(bytes32 requestHash,uint32 attempt,bytes32 node,bytes32 tokensRoot,\

@@ -1,7 +1,8 @@
 //! The network's manifest and its model registries, from their files.
 //!
 //! `network.json` names the registry in force by its hash; `models.json` is that registry; `registries/<hash>.json`
-//! beside it holds each former version, so that what was made under it can be checked for ever.
+//! beside it holds each former version, so that what was made under it can be checked for ever. `stakes.json`, where
+//! somebody follows the chain's stakes, says who may work.
 
 use std::fs::{self, File};
 use std::io::{self, Read};
@@ -11,6 +12,7 @@ use std::time::Duration;
 
 use infera_protocol::bytes::Hash32;
 use infera_protocol::registry::{History, HistoryError, Manifest, Registry, Replaced};
+use infera_protocol::stakes::Stakes;
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 use tokio::sync::watch;
@@ -144,6 +146,20 @@ pub fn former(registry: &Path, hash: &Hash32) -> PathBuf {
     registry.with_file_name(FORMER).join(format!("{hash}.json"))
 }
 
+/// Where the stakes are, beside the manifest.
+pub fn stakes_path(manifest: &Path) -> PathBuf {
+    manifest.with_file_name("stakes.json")
+}
+
+/// What operators have at stake; without a file nobody needs any.
+///
+/// # Errors
+/// [`NetworkError::File`].
+fn stakes(manifest_path: &Path) -> Result<Stakes, NetworkError> {
+    let path = stakes_path(manifest_path);
+    if path.is_file() { json("the stakes", &path) } else { Ok(Stakes::default()) }
+}
+
 fn json<T: DeserializeOwned>(what: &'static str, path: &Path) -> Result<T, NetworkError> {
     let bytes = read(path).map_err(|error| file(what, path, &error))?;
     serde_json::from_slice(&bytes).map_err(|error| file(what, path, &error))
@@ -163,11 +179,12 @@ fn file(what: &'static str, path: &Path, reason: &dyn std::fmt::Display) -> Netw
     NetworkError::File { what, path: path.to_owned(), reason: reason.to_string() }
 }
 
-/// Both files as they were at one moment, belonging together.
+/// The files as they were at one moment, belonging together.
 #[derive(Debug, Clone)]
 pub struct Roots {
     pub manifest: Manifest,
     pub registries: History,
+    pub stakes: Stakes,
 }
 
 /// The network's roots as they are now, in a process that goes on while holders vote: whoever follows the chain writes a
@@ -180,13 +197,14 @@ pub struct Live {
 }
 
 impl Live {
-    /// Reads both files. They are followed by [`Live::follow`].
+    /// Reads the files. They are followed by [`Live::follow`].
     ///
     /// # Errors
     /// [`NetworkError`].
     pub fn load(manifest_path: &Path, registry_path: &Path) -> Result<Self, NetworkError> {
         let (manifest, registries) = load(manifest_path, registry_path)?;
-        let (publish, _) = watch::channel(Arc::new(Roots { manifest, registries }));
+        let stakes = stakes(manifest_path)?;
+        let (publish, _) = watch::channel(Arc::new(Roots { manifest, registries, stakes }));
         Ok(Self {
             manifest_path: manifest_path.to_owned(),
             registry_path: registry_path.to_owned(),
@@ -212,7 +230,7 @@ impl Live {
         self.publish.subscribe()
     }
 
-    /// Takes changes of the registry over until `stop`. Of the manifest nothing else may change while a process runs:
+    /// Takes changes of the registry and of stakes over until `stop`. Of the manifest nothing else may change while a process runs:
     /// such a file is not taken over, and the log says so.
     pub async fn follow(&self, stop: CancellationToken) {
         let mut seen = None;
@@ -221,17 +239,20 @@ impl Live {
                 () = stop.cancelled() => return,
                 () = tokio::time::sleep(LOOK) => {}
             }
-            let written = [&self.manifest_path, &self.registry_path].map(|path| {
+            let stakes_path = stakes_path(&self.manifest_path);
+            let written = [&self.manifest_path, &self.registry_path, &stakes_path].map(|path| {
                 let meta = fs::metadata(path).ok()?;
                 Some((meta.len(), meta.modified().ok()?))
             });
             if seen == Some(written) {
                 continue;
             }
-            match load(&self.manifest_path, &self.registry_path) {
-                Ok((manifest, registries)) => {
+            let found = load(&self.manifest_path, &self.registry_path)
+                .and_then(|(manifest, registries)| Ok((manifest, registries, stakes(&self.manifest_path)?)));
+            match found {
+                Ok((manifest, registries, stakes)) => {
                     seen = Some(written);
-                    self.take(Roots { manifest, registries });
+                    self.take(Roots { manifest, registries, stakes });
                 }
                 // Between two writes the files do not belong together: the next look finds that they do.
                 Err(error) => tracing::debug!(%error, "the network's files are not taken over"),
@@ -248,8 +269,11 @@ impl Live {
                 "the manifest differs in more than its registry: restart to take it over"
             );
         }
-        if found.manifest.registry_hash != now.manifest.registry_hash {
+        let is_voted = found.manifest.registry_hash != now.manifest.registry_hash;
+        if is_voted {
             tracing::info!(registry = %found.manifest.registry_hash, "another registry is in force");
+        }
+        if is_voted || found.stakes != now.stakes {
             self.publish.send_replace(Arc::new(found));
         }
     }

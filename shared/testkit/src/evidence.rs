@@ -317,6 +317,7 @@ impl Case {
                 attempt: self.attempt,
                 commitment: digest.to_vec(),
                 signature: sign(&key, &digest).to_vec(),
+                statement: Vec::new(),
             })
         };
         let reveal = |output: &Output| {
@@ -327,6 +328,7 @@ impl Case {
                 fingerprints: output.fingerprints.clone(),
                 finish: convert::finish_to_wire(output.finish).into(),
                 salt: salt.to_vec(),
+                statement: Vec::new(),
             })
         };
         let (outcome, commit, reveal) = match answer {

@@ -23,6 +23,7 @@ use infera_protocol::hash::keccak;
 use infera_protocol::identity::{Domain, HelloClaims, NodeBinding, evm_address, hello_digest, node_id, sign};
 use infera_protocol::referee::{Report, TokenScore, report_digest};
 use infera_protocol::request::{Finish, Output, Request};
+use infera_protocol::typed;
 use infera_wire::v1::{self, from_dispatcher, from_node};
 use infera_wire::{Message as _, convert};
 use k256::ecdsa::SigningKey as EvmKey;
@@ -109,7 +110,8 @@ impl SyntheticNode {
 
     /// The hello that answers a challenge with this nonce.
     pub fn hello(&self, nonce: &[u8; 32]) -> v1::Hello {
-        let binding = NodeBinding { node: self.id(), signer: Address([7; 20]), expiry_ms: self.expiry_ms };
+        let signer = evm_address(&self.signer());
+        let binding = NodeBinding { node: self.id(), signer, expiry_ms: self.expiry_ms };
         let claims = HelloClaims {
             node: self.id(),
             operator: self.operator(),
@@ -216,19 +218,31 @@ impl SyntheticNode {
             attempt: lease.attempt,
             commitment: digest.to_vec(),
             signature: sign(&self.key, &digest).to_vec(),
+            statement: self.state(&typed::slot_commitment_digest(&self.domain, &slot, &digest)),
         };
         (commit, salt)
     }
 
     pub fn reveal(&self, lease: &v1::Lease, output: &Output, salt: &Hash32) -> v1::Reveal {
+        let (request, slot) = self.slot(lease);
         v1::Reveal {
-            request_id: self.slot(lease).0.id.as_bytes().to_vec(),
+            request_id: request.id.as_bytes().to_vec(),
             attempt: lease.attempt,
             tokens: output.tokens.clone(),
             fingerprints: output.fingerprints.clone(),
             finish: convert::finish_to_wire(output.finish).into(),
             salt: salt.to_vec(),
+            statement: self.state(&typed::slot_reveal_digest(&self.domain, &slot, output, salt)),
         }
+    }
+
+    /// What the binding names.
+    fn signer(&self) -> EvmKey {
+        EvmKey::from_slice(&keccak(&[b"synthetic signer", &self.id().0]).0).expect("a key")
+    }
+
+    fn state(&self, digest: &Hash32) -> Vec<u8> {
+        typed::sign(digest, &self.signer()).expect("a digest can be signed").to_vec()
     }
 
     pub fn decline(&self, lease: &v1::Lease, reason: &str) -> v1::Decline {

@@ -6,8 +6,9 @@ use std::time::Duration;
 use actix::fut::wrap_future;
 use actix::{ActorFutureExt, AsyncContext, Context};
 use infera_bus::{BusError, Delivery, Envelope};
-use infera_protocol::bytes::NodeId;
+use infera_protocol::bytes::{Address, NodeId};
 use infera_protocol::ids::message_id;
+use infera_protocol::slashing::Contradiction;
 use infera_protocol::trust::Reason;
 use infera_runtime::{clock, planned, trace};
 use infera_wire::convert::CloseReason;
@@ -50,31 +51,8 @@ impl Assignments {
             Effect::AskClose { request, submitted, n } => self.ask_close(request, *submitted, n, ctx),
             Effect::Closed { request } => self.closed(request, ctx),
             Effect::HandBack { request } => self.hand_back(request, ctx),
-            Effect::Equivocated { request, attempt, node, operator, first, second } => {
-                tracing::warn!(%request, attempt, %node, "equivocation: two commitments for one slot");
-                self.tools.metrics.equivocations.inc();
-                let tools = self.tools.clone();
-                let kept = async move {
-                    let now = clock::now_ms();
-                    let both = [first, second];
-                    let deeds = [Deed::fault(operator, node, request, Reason::Equivocation)];
-                    let kept = async {
-                        let tx = tools.db.begin().await?;
-                        store::keep_equivocation(&tx, request, attempt, node, both, now).await?;
-                        standing::note_all(
-                            &tx,
-                            &tools.live.now().registries.current().calibration,
-                            &deeds,
-                            now,
-                        )
-                        .await?;
-                        tx.commit().await
-                    };
-                    if let Err(error) = kept.await {
-                        tracing::error!(%error, %request, %node, "proof of equivocation is not kept");
-                    }
-                };
-                ctx.spawn(wrap_future(kept));
+            Effect::Contradicted { request, operator, evidence } => {
+                self.contradicted(request, operator, evidence, ctx);
             }
             Effect::Tried(ended) => self.tried(*ended, ctx),
             Effect::SlotsChanged => {
@@ -84,6 +62,38 @@ impl Assignments {
             }
         }
         None
+    }
+
+    /// Keeps what costs the operator its stake. A second answer is a fault here too; what a reveal says that does not open
+    /// its commitment, the verdict's conduct does.
+    fn contradicted(
+        &mut self,
+        request: Uuid,
+        operator: Address,
+        evidence: Box<Contradiction>,
+        ctx: &mut Context<Self>,
+    ) {
+        let node = evidence.slot().node;
+        tracing::warn!(%request, %node, %operator, kind = evidence.kind(), "a node has contradicted itself");
+        self.tools.metrics.contradictions.with_label_values(&[evidence.kind()]).inc();
+        let fault = Deed::fault(operator, node, request, Reason::Equivocation);
+        let deeds: Vec<Deed> =
+            if matches!(*evidence, Contradiction::TwoCommitments { .. }) { vec![fault] } else { Vec::new() };
+        let tools = self.tools.clone();
+        let kept = async move {
+            let now = clock::now_ms();
+            let kept = async {
+                let tx = tools.db.begin().await?;
+                store::keep_contradiction(&tx, request, operator, &evidence, now).await?;
+                let roots = tools.live.now();
+                standing::note_all(&tx, &roots.registries.current().calibration, &deeds, now).await?;
+                tx.commit().await
+            };
+            if let Err(error) = kept.await {
+                tracing::error!(%error, %request, %node, "a contradiction is not kept");
+            }
+        };
+        ctx.spawn(wrap_future(kept));
     }
 
     fn tried(&mut self, ended: Ended, ctx: &mut Context<Self>) {

@@ -1,5 +1,6 @@
-use infera_protocol::bytes::{Address, Hash32};
-use infera_protocol::identity::node_id;
+use infera_protocol::bytes::{Address, EvmSignature, Hash32};
+use infera_protocol::identity::{NodeBinding, node_id};
+use infera_protocol::slashing::SignedBinding;
 use infera_runtime::db;
 use infera_runtime::health::Health;
 use infera_runtime::network::Live;
@@ -23,6 +24,10 @@ fn join(network: &Network, n: u8, queue: usize) -> (Join, mpsc::Receiver<v1::Fro
         class: "exact".to_owned(),
         slots: 4,
         release_hash: Hash32::ZERO,
+        bound: SignedBinding {
+            binding: NodeBinding { node: node_id(&key(n)), signer: Address([n; 20]), expiry_ms: 0 },
+            signature: EvmSignature([0; 65]),
+        },
         version: "test".to_owned(),
         connected_at_ms: 0,
     };

@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use infera_protocol::assignment::{self, Eligible};
-use infera_protocol::bytes::{Address, Hash32, NodeId, VrfProof};
+use infera_protocol::bytes::{Address, EvmSignature, Hash32, NodeId, VrfProof};
 use infera_protocol::commitment;
 use infera_protocol::evidence::{Reveal, SignedCommitment, SignedDecline, SlotOutcome};
 use infera_protocol::identity::verify;
@@ -18,6 +18,7 @@ use collected::Collected;
 use super::nodes::{Connected, Nodes};
 use super::referees::Referees;
 use super::slot::{Slot, SlotState};
+use super::statements::Stand;
 use super::{Effect, Offer, Rejection, Rules, SignedScores, frames};
 
 /// Room for reveals and reports in one `ResultsCollected`, bytes: the rest of the bus's 4 MiB is for the prompt,
@@ -164,33 +165,30 @@ impl Attempt {
     pub fn commit(
         &mut self,
         node: &NodeId,
-        commit: SignedCommitment,
+        (commit, statement): (SignedCommitment, EvmSignature),
         desk: &mut Desk,
     ) -> Result<Progress, Rejection> {
         let request = desk.offer.id();
         let resumable = self.resumable(node, desk);
-        let (number, now) = (self.number, desk.now);
+        let now = desk.now;
+        let place = self.place(node, desk);
         let slot = self.slot_mut(node).ok_or(Rejection::NotLeased)?;
-        verify(node, &commit.digest, &commit.signature).map_err(|_| Rejection::BadSignature)?;
-        if let Some(first) = slot.commitment().copied() {
-            if first.digest != commit.digest {
-                desk.out.push(Effect::Equivocated {
-                    request,
-                    attempt: number,
-                    node: *node,
-                    operator: slot.who.operator,
-                    first,
-                    second: commit,
-                });
-                return Err(Rejection::Equivocation);
+        let stand = Stand::new(desk.rules, desk.nodes, place)?;
+        let statement = stand.commits(&commit, statement)?;
+        if let (Some(first), Some(said)) = (slot.commitment(), slot.statement) {
+            if first.digest == commit.digest {
+                return Ok(Progress::Open);
             }
-            return Ok(Progress::Open);
+            let evidence = Box::new(stand.equivocation((first, said), (&commit, statement)));
+            desk.out.push(Effect::Contradicted { request, operator: slot.who.operator, evidence });
+            return Err(Rejection::Equivocation);
         }
         let resumes = resumable && slot.may_resume(now);
         if !(slot.is_leased() && now < slot.lease_until_ms || resumes) {
             return Err(Rejection::Late);
         }
         slot.state = SlotState::Committed(commit);
+        slot.statement = Some(statement);
         slot.no_room = false;
         slot.detail.clear();
         desk.nodes.release(node, request);
@@ -200,13 +198,17 @@ impl Attempt {
 
     /// A reveal that was asked for; one that does not open its commitment or breaks the request's
     /// limits is kept as a mismatch.
-    pub fn reveal(&mut self, node: &NodeId, reveal: Reveal, desk: &mut Desk) -> Result<Progress, Rejection> {
+    pub fn reveal(
+        &mut self,
+        node: &NodeId,
+        (reveal, statement): (Reveal, EvmSignature),
+        desk: &mut Desk,
+    ) -> Result<Progress, Rejection> {
         let room = self.room_for(&reveal);
         let request_asked = &desk.offer.funded.submitted.request;
         let end_tokens = desk.rules.end_tokens(&request_asked.model_root);
         let limits = check_output(request_asked, &reveal.output, end_tokens);
-        let place =
-            commitment::Slot { request_hash: desk.offer.request_hash, attempt: self.number, node: *node };
+        let place = self.place(node, desk);
         let slot = self.slot_mut(node).ok_or(Rejection::NotLeased)?;
         let commit = match &slot.state {
             SlotState::Asked { commit, .. } => *commit,
@@ -214,7 +216,14 @@ impl Attempt {
             SlotState::Leased | SlotState::Committed(_) => return Err(Rejection::NotAsked),
             SlotState::Ended { .. } => return Err(Rejection::Late),
         };
+        let stand = Stand::new(desk.rules, desk.nodes, place)?;
+        let statement = stand.reveals(&reveal, statement)?;
         let digest = commitment::commitment(&desk.rules.domain, &place, &reveal.output, &reveal.salt);
+        if let Some(said) = slot.statement.filter(|_| digest != commit.digest) {
+            let evidence = Box::new(stand.false_reveal((&commit, said), (&reveal, statement)));
+            let request = desk.offer.id();
+            desk.out.push(Effect::Contradicted { request, operator: slot.who.operator, evidence });
+        }
         if !room {
             slot.end(SlotOutcome::NoReveal, "the reveals of this attempt exceed what a message carries");
         } else if digest == commit.digest && limits.is_ok() {
@@ -227,6 +236,10 @@ impl Attempt {
             }
         }
         Ok(self.advance(desk))
+    }
+
+    fn place(&self, node: &NodeId, desk: &Desk) -> commitment::Slot {
+        commitment::Slot { request_hash: desk.offer.request_hash, attempt: self.number, node: *node }
     }
 
     fn room_for(&self, reveal: &Reveal) -> bool {
@@ -245,8 +258,7 @@ impl Attempt {
         decline: SignedDecline,
         desk: &mut Desk,
     ) -> Result<Progress, Rejection> {
-        let place =
-            commitment::Slot { request_hash: desk.offer.request_hash, attempt: self.number, node: *node };
+        let place = self.place(node, desk);
         let digest = commitment::decline_digest(&desk.rules.domain, &place, &decline.reason);
         let signed = verify(node, &digest, &decline.signature).map_err(|_| Rejection::BadSignature);
         let Some(slot) = self.slot_mut(node) else {

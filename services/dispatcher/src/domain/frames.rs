@@ -63,6 +63,7 @@ pub fn slot_result(request: Uuid, attempt: u32, slot: &Slot) -> v1::SlotResult {
         attempt,
         commitment: commit.digest.to_vec(),
         signature: commit.signature.to_vec(),
+        statement: Vec::new(),
     });
     let reveal = slot.reveal().map(|reveal| v1::Reveal {
         request_id: id.clone(),
@@ -71,6 +72,7 @@ pub fn slot_result(request: Uuid, attempt: u32, slot: &Slot) -> v1::SlotResult {
         fingerprints: reveal.output.fingerprints.clone(),
         finish: convert::finish_to_wire(reveal.output.finish).into(),
         salt: reveal.salt.to_vec(),
+        statement: Vec::new(),
     });
     v1::SlotResult {
         node: slot.who.node.to_vec(),

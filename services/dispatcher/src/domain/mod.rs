@@ -18,6 +18,7 @@ pub mod nodes;
 pub mod peers;
 pub mod referees;
 pub mod slot;
+mod statements;
 pub mod trials;
 pub mod trust;
 mod types;
@@ -177,24 +178,32 @@ impl State {
             Command::AttemptStored { request, attempt, traceparent } => {
                 self.stored(request, attempt, traceparent, now)?;
             }
-            Command::Committed { node, request, attempt, commit }
+            Command::Committed { node, request, attempt, commit, statement }
                 if self.trials.has(&node, request, attempt) =>
             {
-                self.court(now, out, |t, court| t.commit(&node, (request, attempt), commit, court))?;
+                self.court(now, out, |t, court| {
+                    t.commit(&node, (request, attempt), (commit, statement), court)
+                })?;
             }
-            Command::Committed { node, request, attempt, commit } => {
-                self.working(request, attempt, now, out, |a, desk| a.commit(&node, commit, desk))?;
+            Command::Committed { node, request, attempt, commit, statement } => {
+                self.working(request, attempt, now, out, |a, desk| {
+                    a.commit(&node, (commit, statement), desk)
+                })?;
             }
-            Command::Revealed { node, request, attempt, reveal }
+            Command::Revealed { node, request, attempt, reveal, statement }
                 if self.trials.has(&node, request, attempt) =>
             {
                 if let Some(Phase::Working(live)) = self.requests.get(&request).map(|held| &held.phase) {
                     self.trials.note_peers(request, live);
                 }
-                self.court(now, out, |t, court| t.reveal(&node, (request, attempt), *reveal, court))?;
+                self.court(now, out, |t, court| {
+                    t.reveal(&node, (request, attempt), (*reveal, statement), court)
+                })?;
             }
-            Command::Revealed { node, request, attempt, reveal } => {
-                self.working(request, attempt, now, out, |a, desk| a.reveal(&node, *reveal, desk))?;
+            Command::Revealed { node, request, attempt, reveal, statement } => {
+                self.working(request, attempt, now, out, |a, desk| {
+                    a.reveal(&node, (*reveal, statement), desk)
+                })?;
             }
             Command::Declined { node, request, attempt, .. }
                 if self.trials.has(&node, request, attempt) || self.trials.asks(&node, request) =>

@@ -5,6 +5,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use infera_protocol::assignment::{Eligible, MAX_ELIGIBLE, MIXED_CLASS, of_class, operators};
 use infera_protocol::bytes::{Address, Hash32, NodeId};
 use infera_protocol::request::MIN_REPLICAS;
+use infera_protocol::slashing::SignedBinding;
 use uuid::Uuid;
 
 use super::trust::Ledger;
@@ -21,6 +22,8 @@ pub struct Connected {
     /// Sequences at once, at least 1.
     pub slots: u32,
     pub release_hash: Hash32,
+    /// By what the node's signer is the operator's.
+    pub bound: SignedBinding,
     pub version: String,
     pub connected_at_ms: i64,
 }

@@ -2,6 +2,7 @@
 
 use infera_protocol::assignment::Eligible;
 use infera_protocol::evidence::{Reveal, SignedCommitment, SignedDecline, SlotOutcome};
+use infera_protocol::slashing::Statement;
 
 /// A drawn node and how far it is.
 #[derive(Debug, Clone)]
@@ -10,6 +11,8 @@ pub struct Slot {
     /// Until when a commitment counts.
     pub lease_until_ms: i64,
     pub state: SlotState,
+    /// What the node's signer said along with the commitment.
+    pub statement: Option<Statement>,
     pub decline: Option<SignedDecline>,
     /// Ended, and the node never worked on it: it had no room, or was not there.
     pub no_room: bool,
@@ -47,6 +50,7 @@ impl Slot {
             who,
             lease_until_ms,
             state: SlotState::Leased,
+            statement: None,
             decline: None,
             no_room: false,
             detail: String::new(),

@@ -16,12 +16,11 @@ mod trial;
 use std::sync::Arc;
 
 use infera_protocol::assignment::{Eligible, draw_referees, freeze, operators};
-use infera_protocol::bytes::NodeId;
+use infera_protocol::bytes::{EvmSignature, NodeId};
 use infera_protocol::canary;
 use infera_protocol::commitment;
 use infera_protocol::evidence::{Reveal, SignedCommitment};
 use infera_protocol::hash::keccak;
-use infera_protocol::identity::verify;
 use infera_protocol::ids::message_id;
 use infera_protocol::judgement::Conduct;
 use infera_protocol::request::check_output;
@@ -35,6 +34,7 @@ use trial::{Stage, Step, Trial, Verdict};
 
 use super::attempt::{Attempt, Desk};
 use super::nodes::{Connected, Nodes};
+use super::statements::Stand;
 use super::trust::Ledger;
 use super::{Effect, Rejection, Rules, SignedScores, frames};
 
@@ -207,16 +207,17 @@ impl Trials {
         &mut self,
         node: &NodeId,
         (request, attempt): (Uuid, u32),
-        commit: SignedCommitment,
+        (commit, statement): (SignedCommitment, EvmSignature),
         court: &mut Court,
     ) -> Result<(), Rejection> {
         let at = self.find(node, request, attempt).ok_or(Rejection::NotLeased)?;
-        verify(node, &commit.digest, &commit.signature).map_err(|_| Rejection::BadSignature)?;
         let trial = &mut self.live[at];
+        let stand = Stand::new(court.rules, court.nodes, trial.place())?;
+        let statement = stand.commits(&commit, statement)?;
         let first = match &trial.stage {
             Stage::Leased { until_ms } if court.now < *until_ms => {
                 let until_ms = court.now + court.rules.reveal_ms;
-                trial.stage = Stage::Asked { commit, until_ms };
+                trial.stage = Stage::Asked { commit, statement, until_ms };
                 court.nodes.release(node, request);
                 let frame = frames::reveal_request(request, attempt, until_ms);
                 court.out.push(Effect::Send { node: *node, frame });
@@ -224,20 +225,13 @@ impl Trials {
                 return Ok(());
             }
             Stage::Leased { .. } | Stage::Scored { .. } => return Err(Rejection::Late),
-            Stage::Asked { commit, .. } => *commit,
+            Stage::Asked { commit, statement, .. } => (*commit, *statement),
         };
-        if first.digest == commit.digest {
+        if first.0.digest == commit.digest {
             return Ok(());
         }
-        let operator = trial.who.operator;
-        court.out.push(Effect::Equivocated {
-            request,
-            attempt,
-            node: *node,
-            operator,
-            first,
-            second: commit,
-        });
+        let evidence = Box::new(stand.equivocation((&first.0, first.1), (&commit, statement)));
+        court.out.push(Effect::Contradicted { request, operator: trial.who.operator, evidence });
         Err(Rejection::Equivocation)
     }
 
@@ -249,18 +243,24 @@ impl Trials {
         &mut self,
         node: &NodeId,
         (request, attempt): (Uuid, u32),
-        reveal: Reveal,
+        (reveal, statement): (Reveal, EvmSignature),
         court: &mut Court,
     ) -> Result<(), Rejection> {
         let at = self.find(node, request, attempt).ok_or(Rejection::NotLeased)?;
         let trial = &mut self.live[at];
-        let commit = match &trial.stage {
-            Stage::Asked { commit, .. } => *commit,
+        let (commit, said) = match &trial.stage {
+            Stage::Asked { commit, statement, .. } => (*commit, *statement),
             Stage::Leased { .. } => return Err(Rejection::NotAsked),
             Stage::Scored { .. } => return Ok(()),
         };
-        let place = commitment::Slot { request_hash: trial.hash, attempt, node: *node };
+        let place = trial.place();
+        let stand = Stand::new(court.rules, court.nodes, place)?;
+        let statement = stand.reveals(&reveal, statement)?;
         let digest = commitment::commitment(&court.rules.domain, &place, &reveal.output, &reveal.salt);
+        if digest != commit.digest {
+            let evidence = Box::new(stand.false_reveal((&commit, said), (&reveal, statement)));
+            court.out.push(Effect::Contradicted { request, operator: trial.who.operator, evidence });
+        }
         let end_tokens = court.rules.end_tokens(&trial.request.model_root);
         let formed = check_output(&trial.request, &reveal.output, end_tokens).is_ok();
         let step = if digest == commit.digest && formed {

@@ -4,10 +4,11 @@ use std::collections::BTreeMap;
 use std::ops::Deref;
 use std::sync::Arc;
 
-use infera_protocol::bytes::{Address, Hash32, NodeId, Signature};
+use infera_protocol::bytes::{Address, EvmSignature, Hash32, NodeId, Signature};
 use infera_protocol::evidence::{Reveal, SignedCommitment, SignedDecline, Terms};
 use infera_protocol::identity::Domain;
 use infera_protocol::registry::{Model, Registry};
+use infera_protocol::slashing::Contradiction;
 use infera_protocol::vrf::VrfSecret;
 use infera_wire::convert::Funded;
 use infera_wire::v1;
@@ -115,12 +116,15 @@ pub enum Command {
         request: Uuid,
         attempt: u32,
         commit: SignedCommitment,
+        /// The bound signer's, for the contracts.
+        statement: EvmSignature,
     },
     Revealed {
         node: NodeId,
         request: Uuid,
         attempt: u32,
         reveal: Box<Reveal>,
+        statement: EvmSignature,
     },
     Declined {
         node: NodeId,
@@ -264,14 +268,11 @@ pub enum Effect {
     HandBack {
         request: Uuid,
     },
-    /// Proof that a node signed two results for one slot.
-    Equivocated {
+    /// Proof that a node signed what contradicts itself.
+    Contradicted {
         request: Uuid,
-        attempt: u32,
-        node: NodeId,
         operator: Address,
-        first: SignedCommitment,
-        second: SignedCommitment,
+        evidence: Box<Contradiction>,
     },
     /// A trial is over: take what follows into the records.
     Tried(Box<Ended>),

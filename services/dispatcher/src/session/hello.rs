@@ -1,7 +1,9 @@
 //! Admission (protocol sections 1 and 2): who says hello, and may it.
 
+use infera_protocol::bytes::Address;
 use infera_protocol::identity::{Domain, IdentityError, hello_digest, verify};
 use infera_protocol::registry::Registry;
+use infera_protocol::stakes::Stakes;
 use infera_wire::convert;
 use infera_wire::v1;
 
@@ -27,6 +29,7 @@ pub fn check(
     nonce: &[u8; 32],
     domain: &Domain,
     registry: &Registry,
+    stakes: &Stakes,
     now_ms: i64,
 ) -> Result<convert::Hello, Refusal> {
     let hello = convert::hello(wire).map_err(|e| Refusal::new("bad_hello", e.to_string()))?;
@@ -41,6 +44,7 @@ pub fn check(
         };
         Refusal::new(code, e.to_string())
     })?;
+    has_stake(stakes, &claims.operator)?;
     if registry.by_root(&claims.weights_root).is_none() {
         return Err(Refusal::new(
             "unknown_model",
@@ -70,4 +74,23 @@ pub fn check(
         ));
     }
     Ok(hello)
+}
+
+/// Whether the operator has what holders ask of everybody who works.
+///
+/// # Errors
+/// [`Refusal`] that says how much is missing.
+pub fn has_stake(stakes: &Stakes, operator: &Address) -> Result<(), Refusal> {
+    if stakes.is_enough(operator) {
+        return Ok(());
+    }
+    let infer = |micro: u64| format!("{}.{:06} INFER", micro / 1_000_000, micro % 1_000_000);
+    Err(Refusal::new(
+        "stake_too_low",
+        format!(
+            "the operator {operator} has {} at stake, and the network asks for {}: `infera operator stake`",
+            infer(stakes.of(operator)),
+            infer(stakes.minimum_micro)
+        ),
+    ))
 }

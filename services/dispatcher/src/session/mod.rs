@@ -17,6 +17,7 @@ use actix_ws::{AggregatedMessage, ProtocolError};
 use bytes::Bytes;
 use infera_protocol::bytes::NodeId;
 use infera_protocol::identity::Domain;
+use infera_protocol::slashing::SignedBinding;
 use infera_runtime::kv::Kv;
 use infera_runtime::network::Live;
 use infera_runtime::{CancellationToken, clock};
@@ -174,7 +175,8 @@ impl NodeSession {
     fn hello(&mut self, wire: &v1::Hello, ctx: &mut Context<Self>) {
         let now = clock::now_ms();
         let roots = self.shared.live.now();
-        let checked = hello::check(wire, &self.nonce, &self.shared.domain, roots.registries.current(), now);
+        let (registry, stakes) = (roots.registries.current(), &roots.stakes);
+        let checked = hello::check(wire, &self.nonce, &self.shared.domain, registry, stakes, now);
         let hello = match checked {
             Ok(hello) => hello,
             Err(refusal) => return self.refuse(&refusal, ctx),
@@ -196,6 +198,7 @@ impl NodeSession {
                 class: hello.claims.class.clone(),
                 slots: hello.claims.slots,
                 release_hash: hello.claims.release_hash,
+                bound: SignedBinding { binding: hello.claims.binding, signature: hello.binding_signature },
                 version: hello.version,
                 connected_at_ms: now,
             },
@@ -250,7 +253,11 @@ impl NodeSession {
                 .refuse(&Refusal::new("silent", format!("{MAX_MISSED} pings without an answer")), ctx);
         }
         self.missed += 1;
-        if self.node.is_some() {
+        if let (Some(_), Some(hello)) = (self.node, &self.hello) {
+            let roots = self.shared.live.now();
+            if let Err(refusal) = hello::has_stake(&roots.stakes, &hello.claims.operator) {
+                return self.refuse(&refusal, ctx);
+            }
             self.keep_presence(ctx);
         }
         let mut ws = self.ws.clone();
@@ -431,11 +438,13 @@ fn command(node: NodeId, session: Uuid, message: from_node::Message) -> Result<C
             request: convert::uuid("commit.request_id", &commit.request_id)?,
             attempt: commit.attempt,
             commit: convert::commitment(&commit)?,
+            statement: convert::fixed("commit.statement", &commit.statement)?,
         },
         from_node::Message::Reveal(reveal) => Command::Revealed {
             node,
             request: convert::uuid("reveal.request_id", &reveal.request_id)?,
             attempt: reveal.attempt,
+            statement: convert::fixed("reveal.statement", &reveal.statement)?,
             reveal: Box::new(convert::reveal(&reveal)?),
         },
         from_node::Message::Decline(decline) => Command::Declined {

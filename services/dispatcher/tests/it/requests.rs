@@ -1,13 +1,16 @@
 //! A request from its offer to its closing verdict.
 
+use infera_protocol::bytes::Address;
 use infera_protocol::evidence::SlotOutcome::{
     Declined, Disconnected, Mismatch, NoCommit, NoReveal, Revealed,
 };
+use infera_protocol::slashing::Contradiction;
 use infera_testkit::eventually;
 use infera_testkit::synthetic::{Behaviour, SyntheticNode, answer};
 use infera_wire::topology::keys;
 use infera_wire::v1::{self, from_dispatcher, from_node, verdict::Outcome};
 use infera_wire::{Message, convert};
+use serde_json::{Value, json};
 use uuid::Uuid;
 
 use crate::world::{GATEWAY, On, PATIENCE, World, nodes, outcomes, traceparent};
@@ -344,7 +347,7 @@ async fn an_offer_that_is_said_twice_is_held_once(on: On) {
     running.stop().await;
 }
 
-/// A second, different commitment: the first counts, both are kept.
+/// A second, different commitment: the first counts, and both together cost the operator its stake.
 #[actix_rt::test]
 async fn equivocation_is_kept() {
     let mut world = World::new(On::Embedded).await;
@@ -357,21 +360,38 @@ async fn equivocation_is_kept() {
     playing.push(nodes[2].run(running.address, Behaviour::Honest).await);
     let offered = world.offer(&world.funded(Uuid::now_v7(), 3));
     eventually(PATIENCE, async || {
-        world.metric(&running, "infera_dispatcher_equivocations_total ").await == 1.0
+        world.metric(&running, "infera_dispatcher_contradictions_total{kind=\"two_commitments\"}").await
+            == 1.0
     })
     .await;
     playing[1].let_commit(1);
     let (_, evidence) = world.collected().await;
     assert_eq!(outcomes(&evidence), [Revealed; 3], "the first commitment counts");
-    let count = eventually(PATIENCE, async || kept(&world, offered.id).await).await;
-    assert_eq!(count, 1);
+    // Anybody can read what costs the operator its stake, and check it.
+    let get = async |path: &str| {
+        let response =
+            reqwest::get(format!("http://{}/v1/contradictions{path}", running.address)).await.unwrap();
+        (response.status().as_u16(), response.json::<Value>().await.unwrap())
+    };
+    let list = eventually(PATIENCE, async || {
+        let list = get("").await.1;
+        (list["contradictions"] != json!([])).then_some(list)
+    })
+    .await;
+    let kept = &list["contradictions"][0];
+    assert_eq!((list["contradictions"].as_array().unwrap().len(), &list["has_more"]), (1, &json!(false)));
+    assert_eq!((&kept["kind"], &kept["request"]), (&json!("two_commitments"), &json!(offered.id)));
+    let (_, evidence) = get(&format!("/{}", kept["id"].as_str().unwrap())).await;
+    let evidence: Contradiction = serde_json::from_value(evidence).unwrap();
+    let operator = evidence.operator(&world.network.manifest.domain).unwrap();
+    assert_eq!(kept["operator"], json!(operator.to_string()));
+    let of = async |who: Address| get(&format!("?operator={who}")).await.1;
+    assert_eq!(of(operator).await, list);
+    assert_eq!(of(Address([1; 20])).await["contradictions"], json!([]));
+    let (status, refused) = get("?operator=me").await;
+    assert_eq!(status, 400, "{refused}");
+    assert_eq!(get(&format!("/{}", offered.id)).await.0, 404);
     running.stop().await;
-}
-
-async fn kept(world: &World, request: Uuid) -> Option<usize> {
-    let db = infera_runtime::db::connect(&world.database_url, None).await.unwrap();
-    let kept = infera_dispatcher::store::equivocations_of(&db, request).await.unwrap();
-    (kept > 0).then_some(kept)
 }
 
 /// What is no offer goes to the dead letters, and the next offer is served.

@@ -1,8 +1,11 @@
 //! Admission of nodes, and what a session does with frames that it should not get.
 
+use std::collections::BTreeMap;
 use std::time::Duration;
 
 use infera_protocol::bytes::Hash32;
+use infera_protocol::stakes::Stakes;
+use infera_runtime::network;
 use infera_testkit::eventually;
 use infera_testkit::synthetic::{Behaviour, Socket, SyntheticNode};
 use infera_wire::v1::{self, from_dispatcher, from_node};
@@ -105,6 +108,7 @@ async fn garbage_ends_its_own_session_only() {
             fingerprints: vec![9],
             finish: 1,
             salt: vec![0; 32],
+            statement: vec![0; 65],
         }),
         from_node::Message::Decline(v1::Decline { request_id: id.clone(), ..v1::Decline::default() }),
         from_node::Message::Deltas(v1::Deltas { request_id: vec![], ..v1::Deltas::default() }),
@@ -294,5 +298,42 @@ async fn a_model_that_is_admitted_is_taken_at_once() {
     let offered = world.offer(&world.funded(Uuid::now_v7(), 3));
     let (_, evidence) = world.collected().await;
     assert_eq!((evidence.request.id, evidence.revealed().count()), (offered.id, 3));
+    running.stop().await;
+}
+
+/// The holders ask for a stake: without it nobody is let in, and who loses it is sent away.
+#[actix_rt::test]
+async fn who_has_too_little_at_stake_gets_no_work() {
+    let world = World::new(On::Embedded).await;
+    let node = SyntheticNode::new(&world.network, 1);
+    let path = network::stakes_path(&world.config().common.manifest_path);
+    let stakes = |active: u64| {
+        let active_micro = BTreeMap::from([(node.operator(), active)]);
+        network::write_json(&path, &Stakes { minimum_micro: 1_000_000, active_micro }).unwrap();
+    };
+    stakes(999_999);
+    let config = infera_dispatcher::Config { heartbeat_secs: 1, ..world.config() };
+    let running = world.start(config).await;
+    let hello = async || {
+        let mut socket = node.dial(running.address).await;
+        let hello = node.hello(&socket.nonce);
+        socket.send(from_node::Message::Hello(hello)).await;
+        socket.next().await
+    };
+    let Some(from_dispatcher::Message::Refused(refused)) = hello().await else { panic!("refused") };
+    assert_eq!(refused.code, "stake_too_low");
+    assert!(
+        refused.reason.contains("0.999999 INFER at stake, and the network asks for 1.000000"),
+        "{}",
+        refused.reason
+    );
+    stakes(1_000_000);
+    eventually(PATIENCE, async || {
+        matches!(hello().await, Some(from_dispatcher::Message::RangeChallenge(_))).then_some(())
+    })
+    .await;
+    let mut socket = node.connect(running.address).await;
+    stakes(0);
+    assert_eq!(socket.refusal().await, "stake_too_low");
     running.stop().await;
 }

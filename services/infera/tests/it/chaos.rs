@@ -236,3 +236,38 @@ async fn a_death_at_every_step_loses_nothing_and_settles_nothing_twice() {
         .await;
     }
 }
+
+/// Node 5 commits to two answers for each slot: the first is as good as any, and both together cost it half of its stake.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn who_signs_two_answers_is_slashed() {
+    let network = Network::start("embedded", &["--nodes", "5", "--node-fault", "5=equivocate"]);
+    network.succeeds(&["operator", "stake", "1000", "--faucet", "--node", "5"]);
+    let dispatcher = format!("{}/v1/contradictions", network.url("dispatcher_url"));
+    let mut found = Value::Null;
+    for number in 0..12 {
+        ask_until_answered(&network, number).await;
+        found = network.get(&dispatcher).await["contradictions"][0].clone();
+        if !found.is_null() {
+            break;
+        }
+    }
+    assert_eq!(found["kind"], "two_commitments", "not drawn in 12 requests: {found}\n{}", network.logs());
+    let evidence = network.get(&format!("{dispatcher}/{}", found["id"].as_str().unwrap())).await;
+
+    let file = network.data().join("evidence.json");
+    let slash = ["operator", "slash", file.to_str().unwrap(), "--node", "1"];
+    let mut forged = evidence.clone();
+    forged["second"]["commitment"] = Value::from(format!("0x{}", "33".repeat(32)));
+    for (evidence, expected) in [(&forged, "not signed by the signer"), (&Value::Null, "no evidence")] {
+        std::fs::write(&file, evidence.to_string()).unwrap();
+        let (status, printed) = network.command(&slash);
+        assert!(status == Some(1) && printed.contains(expected), "{printed}");
+    }
+    std::fs::write(&file, evidence.to_string()).unwrap();
+    let printed = network.succeeds(&slash);
+    assert!(printed.contains("lost 500.000000 INFER; 50.000000 INFER"), "{printed}");
+    assert!(printed.contains(found["operator"].as_str().unwrap()), "{printed}");
+    let (status, printed) = network.command(&slash);
+    assert!(status == Some(1) && printed.contains("has paid for this slot"), "{printed}");
+    the_books_balance(&network).await;
+}

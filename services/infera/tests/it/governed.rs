@@ -16,25 +16,12 @@ use tokio::{
 
 use crate::network::{Network, infera, text};
 
-/// `infera` with the network's folder: exit status and what it printed.
-fn command(network: &Network, arguments: &[&str]) -> (Option<i32>, String) {
-    let output = Command::new(infera()).args(arguments).arg("--data").arg(network.data()).output().unwrap();
-    (output.status.code(), text(&output))
-}
-
-fn succeeds(network: &Network, arguments: &[&str]) -> String {
-    let (status, printed) = command(network, arguments);
-    assert_eq!(status, Some(0), "{arguments:?}: {printed}");
-    printed
-}
-
 fn as_json(printed: &str) -> Value {
     serde_json::from_str(printed).unwrap_or_else(|error| panic!("{error}: {printed}"))
 }
 
 pub async fn holders_decide_and_strangers_check(network: &Network) {
     a_model_is_voted_in_and_out(network).await;
-    a_cheat_is_slashed(network);
     batches_are_recomputed(network).await;
 }
 
@@ -46,46 +33,46 @@ async fn a_model_is_voted_in_and_out(network: &Network) {
     std::fs::write(&file, entry.to_string()).unwrap();
     let file = file.to_str().unwrap();
     let propose = ["govern", "propose", "admit-model", file, "--id", "voted", "--price-cap", "5"];
-    let (status, printed) = command(network, &propose);
+    let (status, printed) = network.command(&propose);
     assert!(status == Some(1) && printed.contains("infera govern delegate"), "{printed}");
-    let printed = succeeds(network, &["govern", "delegate"]);
+    let printed = network.succeeds(&["govern", "delegate"]);
     assert!(printed.contains("vote by"), "{printed}");
-    let (status, printed) = command(network, &[&propose[..], &["--node", "1"]].concat());
+    let (status, printed) = network.command(&[&propose[..], &["--node", "1"]].concat());
     assert!(status == Some(1) && printed.contains("leave out --key and --node"), "{printed}");
-    let (status, printed) = command(network, &[&propose[..], &["--threshold", "1.5"]].concat());
+    let (status, printed) = network.command(&[&propose[..], &["--threshold", "1.5"]].concat());
     assert!(status == Some(1) && printed.contains("`1.5`"), "{printed}");
 
-    let done = as_json(&succeeds(network, &[&propose[..], &["--json"]].concat()));
+    let done = as_json(&network.succeeds(&[&propose[..], &["--json"]].concat()));
     let id = done["proposal"].as_str().unwrap().to_owned();
     let short = &id[..12];
-    let (status, printed) = command(network, &["govern", "execute", short]);
+    let (status, printed) = network.command(&["govern", "execute", short]);
     assert!(status == Some(1) && printed.contains("queue it first"), "{printed}");
-    let printed = succeeds(network, &["govern", "vote", short, "for"]);
+    let printed = network.succeeds(&["govern", "vote", short, "for"]);
     assert!(printed.contains("Serve voted"), "{printed}");
-    let (status, printed) = command(network, &["govern", "vote", short, "against"]);
+    let (status, printed) = network.command(&["govern", "vote", short, "against"]);
     assert!(status == Some(1) && printed.contains("has voted already"), "{printed}");
-    let printed = succeeds(network, &["govern", "queue", short]);
+    let printed = network.succeeds(&["govern", "queue", short]);
     assert!(printed.contains("the devnet's time moves"), "{printed}");
-    let shown = as_json(&succeeds(network, &["govern", "show", short, "--json"]));
+    let shown = as_json(&network.succeeds(&["govern", "show", short, "--json"]));
     assert_eq!((&shown["state"], &shown["actions"][0]["call"]), (&json!("queued"), &json!("admit_model")));
     assert_eq!(shown["entries"][0]["entry"]["end_tokens"], entry["end_tokens"], "{shown}");
-    let printed = succeeds(network, &["govern", "execute", short]);
+    let printed = network.succeeds(&["govern", "execute", short]);
     assert!(printed.contains("in force: serve voted"), "{printed}");
-    let (status, printed) = command(network, &["govern", "execute", short]);
+    let (status, printed) = network.command(&["govern", "execute", short]);
     assert!(status == Some(1) && printed.contains("executed already"), "{printed}");
-    let printed = succeeds(network, &["govern", "list"]);
+    let printed = network.succeeds(&["govern", "list"]);
     assert!(printed.contains("executed") && printed.lines().count() == 1, "{printed}");
-    let registry = as_json(&succeeds(network, &["govern", "registry", "--json"]));
+    let registry = as_json(&network.succeeds(&["govern", "registry", "--json"]));
     assert_eq!(registry["models"][1]["id"], "voted", "{registry}");
     assert_eq!(registry["models"][1]["price_cap_micro"], 5, "{registry}");
     followed(network, true).await;
 
-    let out = as_json(&succeeds(network, &["govern", "propose", "withdraw-model", "voted", "--json"]));
+    let out = as_json(&network.succeeds(&["govern", "propose", "withdraw-model", "voted", "--json"]));
     let id = out["proposal"].as_str().unwrap();
     for step in [["vote", id, "for"].as_slice(), &["queue", id], &["execute", id]] {
-        succeeds(network, &[&["govern"], step].concat());
+        network.succeeds(&[&["govern"], step].concat());
     }
-    let registry = as_json(&succeeds(network, &["govern", "registry", "--json"]));
+    let registry = as_json(&network.succeeds(&["govern", "registry", "--json"]));
     assert_eq!(registry["models"][1]["active"], false, "{registry}");
     followed(network, false).await;
 }
@@ -101,36 +88,15 @@ async fn followed(network: &Network, listed: bool) {
     .await;
 }
 
-fn a_cheat_is_slashed(network: &Network) {
-    let file = network.data().join("slashed.json");
-    let slash = ["operator", "slash", file.to_str().unwrap(), "--node", "1"];
-    succeeds(network, &["operator", "stake", "1000", "--faucet", "--node", "4"]);
-    let evidence = succeeds(network, &["operator", "cheat", "--node", "4"]);
-    let mut forged = as_json(&evidence);
-    forged["second"]["commitment"] = json!(format!("0x{}", "33".repeat(32)));
-    std::fs::write(&file, forged.to_string()).unwrap();
-    let (status, printed) = command(network, &slash);
-    assert!(status == Some(1) && printed.contains("not the bound signer"), "{printed}");
-    forged["second"] = forged["first"].clone();
-    std::fs::write(&file, forged.to_string()).unwrap();
-    let (status, printed) = command(network, &slash);
-    assert!(status == Some(1) && printed.contains("say the same"), "{printed}");
-    std::fs::write(&file, evidence).unwrap();
-    let printed = succeeds(network, &slash);
-    assert!(printed.contains("lost 500.000000 INFER; 50.000000 INFER"), "{printed}");
-    let (status, printed) = command(network, &slash);
-    assert!(status == Some(1) && printed.contains("has paid for this slot"), "{printed}");
-}
-
 async fn batches_are_recomputed(network: &Network) {
-    let printed = succeeds(network, &["verify", "--batches", "1.."]);
+    let printed = network.succeeds(&["verify", "--batches", "1.."]);
     assert!(printed.contains("every one holds") && printed.contains("batch 1:"), "{printed}");
-    let found = as_json(&succeeds(network, &["verify", "--batches", "1..", "--json"]));
+    let found = as_json(&network.succeeds(&["verify", "--batches", "1..", "--json"]));
     let last = found.as_array().unwrap().len();
     if last > 1 {
-        succeeds(network, &["verify", "--batches", &format!("{last}")]);
+        network.succeeds(&["verify", "--batches", &format!("{last}")]);
     }
-    let (status, printed) = command(network, &["verify", "--batches", "999999"]);
+    let (status, printed) = network.command(&["verify", "--batches", "999999"]);
     assert!(status == Some(2) && printed.contains("newest batch"), "{printed}");
 
     type Forge = fn(&mut Value);

@@ -168,6 +168,19 @@ impl Network {
         response.json().await.unwrap()
     }
 
+    /// `infera` with the network's folder: exit status and what it printed.
+    pub fn command(&self, arguments: &[&str]) -> (Option<i32>, String) {
+        let output = Command::new(infera()).args(arguments).arg("--data").arg(self.data()).output().unwrap();
+        (output.status.code(), text(&output))
+    }
+
+    /// The same where it must not fail: what it printed.
+    pub fn succeeds(&self, arguments: &[&str]) -> String {
+        let (status, printed) = self.command(arguments);
+        assert_eq!(status, Some(0), "{arguments:?}: {printed}");
+        printed
+    }
+
     /// Asks without stream; `Err` where the connection or the answer failed.
     pub async fn ask(&self, question: &str, idempotency_key: &str) -> Result<Value, String> {
         let body = serde_json::json!({

@@ -1,15 +1,12 @@
 //! What a network must do, on either column.
 
-use std::{collections::HashSet, process::Command, time::Duration};
+use std::{collections::HashSet, time::Duration};
 
 use infera_runtime::CancellationToken;
 use infera_testkit::{TempDir, eventually, otlp::Receiver, sqlite_url};
 use serde_json::Value;
 
-use crate::{
-    accounts, governed,
-    network::{Network, infera, text},
-};
+use crate::{accounts, governed, network::Network};
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn embedded() {
@@ -85,20 +82,14 @@ pub async fn the_books_balance(network: &Network) {
     assert_eq!(audit["sum_micro"], 0, "{audit}");
 }
 
-/// `infera` with the network's folder: exit status and what it printed.
-fn command(network: &Network, arguments: &[&str]) -> (Option<i32>, String) {
-    let output = Command::new(infera()).args(arguments).arg("--data").arg(network.data()).output().unwrap();
-    (output.status.code(), text(&output))
-}
-
 /// From the answer to tokens at the operator's address; and stake in and out.
 async fn operators_are_paid(network: &Network) {
-    let (status, printed) = command(network, &["ledger", "audit"]);
+    let (status, printed) = network.command(&["ledger", "audit"]);
     assert_eq!(status, Some(0), "{printed}");
     assert!(printed.contains("the books balance"), "{printed}");
 
     let earnings = |node: &str| -> Value {
-        let (status, printed) = command(network, &["operator", "earnings", "--json", "--node", node]);
+        let (status, printed) = network.command(&["operator", "earnings", "--json", "--node", node]);
         assert_eq!(status, Some(0), "{printed}");
         serde_json::from_str(&printed).unwrap_or_else(|error| panic!("{error}: {printed}"))
     };
@@ -117,24 +108,24 @@ async fn operators_are_paid(network: &Network) {
         Some(micro(&earnings, "claimable_micro")).filter(|claimable| *claimable > 0).ok_or(earnings)
     })
     .await;
-    let (status, printed) = command(network, &["operator", "claim", "--node", node]);
+    let (status, printed) = network.command(&["operator", "claim", "--node", node]);
     assert!(status == Some(0) && printed.contains("claimed "), "{printed}");
     assert!(micro(&earnings(node), "paid_micro") >= claimable);
-    let (status, printed) = command(network, &["operator", "claim", "--node", node]);
+    let (status, printed) = network.command(&["operator", "claim", "--node", node]);
     assert!(status == Some(0) && printed.contains("nothing new"), "{printed}");
-    let (_, printed) = command(network, &["operator", "earnings", "--node", node]);
+    let (_, printed) = network.command(&["operator", "earnings", "--node", node]);
     assert!(
         ["pending", "verified", "claimable", "paid"].iter().all(|word| printed.contains(word)),
         "{printed}"
     );
 
-    let (status, printed) = command(network, &["operator", "stake", "1500", "--node", node]);
+    let (status, printed) = network.command(&["operator", "stake", "1500", "--node", node]);
     assert!(status == Some(1) && printed.contains("--faucet"), "{printed}");
-    let (status, printed) = command(network, &["operator", "stake", "1500", "--faucet", "--node", node]);
+    let (status, printed) = network.command(&["operator", "stake", "1500", "--faucet", "--node", node]);
     assert!(status == Some(0) && printed.contains("staked 1500.000000 INFER"), "{printed}");
-    let (status, printed) = command(network, &["operator", "unstake", "500", "--node", node]);
+    let (status, printed) = network.command(&["operator", "unstake", "500", "--node", node]);
     assert!(status == Some(0) && printed.contains("on its way out 500.000000 INFER"), "{printed}");
-    let (status, printed) = command(network, &["operator", "unstake", "--node", node]);
+    let (status, printed) = network.command(&["operator", "unstake", "--node", node]);
     assert!(status == Some(1) && printed.contains("too early"), "{printed}");
 }
 

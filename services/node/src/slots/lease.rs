@@ -6,6 +6,7 @@ use infera_grammar::Matcher;
 use infera_protocol::{
     commitment::commitment,
     request::{Output, Request},
+    typed,
 };
 use infera_runtime::{clock, trace};
 use infera_wire::{convert, v1};
@@ -256,16 +257,20 @@ impl Slots {
     }
 
     /// What a slot promises with this output.
-    fn promise_of(&self, request: &Request, key: Key, output: Output) -> Promise {
-        let place = self.place(request, key.1);
+    fn promise_of(&self, request: &Request, key: Key, output: Output) -> io::Result<Promise> {
+        let (place, domain) = (self.place(request, key.1), &self.identity.domain);
         let salt = self.identity.salt(&place);
-        let digest = commitment(&self.identity.domain, &place, &output, &salt);
-        Promise {
+        let digest = commitment(domain, &place, &output, &salt);
+        let state = |digest| self.identity.state(&digest).map_err(io::Error::other);
+        let committed = state(typed::slot_commitment_digest(domain, &place, &digest))?;
+        let revealed = state(typed::slot_reveal_digest(domain, &place, &output, &salt))?;
+        Ok(Promise {
             commit: v1::Commit {
                 request_id: key.0.as_bytes().to_vec(),
                 attempt: key.1,
                 commitment: digest.to_vec(),
                 signature: self.identity.sign(&digest).to_vec(),
+                statement: committed.to_vec(),
             },
             reveal: v1::Reveal {
                 request_id: key.0.as_bytes().to_vec(),
@@ -274,19 +279,20 @@ impl Slots {
                 tokens: output.tokens,
                 fingerprints: output.fingerprints,
                 salt: salt.to_vec(),
+                statement: revealed.to_vec(),
             },
-        }
+        })
     }
 
     /// Commits: journal first, then the wire.
     fn promise(&self, request: &Request, key: Key, output: Output) -> io::Result<()> {
         let second = self.setting.faults.as_ref().and_then(|faults| faults.second(&output));
-        let promise = self.promise_of(request, key, output);
+        let promise = self.promise_of(request, key, output)?;
         self.journal.write(key, &promise)?;
         infera_runtime::planned::hit("node.committed");
         self.promised(key, promise);
         if let Some(output) = second {
-            let commit = self.promise_of(request, key, output).commit;
+            let commit = self.promise_of(request, key, output)?.commit;
             self.outgoing.send(v1::from_node::Message::Commit(commit));
         }
         Ok(())

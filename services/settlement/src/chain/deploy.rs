@@ -57,7 +57,8 @@ impl Deployment {
             challenge_delay_secs: 30,
             withdrawal_delay_secs: 30,
             unbonding_secs: 60,
-            minimum_stake_micro: 1_000_000_000,
+            // A node needs no tokens to join a demonstration.
+            minimum_stake_micro: 0,
             timelock_delay_secs: 10,
             voting_delay_secs: 1,
             voting_period_secs: 30,

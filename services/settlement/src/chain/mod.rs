@@ -21,6 +21,7 @@ pub mod operator;
 pub mod port;
 pub mod reader;
 pub mod slash;
+pub mod stakes;
 
 use std::time::Duration;
 

@@ -6,67 +6,12 @@ use alloy::{
     sol_types::SolEvent,
 };
 use infera_protocol::{
-    bytes::{EvmSignature, Hash32, NodeId},
     commitment::Slot,
-    identity::NodeBinding,
+    slashing::{AccusedCommitment, AccusedReveal, Contradiction, SignedBinding},
 };
-use serde::{Deserialize, Serialize};
+use serde::Serialize;
 
 use super::{Address, B256, ChainError, InferaStaking, call, operator::Operator};
-
-/// A slot of an attempt, which a node answers once.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
-pub struct AccusedSlot {
-    pub request_hash: Hash32,
-    pub attempt: u32,
-    pub node: NodeId,
-}
-
-impl From<AccusedSlot> for Slot {
-    fn from(slot: AccusedSlot) -> Self {
-        Self { request_hash: slot.request_hash, attempt: slot.attempt, node: slot.node }
-    }
-}
-
-/// By what the signer of a statement is the operator's.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
-pub struct SignedBinding {
-    pub binding: NodeBinding,
-    /// The operator's.
-    pub signature: EvmSignature,
-}
-
-/// A commitment that the node's bound signer signed (`SlotCommitment`).
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
-pub struct AccusedCommitment {
-    pub commitment: Hash32,
-    pub signature: EvmSignature,
-    pub bound: SignedBinding,
-}
-
-/// A reveal that the node's bound signer signed (`SlotReveal`).
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
-pub struct AccusedReveal {
-    pub tokens_root: Hash32,
-    pub fingerprint_root: Hash32,
-    pub finish: u8,
-    pub salt: Hash32,
-    pub signature: EvmSignature,
-    pub bound: SignedBinding,
-}
-
-/// What costs an operator half of its stake, as a file.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(tag = "kind", rename_all = "snake_case", deny_unknown_fields)]
-pub enum Contradiction {
-    TwoCommitments { slot: AccusedSlot, first: AccusedCommitment, second: AccusedCommitment },
-    TwoReveals { slot: AccusedSlot, first: AccusedReveal, second: AccusedReveal },
-    FalseReveal { slot: AccusedSlot, committed: AccusedCommitment, revealed: AccusedReveal },
-}
 
 /// What a slashing took, 10^-6 INFER.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
@@ -78,8 +23,8 @@ pub struct Slashed {
     pub reward_micro: u128,
 }
 
-impl From<AccusedSlot> for InferaStaking::Slot {
-    fn from(slot: AccusedSlot) -> Self {
+impl From<Slot> for InferaStaking::Slot {
+    fn from(slot: Slot) -> Self {
         Self { requestHash: slot.request_hash.0.into(), attempt: slot.attempt, node: slot.node.0.into() }
     }
 }

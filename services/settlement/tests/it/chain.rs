@@ -46,7 +46,8 @@ pub fn config(folder: &tempfile::TempDir) -> DevnetConfig {
 /// A devnet's contracts, with anvil's third account as the guardian.
 pub async fn contracts(rpc_url: &str) -> Contracts {
     let guardian = "0x3C44CdDdB6a900fa2b585dd299e03d12FA4293BC".parse().unwrap();
-    let wanted = Deployment::devnet(SETTLER_ADDRESS.parse().unwrap(), guardian);
+    let devnet = Deployment::devnet(SETTLER_ADDRESS.parse().unwrap(), guardian);
+    let wanted = Deployment { minimum_stake_micro: 1_000_000_000, ..devnet };
     deploy::deploy(rpc_url, DEPLOYER, &Network::offline().registry, &wanted).await.unwrap()
 }
 

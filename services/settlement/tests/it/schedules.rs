@@ -10,6 +10,7 @@ use std::{future::poll_fn, pin::pin, sync::Arc, task::Poll};
 
 use infera_bus::{Envelope, Reject};
 use infera_protocol::identity::Domain;
+use infera_protocol::stakes::Stakes;
 use infera_runtime::{
     config::Secret,
     db,
@@ -206,7 +207,11 @@ impl<W: World> Parts<W> {
         let Network { manifest, registry, .. } = network;
         let domain = manifest.domain;
         let exposure = Exposure::new(0);
-        let live = Live::fixed(Roots { manifest: manifest.clone(), registries: registry.into() });
+        let live = Live::fixed(Roots {
+            manifest: manifest.clone(),
+            registries: registry.into(),
+            stakes: Stakes::default(),
+        });
         let handlers = Consumer { manifest, live, metrics, exposure, freshness, written };
         let (work, follow) = (Work::default(), Follow::default());
         Self { db, world, handlers, batcher, work, follower, follow, domain }

@@ -40,6 +40,7 @@ fn reveal() -> v1::Reveal {
         fingerprints: [print(504), print(2)].concat(),
         finish: v1::Finish::Eos.into(),
         salt: vec![8; 32],
+        statement: vec![],
     }
 }
 
@@ -79,6 +80,7 @@ fn collected() -> v1::ResultsCollected {
             attempt: 1,
             commitment: vec![n; 32],
             signature: vec![n; 64],
+            statement: vec![],
         }),
         reveal: (outcome == v1::SlotOutcome::Revealed).then(reveal),
         decline: (outcome == v1::SlotOutcome::Declined).then(|| v1::Decline {

@@ -8,17 +8,20 @@ mod trials;
 use std::collections::{BTreeMap, BTreeSet};
 
 use ed25519_dalek::SigningKey;
-use infera_protocol::bytes::{Address, Hash32, NodeId};
+use infera_protocol::bytes::{Address, EvmSignature, Hash32, NodeId};
 use infera_protocol::commitment::{Slot, commitment, decline_digest};
 use infera_protocol::evidence::{Evidence, Reveal, SignedCommitment, SignedDecline, SlotOutcome};
-use infera_protocol::identity::{Domain, node_id, sign};
+use infera_protocol::identity::{Domain, NodeBinding, evm_address, node_id, sign};
 use infera_protocol::registry::Registry;
 use infera_protocol::request::{Finish, Output, Request};
 use infera_protocol::sampling::SamplingParams;
+use infera_protocol::slashing::{Contradiction, SignedBinding};
+use infera_protocol::typed;
 use infera_protocol::vrf::VrfSecret;
 use infera_testkit::evidence::END_TOKEN;
 use infera_wire::convert::{self, Funded, Submitted, funded_to_wire};
 use infera_wire::v1::from_dispatcher::Message;
+use k256::ecdsa::SigningKey as EvmKey;
 
 use super::*;
 
@@ -62,6 +65,7 @@ fn connected(n: u8, session: u128) -> Connected {
         class: "exact".into(),
         slots: 2,
         release_hash: Hash32::ZERO,
+        bound: bound(n),
         version: "test".into(),
         connected_at_ms: 0,
     }
@@ -111,6 +115,27 @@ fn answer(n: u8, version: u8) -> Reveal {
     Reveal { output, salt: Hash32([n; 32]) }
 }
 
+/// The node's signer, and its operator's key.
+fn evm(n: u8, is_operator: bool) -> EvmKey {
+    EvmKey::from_slice(&[100 + n + u8::from(is_operator) * 100; 32]).unwrap()
+}
+
+/// By what node n's signer is its operator's.
+fn bound(n: u8) -> SignedBinding {
+    let binding = NodeBinding { node: node_id(&key(n)), signer: evm_address(&evm(n, false)), expiry_ms: 1 };
+    SignedBinding { binding, signature: binding.sign(&DOMAIN, &evm(n, true)).unwrap() }
+}
+
+/// What the signer says along with a commitment.
+fn says(n: u8, slot: &Slot, commitment: &Hash32) -> EvmSignature {
+    typed::sign(&typed::slot_commitment_digest(&DOMAIN, slot, commitment), &evm(n, false)).unwrap()
+}
+
+fn says_of(n: u8, slot: &Slot, reveal: &Reveal) -> EvmSignature {
+    let digest = typed::slot_reveal_digest(&DOMAIN, slot, &reveal.output, &reveal.salt);
+    typed::sign(&digest, &evm(n, false)).unwrap()
+}
+
 fn signed(n: u8, request: u128, attempt: u32, version: u8) -> SignedCommitment {
     let reveal = answer(n, version);
     let digest = commitment(&DOMAIN, &slot(n, request, attempt), &reveal.output, &reveal.salt);
@@ -118,17 +143,26 @@ fn signed(n: u8, request: u128, attempt: u32, version: u8) -> SignedCommitment {
 }
 
 fn commit(n: u8, request: u128, attempt: u32, version: u8) -> Command {
+    let commit = signed(n, request, attempt, version);
     Command::Committed {
         node: node_id(&key(n)),
         request: Uuid::from_u128(request),
         attempt,
-        commit: signed(n, request, attempt, version),
+        statement: says(n, &slot(n, request, attempt), &commit.digest),
+        commit,
     }
 }
 
 fn reveal(n: u8, request: u128, attempt: u32, version: u8) -> Command {
     let reveal = Box::new(answer(n, version));
-    Command::Revealed { node: node_id(&key(n)), request: Uuid::from_u128(request), attempt, reveal }
+    let statement = says_of(n, &slot(n, request, attempt), &reveal);
+    Command::Revealed {
+        node: node_id(&key(n)),
+        request: Uuid::from_u128(request),
+        attempt,
+        reveal,
+        statement,
+    }
 }
 
 fn decline(n: u8, request: u128, attempt: u32) -> Command {
@@ -155,6 +189,7 @@ struct Bench {
     published: usize,
     closed: BTreeSet<Uuid>,
     equivocations: usize,
+    false_reveals: usize,
     deltas: usize,
     asked_close: usize,
     handed_back: usize,
@@ -180,6 +215,7 @@ impl Bench {
             published: 0,
             closed: BTreeSet::new(),
             equivocations: 0,
+            false_reveals: 0,
             deltas: 0,
             asked_close: 0,
             handed_back: 0,
@@ -245,9 +281,13 @@ impl Bench {
                 self.run(Command::Confirmed { request, attempt, round }).unwrap();
             }
             Effect::Closed { request } => assert!(self.closed.insert(request), "closed once"),
-            Effect::Equivocated { first, second, .. } => {
-                assert_ne!(first.digest, second.digest);
-                self.equivocations += 1;
+            Effect::Contradicted { evidence, .. } => {
+                let n = (1..=9).find(|n| node_id(&key(*n)) == evidence.slot().node).unwrap();
+                assert_eq!(evidence.operator(&DOMAIN), Ok(evm_address(&evm(n, true))));
+                match *evidence {
+                    Contradiction::TwoCommitments { .. } => self.equivocations += 1,
+                    _ => self.false_reveals += 1,
+                }
             }
             Effect::HandBack { request } => {
                 assert!(self.state.attempt(request).is_none());

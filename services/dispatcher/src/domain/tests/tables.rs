@@ -43,19 +43,22 @@ fn stale_foreign_late_and_forged_frames_change_nothing() {
     let mut bench = Bench::offered(&[1, 2, 3, 4]);
     let drawn = bench.drawn();
     let outsider = (1..=4).find(|n| !drawn.contains(n)).unwrap();
-    let forged = Command::Committed {
+    let forge = |commit: SignedCommitment, signer: u8| Command::Committed {
         node: node_id(&key(drawn[0])),
         request: Uuid::from_u128(1),
         attempt: 1,
-        commit: SignedCommitment { digest: Hash32([9; 32]), signature: Signature([0; 64]) },
+        statement: says(signer, &slot(drawn[0], 1, 1), &commit.digest),
+        commit,
     };
+    let forged = SignedCommitment { digest: Hash32([9; 32]), signature: Signature([0; 64]) };
     for (command, expected) in [
         (commit(drawn[0], 1, 2, 0), Rejection::Stale),
         (commit(drawn[0], 2, 1, 0), Rejection::Stale),
         (commit(outsider, 1, 1, 0), Rejection::NotLeased),
         (reveal(outsider, 1, 1, 0), Rejection::NotLeased),
         (decline(outsider, 1, 1), Rejection::NotLeased),
-        (forged, Rejection::BadSignature),
+        (forge(forged, drawn[0]), Rejection::BadSignature),
+        (forge(signed(drawn[0], 1, 1, 0), drawn[1]), Rejection::BadSignature),
     ] {
         assert_eq!(bench.run(command), Err(expected));
     }

@@ -39,8 +39,11 @@ fn answer_trial(bench: &mut Bench, node: NodeId, asked: &Request, token: u32) {
     let slot = Slot { request_hash: asked.hash(&DOMAIN), attempt: 1, node };
     let digest = commitment(&DOMAIN, &slot, &reveal.output, &reveal.salt);
     let commit = SignedCommitment { digest, signature: sign(&key_of(node), &digest) };
-    bench.run(Command::Committed { node, request: asked.id, attempt: 1, commit }).unwrap();
-    bench.run(Command::Revealed { node, request: asked.id, attempt: 1, reveal: Box::new(reveal) }).unwrap();
+    let n = number(node);
+    let statement = says(n, &slot, &digest);
+    bench.run(Command::Committed { node, request: asked.id, attempt: 1, commit, statement }).unwrap();
+    let (statement, reveal) = (says_of(n, &slot, &reveal), Box::new(reveal));
+    bench.run(Command::Revealed { node, request: asked.id, attempt: 1, reveal, statement }).unwrap();
 }
 
 /// The last job's report: right, or far off.
@@ -190,9 +193,13 @@ fn a_reveal_that_does_not_open_the_commitment_is_bad() {
     let (node, asked) = canary(&bench);
     let digest = Hash32([1; 32]);
     let commit = SignedCommitment { digest, signature: sign(&key_of(node), &digest) };
-    bench.run(Command::Committed { node, request: asked.id, attempt: 1, commit }).unwrap();
+    let slot = Slot { request_hash: asked.hash(&DOMAIN), attempt: 1, node };
+    let statement = says(number(node), &slot, &digest);
+    bench.run(Command::Committed { node, request: asked.id, attempt: 1, commit, statement }).unwrap();
     let reveal = Box::new(answer(1, 0));
-    bench.run(Command::Revealed { node, request: asked.id, attempt: 1, reveal }).unwrap();
+    let statement = says_of(number(node), &slot, &reveal);
+    bench.run(Command::Revealed { node, request: asked.id, attempt: 1, reveal, statement }).unwrap();
+    assert_eq!(bench.false_reveals, 1);
     assert_eq!(findings(ended(&bench)), [Finding::Bad(Reason::Mismatch)]);
 }
 

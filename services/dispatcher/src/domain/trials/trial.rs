@@ -4,6 +4,7 @@ use infera_protocol::admission;
 use infera_protocol::agreement::{Standing, Votes};
 use infera_protocol::assignment::Eligible;
 use infera_protocol::bytes::Hash32;
+use infera_protocol::commitment::Slot;
 use infera_protocol::evidence::SignedCommitment;
 use infera_protocol::identity::verify;
 use infera_protocol::ids::message_id;
@@ -11,6 +12,7 @@ use infera_protocol::judgement::{Conduct, Finding, Mean};
 use infera_protocol::referee::{Report, judge, report_digest};
 use infera_protocol::registry::Model;
 use infera_protocol::request::{Output, Request};
+use infera_protocol::slashing::Statement;
 use infera_protocol::trust::Reason;
 use infera_wire::convert;
 use infera_wire::v1;
@@ -41,7 +43,7 @@ pub(super) struct Trial {
 #[derive(Debug)]
 pub(super) enum Stage {
     Leased { until_ms: i64 },
-    Asked { commit: SignedCommitment, until_ms: i64 },
+    Asked { commit: SignedCommitment, statement: Statement, until_ms: i64 },
     Scored { output: Output, votes: Vec<Vote>, asked: Option<(Eligible, i64)> },
 }
 
@@ -98,6 +100,11 @@ impl Trial {
             is_void: false,
             stage: Stage::Leased { until_ms: court.now + court.rules.lease_ms },
         }
+    }
+
+    /// Where its node answers it.
+    pub(super) fn place(&self) -> Slot {
+        Slot { request_hash: self.hash, attempt: self.attempt, node: self.who.node }
     }
 
     pub(super) fn asked(&self) -> Option<&Eligible> {
