@@ -3,7 +3,7 @@ PROFILE ?= embedded
 DETACH  ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help up down test check audit soak bench-up bench-load bench-audits bench-node bench-settlement bench-trust bench-sim demo-chain docs clean-data
+.PHONY: help up down test check audit soak bench-up bench-load bench-audits bench-node bench-greedy bench-settlement bench-trust bench-sim demo-chain docs clean-data
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | awk -F'\t' '{ printf "%-16s %s\n", $$1, $$2 }'
@@ -37,6 +37,9 @@ bench-audits: ## what a referee adds to the time of an answer -> target/reports/
 
 bench-node: ## the engine beside llama.cpp, which it compiles on first use -> target/reports/bench-node.json, .svg
 	@exec deploy/bench-node
+
+bench-greedy: ## greedy answers to 50 prompts beside llama.cpp's, each parting with its gap -> target/reports/bench-greedy.json
+	@exec deploy/bench-node greedy
 
 bench-trust: ## honest and cheating answers before every layer -> target/reports/bench-trust.json, .svg (QUICK=1: few prompts)
 	@exec deploy/bench-trust

@@ -2,11 +2,11 @@
 //! does the same with llama.cpp, so that both are given the same tokens and measured by the same arithmetic.
 //!
 //! ```text
-//! at first                                     {"load_secs", "base_bytes", "weights_bytes"}
+//! at first                                     {"load_secs", "base_bytes", "weights_bytes", "end_tokens": [id]}
 //! {"do": "prompt", "system", "user"}           {"tokens": [id]}: the rendered prompt
 //! {"do": "run", "waves": [{"when", "jobs": [{"prompt": [id], "tokens", "temperature", "seed"}]}]}
 //!     {"wall_secs", "cpu_secs", "first_cpu_secs", "jobs": [{"submitted", "times": [s], "tokens": [id]}]}
-//! {"do": "score", "prompt": [id], "answer": [id]}   {"wall_secs", "cpu_secs", "scores"}
+//! {"do": "score", "prompt": [id], "answer": [id]}   {"wall_secs", "cpu_secs", "gaps": [logits]}: below the best token's, of each
 //! {"do": "memory"}                             {"peak_bytes"}
 //! {"do": "pause", "prompts": [[id]]}           {"pause_secs"}: with an endless job for each prompt running
 //! {"do": "resume"}                             {"resume_secs"}
@@ -213,12 +213,13 @@ async fn run(engine: &Engine, waves: Vec<Wave>) -> Result<Value, String> {
 
 async fn score(engine: &Engine, prompt: Vec<u32>, answer: Vec<u32>) -> Result<Value, String> {
     let (cpu, began) = (cpu_secs()?, Instant::now());
-    let params = SamplingParams::default();
+    let params = SamplingParams::greedy();
     let job = ScoreJob { id: Uuid::now_v7(), prompt, tokens: answer, params, seed: 1, grammar: None };
     let scores = engine.score(job).map_err(|e| e.to_string())?;
     let scores = scores.await.map_err(|e| e.to_string())??;
     let wall = began.elapsed().as_secs_f64();
-    Ok(json!({"wall_secs": wall, "cpu_secs": cpu_secs()? - cpu, "scores": scores.len()}))
+    let gaps: Vec<f64> = scores.iter().map(|score| score.margin).collect();
+    Ok(json!({"wall_secs": wall, "cpu_secs": cpu_secs()? - cpu, "gaps": gaps}))
 }
 
 /// How long it takes to end running jobs and free the memory.
@@ -282,7 +283,9 @@ fn serve(args: Args) -> Result<(), String> {
     let mut say =
         |value: Value| writeln!(out, "{value}").and_then(|()| out.flush()).map_err(|e| e.to_string());
     let load = loading.elapsed().as_secs_f64();
-    say(json!({"load_secs": load, "base_bytes": base, "weights_bytes": engine.memory().weights}))?;
+    say(
+        json!({"load_secs": load, "base_bytes": base, "weights_bytes": engine.memory().weights, "end_tokens": prompt.end_tokens()}),
+    )?;
     for line in std::io::stdin().lock().lines() {
         let line = line.map_err(|e| e.to_string())?;
         let answer = LocalSet::new().block_on(&runtime, answer(&engine, &prompt, args.context, &line));
