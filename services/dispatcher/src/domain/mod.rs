@@ -13,6 +13,7 @@
 //! reveal, or is drawn in a later round, computes after that; reveals go to nobody but the verifier.
 
 pub mod attempt;
+mod entering;
 pub mod frames;
 pub mod nodes;
 pub mod peers;
@@ -27,7 +28,7 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use infera_protocol::assignment::{self, Eligible};
-use infera_protocol::bytes::{Hash32, NodeId};
+use infera_protocol::bytes::{Address, Hash32, NodeId};
 use infera_wire::v1;
 use uuid::Uuid;
 
@@ -36,7 +37,7 @@ pub use types::{Command, Effect, MAX_DELTA_TOKENS, Offer, Rejection, Rules, Sign
 use attempt::{Attempt, Begun, Desk, Progress};
 use nodes::{Connected, ModelSlots, NodeView, Nodes};
 use peers::Peers;
-use trials::{Court, Kind, Outcome, Trials};
+use trials::{Court, Trials};
 use trust::Ledger;
 
 /// How long to wait before a further try with a new set, per try made, ms: nodes that declined
@@ -47,12 +48,6 @@ const LONGEST_TRY_AGAIN_MS: i64 = 2_000;
 /// The longest wait for a verdict before it is asked for again, ms.
 const LONGEST_PATIENCE_MS: i64 = 300_000;
 
-/// When a node that declined its entry trial is tried again, ms.
-const TRY_ENTRY_AGAIN_MS: i64 = 5_000;
-/// What the operator of a node that failed its entry trial is told.
-const TRIAL_FAILED: &str = "the answer to a fresh prompt is not the model's within this class, or did not come in time: \
-                            check the model file, the class and the load of the machine";
-
 /// Everything that one replica holds.
 pub struct State {
     rules: Rules,
@@ -61,6 +56,8 @@ pub struct State {
     peers: Peers,
     trust: Ledger,
     trials: Trials,
+    /// Whose node was let in untried and is tried now.
+    tried_late: Option<Address>,
     /// By model.
     frozen: BTreeMap<Hash32, Frozen>,
     arrivals: u64,
@@ -105,6 +102,7 @@ impl State {
             peers: Peers::default(),
             trust: Ledger::default(),
             trials: Trials::default(),
+            tried_late: None,
             frozen: BTreeMap::new(),
             arrivals: 0,
         }
@@ -264,35 +262,6 @@ impl State {
         done
     }
 
-    /// Lets in, or sends away, whoever was tried by the effects from `first` on.
-    fn after_trials(&mut self, first: usize, now: i64, out: &mut Vec<Effect>) {
-        let mut refused = Vec::new();
-        for effect in &out[first..] {
-            let Effect::Tried(ended) = effect else { continue };
-            match (ended.kind, ended.outcome) {
-                (Kind::Canary, _) => {}
-                (Kind::Entry, Outcome::Passed | Outcome::Void) => self.nodes.set_on_trial(&ended.node, None),
-                (Kind::Entry, Outcome::Declined) => {
-                    self.nodes.set_on_trial(&ended.node, Some(now + TRY_ENTRY_AGAIN_MS));
-                }
-                (Kind::Entry, Outcome::Failed) => refused.push(ended.node),
-            }
-        }
-        for node in refused {
-            out.push(Effect::Send { node, frame: frames::refused("trial_failed", TRIAL_FAILED) });
-        }
-    }
-
-    /// Tries a node that has joined, if there is anybody to judge it.
-    fn enter(&mut self, info: &Connected, now: i64, out: &mut Vec<Effect>) {
-        let Self { rules, nodes, trials, trust, .. } = self;
-        let until_ms =
-            now + rules.lease_ms + rules.reveal_ms + rules.referee_ms * trials::MAX_REFEREES as i64;
-        let tried = rules.entry_trials && trials.entry(info, trust, &mut Court { rules, nodes, now, out });
-        // Longer than any trial: it is only a deadline where a trial was lost.
-        self.nodes.set_on_trial(&info.node, tried.then_some(until_ms));
-    }
-
     fn joined(&mut self, info: Connected, now: i64, out: &mut Vec<Effect>) {
         let node = info.node;
         let other = self.nodes.get(&node).is_some_and(|old| {
@@ -419,9 +388,7 @@ impl State {
         self.hand_back(now, out);
         self.each_working(now, out, |attempt, desk| attempt.tick(desk));
         self.court(now, out, Trials::tick);
-        for info in self.nodes.to_be_tried(now) {
-            self.enter(&info, now, out);
-        }
+        self.enter_later(now, out);
         for (request, held) in &mut self.requests {
             if held.ask_close_at_ms > now {
                 continue;

@@ -7,15 +7,16 @@
 //! A canary (protocol section 8) stands beside the k of an attempt and looks like one of its leases; see
 //! [`infera_protocol::canary`]. The entry trial (section 2) comes before a node is drawn for the first time of its session:
 //! a prompt that nobody has seen, scored by trusted referees of its class. Where nobody is trusted
-//! yet there is none; then everything that a newcomer answers is refereed anyway.
+//! yet a node works without, everything that it answers is refereed, and it is tried once somebody can judge it.
 //!
 //! Trials live in memory: one that is lost with the process says nothing about anybody.
 
+mod entry;
 mod trial;
 
 use std::sync::Arc;
 
-use infera_protocol::assignment::{Eligible, draw_referees, freeze, operators};
+use infera_protocol::assignment::{Eligible, draw_referees, operators};
 use infera_protocol::bytes::{EvmSignature, NodeId};
 use infera_protocol::canary;
 use infera_protocol::commitment;
@@ -25,21 +26,22 @@ use infera_protocol::ids::message_id;
 use infera_protocol::judgement::Conduct;
 use infera_protocol::request::check_output;
 use infera_protocol::trust::Reason;
-use infera_protocol::vrf;
 use infera_wire::convert;
 use infera_wire::v1::{self, from_dispatcher::Message};
 use uuid::Uuid;
 
+pub use entry::Entry;
 use trial::{Stage, Step, Trial, Verdict};
 
 use super::attempt::{Attempt, Desk};
-use super::nodes::{Connected, Nodes};
+use super::nodes::Nodes;
 use super::statements::Stand;
-use super::trust::Ledger;
 use super::{Effect, Rejection, Rules, SignedScores, frames};
 
 /// Most trials at a time; while there are so many, no further ones begin.
 const MAX_TRIALS: usize = 64;
+/// Most of them that are entry trials: newcomers that say nothing never take the places of canaries.
+const MAX_ENTRIES: usize = 48;
 /// Most referees of one trial.
 pub const MAX_REFEREES: usize = 5;
 
@@ -143,26 +145,6 @@ impl Trials {
         let stream = desk.offer.funded.submitted.stream;
         let mut court = Court { rules: desk.rules, nodes: desk.nodes, now: desk.now, out: desk.out };
         self.lease(trial, stream, attempt.traceparent(), &mut court);
-    }
-
-    /// Tries a node that has just joined. `false`: there is nobody to judge it, or too many are tried.
-    pub fn entry(&mut self, info: &Connected, trust: &Ledger, court: &mut Court) -> bool {
-        let Some(model) = court.rules.registry.by_root(&info.model_root) else { return false };
-        let set = freeze(court.nodes.eligible(&info.model_root, trust));
-        let (nonce, now) = (info.session.as_bytes(), court.now.to_be_bytes());
-        let beta =
-            vrf::beta(&court.rules.key.prove(&keccak(&[b"infera.entry.v1", &info.node.0, nonce, &now])));
-        let order = draw_referees(&beta, &set, |operator| *operator == info.operator);
-        // Within a class the bounds hold whatever the prompt; between classes they were measured on texts.
-        let trusted = order.into_iter().filter(|e| e.trusted && e.class == info.class).take(MAX_REFEREES);
-        let mut referees: Vec<Eligible> = trusted.cloned().collect();
-        referees.reverse();
-        if referees.is_empty() || self.live.len() >= MAX_TRIALS {
-            return false;
-        }
-        let trial = Trial::entry(info, &beta, model, referees, court);
-        self.lease(trial, false, "", court);
-        true
     }
 
     fn lease(&mut self, trial: Trial, stream: bool, traceparent: &str, court: &mut Court) {

@@ -117,7 +117,9 @@ fn answer(n: u8, version: u8) -> Reveal {
 
 /// The node's signer, and its operator's key.
 fn evm(n: u8, is_operator: bool) -> EvmKey {
-    EvmKey::from_slice(&[100 + n + u8::from(is_operator) * 100; 32]).unwrap()
+    let mut secret = [100 + n; 32];
+    secret[0] = 1 + u8::from(is_operator);
+    EvmKey::from_slice(&secret).unwrap()
 }
 
 /// By what node n's signer is its operator's.

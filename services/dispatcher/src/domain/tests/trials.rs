@@ -247,10 +247,33 @@ fn a_canary_that_sees_both_seeds_shows_nothing() {
     assert_eq!((ended(&bench).outcome, findings(ended(&bench))), (Outcome::Void, vec![]));
 }
 
-/// Nodes 1 to 3 of trusted operators; 4 has just joined.
+/// Three nodes, so many of trusted operators, which were tried once they could be; 4 has just joined.
 fn entering(trusted: u8) -> Bench {
+    let mut bench = founded(3, trusted);
+    for tried in 0..4 {
+        bench.tick(1);
+        assert_eq!(bench.leases.len(), if trusted > 1 { 3.min(tried + 1) } else { 0 }, "one after the other");
+        if !on_trial(&bench) {
+            break;
+        }
+        let (node, asked) = bench.leases[tried].clone();
+        answer_trial(&mut bench, node, &asked, 5);
+        say(&mut bench, true);
+        assert!(!on_trial(&bench));
+    }
+    (bench.leases, bench.jobs, bench.tried) = Default::default();
+    bench.run(Command::NodeJoined(newcomer(4))).unwrap();
+    bench
+}
+
+fn newcomer(n: u8) -> Connected {
+    Connected { operator: Address([20 + n; 20]), ..connected(n, 1) }
+}
+
+/// Nodes that joined while nobody was trusted; then so many of their operators were.
+fn founded(nodes: u8, trusted: u8) -> Bench {
     let mut bench = Bench::new();
-    bench.state = State::new(Rules { entry_trials: true, ..rules() });
+    bench.state = State::new(Rules { entry_trials: true, canary_ppm: 500_000, ..rules() });
     let rules = infera_protocol::trust::Rules::default();
     let records = (1..=trusted).map(|n| {
         let mut record = Record::default();
@@ -261,13 +284,12 @@ fn entering(trusted: u8) -> Bench {
         }
         (Address([20 + n; 20]), record)
     });
-    for n in 1..=3 {
-        let operator = Address([20 + n; 20]);
-        bench.run(Command::NodeJoined(Connected { operator, ..connected(n, 1) })).unwrap();
+    for n in 1..=nodes {
+        bench.run(Command::NodeJoined(newcomer(n))).unwrap();
     }
     let ledger = Ledger::new(&rules, &Alarm::default(), &records.collect(), 0);
     bench.run(Command::Trust(Box::new(ledger))).unwrap();
-    bench.run(Command::NodeJoined(Connected { operator: Address([24; 20]), ..connected(4, 1) })).unwrap();
+    assert!(!on_trial(&bench) && bench.leases.is_empty());
     bench
 }
 
@@ -295,8 +317,70 @@ fn a_newcomer_is_tried_before_it_is_drawn() {
 
 #[test]
 fn without_a_trusted_operator_newcomers_are_let_in() {
-    let bench = entering(0);
+    let mut bench = entering(0);
+    bench.tick(10_000);
     assert!(!on_trial(&bench) && bench.leases.is_empty());
+}
+
+#[test]
+fn who_was_let_in_while_nobody_could_judge_is_tried_later() {
+    let mut bench = founded(4, 1);
+    bench.tick(1);
+    let (node, asked) = bench.leases[0].clone();
+    assert_eq!(bench.leases.len(), 1, "one after the other");
+    answer_trial(&mut bench, node, &asked, 5);
+    say(&mut bench, true);
+    bench.tick(1);
+    let silent = bench.leases[1].0;
+    bench.tick(1_000);
+    assert_eq!(bench.refused, [(silent, "trial_failed".to_owned())]);
+    bench.run(Command::NodeLeft { node: silent, session: Uuid::from_u128(1) }).unwrap();
+    bench.tick(1);
+    let mut tried: Vec<u8> = bench.leases.iter().map(|(node, _)| number(*node)).collect();
+    tried.sort_unstable();
+    assert_eq!(tried, [2, 3, 4], "not the only judge");
+}
+
+#[test]
+fn silent_newcomers_let_nobody_in_untried_and_leave_room_for_canaries() {
+    let mut bench = founded(6, 6);
+    for n in 10..=80 {
+        bench.run(Command::NodeJoined(newcomer(n))).unwrap();
+    }
+    // A second node of an operator that is tried.
+    bench.run(Command::NodeJoined(Connected { operator: Address([30; 20]), ..connected(81, 1) })).unwrap();
+    let waiting = bench.state.nodes().iter().filter(|view| view.on_trial).count();
+    assert_eq!((bench.leases.len(), waiting), (48, 72));
+    assert!(bench.leases.iter().all(|(node, _)| *node != node_id(&key(81))));
+    bench.run(Command::Offered(Box::new(offer(1)))).unwrap();
+    let of_request = bench.leases.iter().filter(|(_, asked)| asked.id == Uuid::from_u128(1)).count();
+    assert_eq!(of_request, 4, "three and a canary");
+    bench.tick(1_000);
+    assert_eq!(bench.refused.len(), 48);
+    for (node, _) in bench.refused.clone() {
+        bench.run(Command::NodeLeft { node, session: Uuid::from_u128(1) }).unwrap();
+    }
+    bench.tick(4_000);
+    let tried = |n: u8| bench.leases.iter().any(|(node, _)| *node == node_id(&key(n)));
+    assert!((10..=81).all(tried), "the others have waited for their turn");
+}
+
+#[test]
+fn whom_nobody_judged_is_not_let_in() {
+    let mut bench = entering(2);
+    let (node, asked) = bench.leases[0].clone();
+    answer_trial(&mut bench, node, &asked, 5);
+    for _ in 0..2 {
+        let referee = bench.jobs.last().unwrap().0;
+        bench.run(Command::NodeLeft { node: referee, session: Uuid::from_u128(1) }).unwrap();
+    }
+    assert_eq!((ended(&bench).outcome, on_trial(&bench)), (Outcome::Void, true));
+    for n in 1..=2 {
+        bench.run(Command::NodeJoined(newcomer(n))).unwrap();
+    }
+    let before = bench.leases.len();
+    bench.tick(5_000);
+    assert!(bench.leases[before..].iter().any(|(who, _)| *who == node), "it is tried again");
 }
 
 #[test]

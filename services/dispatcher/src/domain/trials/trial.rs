@@ -1,16 +1,13 @@
 //! One trial, from its lease to what follows.
 
-use infera_protocol::admission;
 use infera_protocol::agreement::{Standing, Votes};
 use infera_protocol::assignment::Eligible;
 use infera_protocol::bytes::Hash32;
 use infera_protocol::commitment::Slot;
 use infera_protocol::evidence::SignedCommitment;
 use infera_protocol::identity::verify;
-use infera_protocol::ids::message_id;
 use infera_protocol::judgement::{Conduct, Finding, Mean};
 use infera_protocol::referee::{Report, judge, report_digest};
-use infera_protocol::registry::Model;
 use infera_protocol::request::{Output, Request};
 use infera_protocol::slashing::Statement;
 use infera_protocol::trust::Reason;
@@ -19,7 +16,6 @@ use infera_wire::v1;
 use uuid::Uuid;
 
 use super::{Court, Ended, Kind, Outcome};
-use crate::domain::nodes::Connected;
 use crate::domain::{Effect, Rejection, SignedScores, frames};
 
 #[derive(Debug)]
@@ -72,36 +68,6 @@ pub(super) enum Verdict {
 }
 
 impl Trial {
-    pub(super) fn entry(
-        info: &Connected,
-        beta: &Hash32,
-        model: &Model,
-        referees: Vec<Eligible>,
-        court: &Court,
-    ) -> Self {
-        let id = Uuid::from_u128(u128::from_be_bytes(std::array::from_fn(|i| beta.0[i])));
-        let request = admission::trial(beta, id, model);
-        Self {
-            kind: Kind::Entry,
-            who: Eligible {
-                node: info.node,
-                operator: info.operator,
-                class: info.class.clone(),
-                weight: 1,
-                audit_ppm: 0,
-                trusted: false,
-            },
-            hash: request.hash(&court.rules.domain),
-            job: message_id("trial.job", id, 1),
-            request,
-            attempt: 1,
-            referees,
-            peers: Vec::new(),
-            is_void: false,
-            stage: Stage::Leased { until_ms: court.now + court.rules.lease_ms },
-        }
-    }
-
     /// Where its node answers it.
     pub(super) fn place(&self) -> Slot {
         Slot { request_hash: self.hash, attempt: self.attempt, node: self.who.node }
