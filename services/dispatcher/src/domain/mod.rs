@@ -273,6 +273,7 @@ impl State {
         }
         let is_new = self.nodes.get(&node).is_none();
         self.nodes.join(info.clone());
+        self.court(now, out, |trials, court| trials.resumed(&node, court));
         if is_new {
             self.enter(&info, now, out);
         }

@@ -26,8 +26,7 @@ use infera_protocol::ids::message_id;
 use infera_protocol::judgement::Conduct;
 use infera_protocol::request::check_output;
 use infera_protocol::trust::Reason;
-use infera_wire::convert;
-use infera_wire::v1::{self, from_dispatcher::Message};
+use infera_wire::v1::from_dispatcher::Message;
 use uuid::Uuid;
 
 pub use entry::Entry;
@@ -36,7 +35,7 @@ use trial::{Stage, Step, Trial, Verdict};
 use super::attempt::{Attempt, Desk};
 use super::nodes::Nodes;
 use super::statements::Stand;
-use super::{Effect, Rejection, Rules, SignedScores, frames};
+use super::{Effect, Rejection, Rules, SignedScores};
 
 /// Most trials at a time; while there are so many, no further ones begin.
 const MAX_TRIALS: usize = 64;
@@ -138,26 +137,18 @@ impl Trials {
             peers: Vec::new(),
             is_void: false,
             stage: Stage::Leased { until_ms: desk.now + desk.rules.lease_ms },
+            stream: desk.offer.funded.submitted.stream,
+            traceparent: attempt.traceparent().to_owned(),
             who,
             request,
             referees,
         };
-        let stream = desk.offer.funded.submitted.stream;
         let mut court = Court { rules: desk.rules, nodes: desk.nodes, now: desk.now, out: desk.out };
-        self.lease(trial, stream, attempt.traceparent(), &mut court);
+        self.lease(trial, &mut court);
     }
 
-    fn lease(&mut self, trial: Trial, stream: bool, traceparent: &str, court: &mut Court) {
-        let node = trial.who.node;
-        let lease = v1::Lease {
-            request: Some(convert::request_to_wire(&trial.request)),
-            attempt: trial.attempt,
-            commit_deadline_ms: court.now + court.rules.lease_ms,
-            stream,
-            traceparent: traceparent.to_owned(),
-        };
-        court.nodes.lease(&node, trial.request.id);
-        court.out.push(Effect::Send { node, frame: frames::lease(lease) });
+    fn lease(&mut self, trial: Trial, court: &mut Court) {
+        trial.send(court);
         court.out.push(Effect::SlotsChanged);
         self.live.push(trial);
     }
@@ -201,8 +192,7 @@ impl Trials {
                 let until_ms = court.now + court.rules.reveal_ms;
                 trial.stage = Stage::Asked { commit, statement, until_ms };
                 court.nodes.release(node, request);
-                let frame = frames::reveal_request(request, attempt, until_ms);
-                court.out.push(Effect::Send { node: *node, frame });
+                trial.send(court);
                 court.out.push(Effect::SlotsChanged);
                 return Ok(());
             }
@@ -323,17 +313,23 @@ impl Trials {
         }
     }
 
-    /// The node's session ended.
+    /// The node's session ended: a referee is replaced. Whoever is tried has until its deadlines, as in any slot.
     pub fn left(&mut self, node: &NodeId, court: &mut Court) {
         let mut at = 0;
         while let Some(trial) = self.live.get_mut(at) {
-            let step = if trial.who.node == *node && !matches!(trial.stage, Stage::Scored { .. }) {
-                Step::Ends(Verdict::Missed)
-            } else if trial.asked().is_some_and(|who| who.node == *node) {
-                trial.ask(court)
-            } else {
-                Step::Goes
-            };
+            let asked = trial.asked().is_some_and(|who| who.node == *node);
+            let step = if asked { trial.ask(court) } else { Step::Goes };
+            if !self.after(at, step, court) {
+                at += 1;
+            }
+        }
+    }
+
+    /// The node is back under the same key: what it was asked is sent again, as in any slot.
+    pub fn resumed(&mut self, node: &NodeId, court: &mut Court) {
+        let mut at = 0;
+        while let Some(trial) = self.live.get(at) {
+            let step = if trial.who.node == *node { trial.resume(court) } else { Step::Goes };
             if !self.after(at, step, court) {
                 at += 1;
             }

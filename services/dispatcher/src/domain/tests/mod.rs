@@ -202,6 +202,7 @@ struct Bench {
     /// Trials that ended.
     tried: Vec<super::trials::Ended>,
     leases: Vec<(NodeId, Request)>,
+    reveal_requests: Vec<NodeId>,
     refused: Vec<(NodeId, String)>,
 }
 
@@ -225,6 +226,7 @@ impl Bench {
             jobs: Vec::new(),
             tried: Vec::new(),
             leases: Vec::new(),
+            reveal_requests: Vec::new(),
             refused: Vec::new(),
         }
     }
@@ -322,6 +324,7 @@ impl Bench {
             Message::Refused(refused) => self.refused.push((node, refused.code)),
             Message::RevealRequest(asked) => {
                 let request = Uuid::from_slice(&asked.request_id).unwrap();
+                self.reveal_requests.push(node);
                 if !self.asked.insert((request, asked.attempt, node)) {
                     // Repeated for a node that reconnected.
                     return;

@@ -34,6 +34,12 @@ fn number(node: NodeId) -> u8 {
 
 /// Commits to this answer in a trial, and reveals it.
 fn answer_trial(bench: &mut Bench, node: NodeId, asked: &Request, token: u32) {
+    let reveal = commit_trial(bench, node, asked, token);
+    bench.run(reveal).unwrap();
+}
+
+/// Commits to this answer in a trial; gives its reveal.
+fn commit_trial(bench: &mut Bench, node: NodeId, asked: &Request, token: u32) -> Command {
     let output = Output { tokens: vec![token, END_TOKEN], ..answer(1, 0).output };
     let reveal = Reveal { output, salt: Hash32([7; 32]) };
     let slot = Slot { request_hash: asked.hash(&DOMAIN), attempt: 1, node };
@@ -43,7 +49,7 @@ fn answer_trial(bench: &mut Bench, node: NodeId, asked: &Request, token: u32) {
     let statement = says(n, &slot, &digest);
     bench.run(Command::Committed { node, request: asked.id, attempt: 1, commit, statement }).unwrap();
     let (statement, reveal) = (says_of(n, &slot, &reveal), Box::new(reveal));
-    bench.run(Command::Revealed { node, request: asked.id, attempt: 1, reveal, statement }).unwrap();
+    Command::Revealed { node, request: asked.id, attempt: 1, reveal, statement }
 }
 
 /// The last job's report: right, or far off.
@@ -166,7 +172,10 @@ fn nothing_follows_where_nobody_can_judge() {
 fn who_does_not_answer_has_missed_it() {
     let leave: [fn(&mut Bench, NodeId); 3] = [
         |bench, _| bench.tick(1_000),
-        |bench, node| bench.run(Command::NodeLeft { node, session: Uuid::from_u128(1) }).unwrap(),
+        |bench, node| {
+            bench.run(Command::NodeLeft { node, session: Uuid::from_u128(1) }).unwrap();
+            bench.tick(1_000);
+        },
         |bench, node| bench.run(decline(number(node), 1, 1)).unwrap(),
     ];
     for leave in leave {
@@ -185,6 +194,64 @@ fn who_does_not_answer_has_missed_it() {
     bench.tick(700);
     bench.tick(700);
     assert_eq!(ended(&bench).outcome, Outcome::Void);
+}
+
+#[test]
+fn who_comes_back_is_asked_again_as_in_any_slot() {
+    for leaves in [false, true] {
+        let mut bench = with_canary(6);
+        let (node, asked) = canary(&bench);
+        let info = newcomer(number(node));
+        let back = |bench: &mut Bench, session: u128| {
+            if leaves {
+                let session = Uuid::from_u128(session - 1);
+                bench.run(Command::NodeLeft { node, session }).unwrap();
+            }
+            let session = Uuid::from_u128(session);
+            bench.run(Command::NodeJoined(Connected { session, ..info.clone() })).unwrap();
+        };
+        back(&mut bench, 2);
+        let leases: Vec<_> = bench.leases.iter().filter(|(who, _)| *who == node).collect();
+        assert_eq!(leases, [&(node, asked.clone()), &(node, asked.clone())]);
+        let reveal = commit_trial(&mut bench, node, &asked, 55);
+        back(&mut bench, 3);
+        assert_eq!(bench.reveal_requests, [node, node]);
+        bench.run(reveal).unwrap();
+        say(&mut bench, true);
+        assert_eq!(ended(&bench).outcome, Outcome::Passed);
+    }
+}
+
+#[test]
+fn who_comes_back_as_somebody_else_is_not_asked_again() {
+    let mut bench = with_canary(6);
+    let (node, _) = canary(&bench);
+    let class = "fast".to_owned();
+    let other = Connected { session: Uuid::from_u128(2), class: class.clone(), ..newcomer(number(node)) };
+    bench.run(Command::NodeJoined(other)).unwrap();
+    assert_eq!(findings(ended(&bench)), [Finding::Missed]);
+    assert_eq!(bench.leases.iter().filter(|(who, _)| *who == node).count(), 1);
+
+    let mut bench = entering(3);
+    let node = bench.leases[0].0;
+    let other = Connected { session: Uuid::from_u128(2), class, ..newcomer(4) };
+    bench.run(Command::NodeJoined(other)).unwrap();
+    assert_eq!(ended(&bench).outcome, Outcome::Void);
+    bench.tick(5_000);
+    assert!(bench.refused.is_empty() && !on_trial(&bench), "nobody judges its new class: {node}");
+}
+
+#[test]
+fn a_newcomer_that_lost_its_connection_passes_its_trial() {
+    let mut bench = entering(3);
+    let (node, asked) = bench.leases[0].clone();
+    bench.run(Command::NodeLeft { node, session: Uuid::from_u128(1) }).unwrap();
+    let again = Connected { session: Uuid::from_u128(2), ..newcomer(4) };
+    bench.run(Command::NodeJoined(again)).unwrap();
+    assert_eq!(bench.leases, [(node, asked.clone()), (node, asked.clone())]);
+    answer_trial(&mut bench, node, &asked, 5);
+    say(&mut bench, true);
+    assert_eq!((ended(&bench).outcome, on_trial(&bench)), (Outcome::Passed, false));
 }
 
 #[test]

@@ -45,7 +45,7 @@ impl Trials {
         let order = draw_referees(&beta, &judges, |_| false);
         let referees = order.into_iter().take(MAX_REFEREES).rev().cloned().collect();
         let trial = Trial::entry(info, &beta, model, referees, court);
-        self.lease(trial, false, "", court);
+        self.lease(trial, court);
         Entry::Tried
     }
 
@@ -81,6 +81,8 @@ impl Trial {
             referees,
             peers: Vec::new(),
             is_void: false,
+            stream: false,
+            traceparent: String::new(),
             stage: Stage::Leased { until_ms: court.now + court.rules.lease_ms },
         }
     }

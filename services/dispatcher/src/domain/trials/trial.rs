@@ -33,6 +33,9 @@ pub(super) struct Trial {
     pub(super) peers: Vec<Hash32>,
     /// The node may know what this is: nothing follows from it.
     pub(super) is_void: bool,
+    /// Of the lease.
+    pub(super) stream: bool,
+    pub(super) traceparent: String,
     pub(super) stage: Stage,
 }
 
@@ -71,6 +74,39 @@ impl Trial {
     /// Where its node answers it.
     pub(super) fn place(&self) -> Slot {
         Slot { request_hash: self.hash, attempt: self.attempt, node: self.who.node }
+    }
+
+    /// What the node waits for: its lease, or the request to reveal.
+    pub(super) fn send(&self, court: &mut Court) {
+        let node = self.who.node;
+        let frame = match self.stage {
+            Stage::Leased { until_ms } => {
+                court.nodes.lease(&node, self.request.id);
+                frames::lease(v1::Lease {
+                    request: Some(convert::request_to_wire(&self.request)),
+                    attempt: self.attempt,
+                    commit_deadline_ms: until_ms,
+                    stream: self.stream,
+                    traceparent: self.traceparent.clone(),
+                })
+            }
+            Stage::Asked { until_ms, .. } => frames::reveal_request(self.request.id, self.attempt, until_ms),
+            Stage::Scored { .. } => return,
+        };
+        court.out.push(Effect::Send { node, frame });
+    }
+
+    /// The node is back, with the operator, model and class that it is tried for or with others.
+    pub(super) fn resume(&self, court: &mut Court) -> Step {
+        let is_same = court.nodes.serves(&self.who, &self.request.model_root);
+        if is_same || matches!(self.stage, Stage::Scored { .. }) {
+            self.send(court);
+            return Step::Goes;
+        }
+        Step::Ends(match self.kind {
+            Kind::Canary => Verdict::Missed,
+            Kind::Entry => Verdict::Open,
+        })
     }
 
     pub(super) fn asked(&self) -> Option<&Eligible> {
