@@ -139,6 +139,11 @@ impl Attempt {
         &self.slots
     }
 
+    /// Of all nodes that were sent the request, or its answers.
+    pub fn operators(&self) -> impl Iterator<Item = Address> {
+        self.slots.iter().map(|slot| slot.who.operator).chain(self.referees.operators()).chain(self.canary)
+    }
+
     /// Waits for the verdict.
     pub fn is_collected(&self) -> bool {
         self.collected.is_some()

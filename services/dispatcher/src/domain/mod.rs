@@ -24,7 +24,7 @@ pub mod trials;
 pub mod trust;
 mod types;
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 
 use infera_protocol::assignment::{self, Eligible};
@@ -73,6 +73,8 @@ struct Frozen {
 
 struct Held {
     offer: Offer,
+    /// Operators that know the request's seed from earlier attempts.
+    asked: BTreeSet<Address>,
     /// Who waits longest is served first.
     arrival: u64,
     phase: Phase,
@@ -245,7 +247,7 @@ impl State {
             Command::Tick => self.tick(now, out),
         }
         self.begin_waiting(now, out);
-        self.trials.watch(out);
+        self.trials.watch(&self.nodes, out);
         Ok(())
     }
 
@@ -300,8 +302,8 @@ impl State {
         }
         self.arrivals += 1;
         let ask_close_at_ms = offer.deadline_ms().max(now) + self.rules.close_grace_ms;
-        let held =
-            Held { offer, arrival: self.arrivals, phase: Phase::Storing, close_asked: 0, ask_close_at_ms };
+        let (arrival, asked) = (self.arrivals, BTreeSet::new());
+        let held = Held { offer, asked, arrival, phase: Phase::Storing, close_asked: 0, ask_close_at_ms };
         self.requests.insert(request, held);
         out.push(Effect::StoreAttempt { request });
         out.push(Effect::SlotsChanged);
@@ -412,7 +414,7 @@ impl State {
         out: &mut Vec<Effect>,
         act: impl FnOnce(&mut Attempt, &mut Desk) -> Result<Progress, Rejection>,
     ) -> Result<(), Rejection> {
-        let Self { rules, nodes, requests, .. } = self;
+        let Self { rules, nodes, requests, trials, .. } = self;
         let held = requests.get_mut(&request).ok_or(Rejection::Stale)?;
         let Phase::Working(live) = &mut held.phase else { return Err(Rejection::Stale) };
         if live.number != attempt {
@@ -420,7 +422,7 @@ impl State {
         }
         let mut desk = Desk { rules, offer: &held.offer, nodes, now, out };
         let progress = act(live, &mut desk)?;
-        after(held, progress, rules, nodes, now, out);
+        after(held, progress, trials, rules, nodes, now, out);
         Ok(())
     }
 
@@ -430,12 +432,12 @@ impl State {
         out: &mut Vec<Effect>,
         act: impl Fn(&mut Attempt, &mut Desk) -> Progress,
     ) {
-        let Self { rules, nodes, requests, .. } = self;
+        let Self { rules, nodes, requests, trials, .. } = self;
         for held in requests.values_mut() {
             let Phase::Working(live) = &mut held.phase else { continue };
             let mut desk = Desk { rules, offer: &held.offer, nodes, now, out };
             let progress = act(live, &mut desk);
-            after(held, progress, rules, nodes, now, out);
+            after(held, progress, trials, rules, nodes, now, out);
         }
     }
 
@@ -468,7 +470,7 @@ impl State {
         let begun = Begun { number: *attempt, epoch, class, eligible, traceparent: traceparent.clone() };
         let mut desk = Desk { rules: &self.rules, offer: &held.offer, nodes: &mut self.nodes, now, out };
         let mut attempt = Attempt::begin(begun, &mut desk);
-        self.trials.canary(&mut attempt, &set, &mut desk);
+        self.trials.canary(&mut attempt, &set, &held.asked, &mut desk);
         held.phase = Phase::Working(Box::new(attempt));
     }
 
@@ -497,6 +499,7 @@ fn doubled(wait: i64, repeats: u32) -> i64 {
 fn after(
     held: &mut Held,
     progress: Progress,
+    trials: &mut Trials,
     rules: &Rules,
     nodes: &mut Nodes,
     now: i64,
@@ -506,6 +509,10 @@ fn after(
         return;
     }
     if let Phase::Working(attempt) = &mut held.phase {
+        let request = held.offer.id();
+        trials.note_peers(request, attempt);
+        trials.give_up(request, &mut Court { rules, nodes, now, out });
+        held.asked.extend(attempt.operators());
         let mut desk = Desk { rules, offer: &held.offer, nodes, now, out };
         attempt.end("a new attempt begins", &mut desk);
         if progress == Progress::NoRoom {

@@ -14,10 +14,11 @@
 mod entry;
 mod trial;
 
+use std::collections::BTreeSet;
 use std::sync::Arc;
 
 use infera_protocol::assignment::{Eligible, draw_referees, operators};
-use infera_protocol::bytes::{EvmSignature, NodeId};
+use infera_protocol::bytes::{Address, EvmSignature, NodeId};
 use infera_protocol::canary;
 use infera_protocol::commitment;
 use infera_protocol::evidence::{Reveal, SignedCommitment};
@@ -110,8 +111,15 @@ pub struct Trials {
 }
 
 impl Trials {
-    /// Leases a canary beside an attempt that has just begun, where one is due and somebody is free for it.
-    pub fn canary(&mut self, attempt: &mut Attempt, set: &Arc<Vec<Eligible>>, desk: &mut Desk) {
+    /// Leases a canary beside an attempt that has just begun, where one is due and somebody is free for it. `asked` names
+    /// operators that know the seed of the request from earlier attempts.
+    pub fn canary(
+        &mut self,
+        attempt: &mut Attempt,
+        set: &Arc<Vec<Eligible>>,
+        asked: &BTreeSet<Address>,
+        desk: &mut Desk,
+    ) {
         let beta = attempt.beta();
         let k = desk.offer.funded.submitted.k;
         let due = canary::is_due(&beta, k, operators(set.iter()), desk.rules.canary_ppm);
@@ -119,7 +127,7 @@ impl Trials {
             return;
         }
         let drawn = |operator: &_| attempt.slots().iter().any(|slot| slot.who.operator == *operator);
-        let found = canary::order(&beta, set, drawn)
+        let found = canary::order(&beta, set, |operator| drawn(operator) || asked.contains(operator))
             .into_iter()
             .find(|e| desk.nodes.is_free(&e.node) && desk.nodes.serves(e, &desk.offer.model()));
         let Some(who) = found.cloned() else { return };
@@ -295,18 +303,31 @@ impl Trials {
         }
     }
 
-    /// Looks at what is sent: a node that is asked to referee the attempt beside which it is tried sees both seeds.
-    pub fn watch(&mut self, out: &[Effect]) {
+    /// The attempt ends without a verdict, and whoever still computes beside it may be drawn for the next one, under the
+    /// seed of the request and the same id.
+    pub fn give_up(&mut self, request: Uuid, court: &mut Court) {
+        let mut at = 0;
+        while let Some(trial) = self.live.get(at) {
+            let computes = trial.request.id == request && matches!(trial.stage, Stage::Leased { .. });
+            if !self.after(at, if computes { Step::Ends(Verdict::Open) } else { Step::Goes }, court) {
+                at += 1;
+            }
+        }
+    }
+
+    /// Looks at what is sent: an operator that is asked to referee the attempt beside which it is tried sees both seeds.
+    pub fn watch(&mut self, nodes: &Nodes, out: &[Effect]) {
         if self.live.is_empty() {
             return;
         }
         for effect in out {
             let Effect::Send { node, frame } = effect else { continue };
             let Some(Message::RefereeLease(lease)) = &frame.message else { continue };
+            let Some(operator) = nodes.get(node).map(|info| info.operator) else { continue };
             let id = lease.request.as_ref().map(|request| request.id.as_slice());
             for trial in &mut self.live {
                 let early = matches!(trial.stage, Stage::Leased { .. });
-                if early && trial.who.node == *node && id == Some(trial.request.id.as_bytes()) {
+                if early && trial.who.operator == operator && id == Some(trial.request.id.as_bytes()) {
                     trial.is_void = true;
                 }
             }

@@ -197,6 +197,52 @@ fn who_does_not_answer_has_missed_it() {
 }
 
 #[test]
+fn an_operator_that_referees_with_another_node_sees_both_seeds() {
+    let mut bench = with_canary(6);
+    let (node, asked) = canary(&bench);
+    let operator = Address([20 + number(node); 20]);
+    let second = Connected { operator, ..connected(9, 1) };
+    bench.run(Command::NodeJoined(second)).unwrap();
+    let request = asked.id;
+    let lease = v1::RefereeLease {
+        request: bench.state.requests[&request].offer.wire.submitted.clone().unwrap().request,
+        ..v1::RefereeLease::default()
+    };
+    let sent = Effect::Send { node: node_id(&key(9)), frame: frames::referee_lease(lease) };
+    let State { trials, nodes, .. } = &mut bench.state;
+    trials.watch(nodes, &[sent]);
+    bench.tick(1_000);
+    let (outcome, found) = (ended(&bench).outcome, findings(ended(&bench)));
+    assert_eq!((outcome, found), (Outcome::Void, vec![]));
+}
+
+#[test]
+fn a_canary_ends_with_its_attempt_and_frees_nothing_of_the_next() {
+    let mut bench = with_canary(6);
+    let (node, asked) = canary(&bench);
+    // Everybody else is full: the attempt begins anew.
+    for _ in 0..2 {
+        for n in (1..=6).filter(|n| *n != number(node)) {
+            let _ = bench.run(decline(n, 1, 1));
+        }
+    }
+    assert_eq!((ended(&bench).outcome, findings(ended(&bench))), (Outcome::Void, vec![]), "nobody missed it");
+    bench.tick(2_000);
+    assert_eq!(bench.attempts[&asked.id], 2);
+    let busy = |bench: &Bench| {
+        let views = bench.state.nodes();
+        views.iter().find(|view| view.info.node == node).map(|view| view.busy)
+    };
+    let again = bench.leases.iter().filter(|(who, _)| *who == node).count() == 2;
+    assert_eq!(busy(&bench), Some(u32::from(again)));
+    let first = offer(1).funded.submitted.request.seed;
+    let seeds = bench.leases.iter().map(|(_, request)| request.seed).filter(|seed| *seed != first);
+    assert_eq!(seeds.count(), 1, "everybody knows the request's seed now");
+    bench.tick(999);
+    assert_eq!(busy(&bench), Some(u32::from(again)), "the lease of the second attempt is its own");
+}
+
+#[test]
 fn who_comes_back_is_asked_again_as_in_any_slot() {
     for leaves in [false, true] {
         let mut bench = with_canary(6);
