@@ -321,11 +321,16 @@ impl Attempt {
         let same = desk.nodes.get(node).is_some_and(|info| {
             info.class == self.class && info.model_root == desk.offer.model() && self.draws(info)
         });
-        let computing = self.slots.iter().all(|slot| match slot.state {
+        same && self.is_computing() && self.alive() < self.wanted
+    }
+
+    /// Nobody was asked for a reveal yet.
+    pub fn is_computing(&self) -> bool {
+        let computing = |slot: &Slot| match slot.state {
             SlotState::Leased | SlotState::Committed(_) | SlotState::Ended { .. } => true,
             SlotState::Asked { .. } | SlotState::Revealed { .. } => false,
-        });
-        same && computing && self.collected.is_none() && self.alive() < self.wanted
+        };
+        self.collected.is_none() && self.slots.iter().all(computing)
     }
 
     fn draws(&self, info: &Connected) -> bool {

@@ -247,8 +247,18 @@ impl State {
             Command::Tick => self.tick(now, out),
         }
         self.begin_waiting(now, out);
+        self.ask_canaries(now, out);
         self.trials.watch(&self.nodes, out);
         Ok(())
+    }
+
+    fn ask_canaries(&mut self, now: i64, out: &mut Vec<Effect>) {
+        let Self { rules, nodes, trials, requests, .. } = self;
+        let waits = |request: Uuid, attempt| match requests.get(&request).map(|held| &held.phase) {
+            Some(Phase::Working(live)) => live.number == attempt && live.is_computing(),
+            _ => false,
+        };
+        trials.ask(waits, &mut Court { rules, nodes, now, out });
     }
 
     fn court<T>(

@@ -1,11 +1,11 @@
 //! Trials: leases whose answers nobody waits for, scored by referees to see whether a node computes what it says.
 //!
 //! ```text
-//!  Leased ─commitment─> Asked ─reveal─> Scored ─report─> kept or refuted by two of three ─> conduct
+//!  Leased ─commitment─> Committed ─> Asked ─reveal─> Scored ─report─> kept or refuted by two of three ─> conduct
 //! ```
 //!
 //! A canary (protocol section 8) stands beside the k of an attempt and looks like one of its leases; see
-//! [`infera_protocol::canary`]. The entry trial (section 2) comes before a node is drawn for the first time of its session:
+//! [`infera_protocol::canary`]. Its reveal is asked for when those of the attempt are. The entry trial (section 2) comes before a node is drawn for the first time of its session:
 //! a prompt that nobody has seen, scored by trusted referees of its class. Where nobody is trusted
 //! yet a node works without, everything that it answers is refereed, and it is tried once somebody can judge it.
 //!
@@ -180,7 +180,7 @@ impl Trials {
         self.live.iter().position(|t| t.job == job && t.asked().is_some_and(|who| who.node == *node))
     }
 
-    /// A commitment in a trial; the reveal is asked for at once.
+    /// A commitment in a trial. A newcomer is asked for its reveal at once, a canary by [`Trials::ask`].
     ///
     /// # Errors
     /// As for any slot.
@@ -197,15 +197,18 @@ impl Trials {
         let statement = stand.commits(&commit, statement)?;
         let first = match &trial.stage {
             Stage::Leased { until_ms } if court.now < *until_ms => {
-                let until_ms = court.now + court.rules.reveal_ms;
-                trial.stage = Stage::Asked { commit, statement, until_ms };
+                trial.stage = Stage::Committed { commit, statement };
                 court.nodes.release(node, request);
-                trial.send(court);
+                if trial.kind == Kind::Entry {
+                    trial.ask_reveal(court);
+                }
                 court.out.push(Effect::SlotsChanged);
                 return Ok(());
             }
             Stage::Leased { .. } | Stage::Scored { .. } => return Err(Rejection::Late),
-            Stage::Asked { commit, statement, .. } => (*commit, *statement),
+            Stage::Committed { commit, statement } | Stage::Asked { commit, statement, .. } => {
+                (*commit, *statement)
+            }
         };
         if first.0.digest == commit.digest {
             return Ok(());
@@ -230,7 +233,7 @@ impl Trials {
         let trial = &mut self.live[at];
         let (commit, said) = match &trial.stage {
             Stage::Asked { commit, statement, .. } => (*commit, *statement),
-            Stage::Leased { .. } => return Err(Rejection::NotAsked),
+            Stage::Leased { .. } | Stage::Committed { .. } => return Err(Rejection::NotAsked),
             Stage::Scored { .. } => return Ok(()),
         };
         let place = trial.place();
@@ -299,6 +302,16 @@ impl Trials {
             if trial.request.id == request && trial.attempt == attempt.number {
                 trial.peers =
                     attempt.slots().iter().filter_map(|s| s.reveal()).map(|r| r.output.hash()).collect();
+            }
+        }
+    }
+
+    /// Asks canaries that have committed for their reveals, where `waits` does not say that the attempt still waits for
+    /// commitments: earlier than anybody else, they would know what they are.
+    pub fn ask(&mut self, waits: impl Fn(Uuid, u32) -> bool, court: &mut Court) {
+        for trial in &mut self.live {
+            if matches!(trial.stage, Stage::Committed { .. }) && !waits(trial.request.id, trial.attempt) {
+                trial.ask_reveal(court);
             }
         }
     }

@@ -331,7 +331,7 @@ impl Bench {
                 }
                 let slot_of = |attempt: &Attempt| attempt.slots().iter().any(|slot| slot.who.node == node);
                 let Some(attempt) = self.state.attempt(request).filter(|attempt| slot_of(attempt)) else {
-                    // A trial: nobody else's commitment is waited for.
+                    // A trial.
                     assert!(self.leases.iter().any(|(who, asked)| *who == node && asked.id == request));
                     return;
                 };

@@ -32,10 +32,23 @@ fn number(node: NodeId) -> u8 {
     (1..=9).find(|n| node_id(&key(*n)) == node).unwrap()
 }
 
-/// Commits to this answer in a trial, and reveals it.
+/// Commits to this answer in a trial, and reveals it once it is asked for: by its attempt, where it is a canary.
 fn answer_trial(bench: &mut Bench, node: NodeId, asked: &Request, token: u32) {
     let reveal = commit_trial(bench, node, asked, token);
+    if !bench.reveal_requests.contains(&node) {
+        answer_all(bench);
+    }
     bench.run(reveal).unwrap();
+}
+
+/// The nodes of attempt 1 commit to everybody's answer and reveal it.
+fn answer_all(bench: &mut Bench) {
+    for n in bench.drawn() {
+        bench.run(commit(n, 1, 1, 0)).unwrap();
+    }
+    for n in bench.drawn() {
+        bench.run(reveal(n, 1, 1, 0)).unwrap();
+    }
 }
 
 /// Commits to this answer in a trial; gives its reveal.
@@ -128,12 +141,7 @@ fn a_copy_fails_its_own_seed() {
     for (peers, reason) in [(true, Reason::Copy), (false, Reason::Answer)] {
         let mut bench = with_canary(6);
         let (node, asked) = canary(&bench);
-        for n in bench.drawn() {
-            bench.run(commit(n, 1, 1, 0)).unwrap();
-        }
-        for n in bench.drawn() {
-            bench.run(reveal(n, 1, 1, 0)).unwrap();
-        }
+        answer_all(&mut bench);
         let copied = answer(1, 0).output.tokens[0];
         answer_trial(&mut bench, node, &asked, if peers { copied } else { 77 });
         say(&mut bench, false);
@@ -194,6 +202,35 @@ fn who_does_not_answer_has_missed_it() {
     bench.tick(700);
     bench.tick(700);
     assert_eq!(ended(&bench).outcome, Outcome::Void);
+}
+
+#[test]
+fn a_canary_is_asked_for_its_reveal_when_the_others_are() {
+    let was_asked = |bench: &Bench, node| bench.reveal_requests.contains(&node);
+    let mut bench = with_canary(6);
+    let (node, asked) = canary(&bench);
+    let reveal = commit_trial(&mut bench, node, &asked, 55);
+    assert_eq!(bench.run(reveal), Err(Rejection::NotAsked));
+    let drawn = bench.drawn();
+    bench.run(commit(drawn[0], 1, 1, 0)).unwrap();
+    bench.run(commit(drawn[1], 1, 1, 0)).unwrap();
+    bench.tick(900);
+    assert!(bench.reveal_requests.is_empty());
+    bench.run(commit(drawn[2], 1, 1, 0)).unwrap();
+    assert!(was_asked(&bench, node) && bench.reveal_requests.len() == 4);
+
+    // A late one has nobody to wait for, and neither has one whose attempt is gone.
+    let mut bench = with_canary(6);
+    answer_all(&mut bench);
+    assert!(!was_asked(&bench, node));
+    commit_trial(&mut bench, node, &asked, 55);
+    assert!(was_asked(&bench, node));
+    let mut bench = with_canary(6);
+    commit_trial(&mut bench, node, &asked, 55);
+    bench.run(Command::Closed { request: asked.id }).unwrap();
+    assert!(was_asked(&bench, node));
+    bench.tick(500);
+    assert_eq!(findings(ended(&bench)), [Finding::Missed]);
 }
 
 #[test]
@@ -260,8 +297,10 @@ fn who_comes_back_is_asked_again_as_in_any_slot() {
         let leases: Vec<_> = bench.leases.iter().filter(|(who, _)| *who == node).collect();
         assert_eq!(leases, [&(node, asked.clone()), &(node, asked.clone())]);
         let reveal = commit_trial(&mut bench, node, &asked, 55);
+        answer_all(&mut bench);
         back(&mut bench, 3);
-        assert_eq!(bench.reveal_requests, [node, node]);
+        let requests = bench.reveal_requests.iter().filter(|who| **who == node).count();
+        assert_eq!(requests, 2);
         bench.run(reveal).unwrap();
         say(&mut bench, true);
         assert_eq!(ended(&bench).outcome, Outcome::Passed);
@@ -309,6 +348,7 @@ fn a_reveal_that_does_not_open_the_commitment_is_bad() {
     let slot = Slot { request_hash: asked.hash(&DOMAIN), attempt: 1, node };
     let statement = says(number(node), &slot, &digest);
     bench.run(Command::Committed { node, request: asked.id, attempt: 1, commit, statement }).unwrap();
+    answer_all(&mut bench);
     let reveal = Box::new(answer(1, 0));
     let statement = says_of(number(node), &slot, &reveal);
     bench.run(Command::Revealed { node, request: asked.id, attempt: 1, reveal, statement }).unwrap();
@@ -345,12 +385,7 @@ fn a_canary_that_sees_both_seeds_shows_nothing() {
     // Six operators: three answer, one has the canary; all of the others referee the attempt.
     let mut bench = with_canary(6);
     let (node, asked) = canary(&bench);
-    for n in bench.drawn() {
-        bench.run(commit(n, 1, 1, 0)).unwrap();
-    }
-    for n in bench.drawn() {
-        bench.run(reveal(n, 1, 1, 0)).unwrap();
-    }
+    answer_all(&mut bench);
     let answers = bench.evidence.as_ref().unwrap().answers().iter().map(|(hash, ..)| *hash).collect();
     let request = asked.id;
     bench.run(Command::MoreReferees { request, attempt: 1, round: 1, count: 3, answers }).unwrap();

@@ -42,6 +42,7 @@ pub(super) struct Trial {
 #[derive(Debug)]
 pub(super) enum Stage {
     Leased { until_ms: i64 },
+    Committed { commit: SignedCommitment, statement: Statement },
     Asked { commit: SignedCommitment, statement: Statement, until_ms: i64 },
     Scored { output: Output, votes: Vec<Vote>, asked: Option<(Eligible, i64)> },
 }
@@ -91,9 +92,17 @@ impl Trial {
                 })
             }
             Stage::Asked { until_ms, .. } => frames::reveal_request(self.request.id, self.attempt, until_ms),
-            Stage::Scored { .. } => return,
+            Stage::Committed { .. } | Stage::Scored { .. } => return,
         };
         court.out.push(Effect::Send { node, frame });
+    }
+
+    /// Asks who has committed for the reveal.
+    pub(super) fn ask_reveal(&mut self, court: &mut Court) {
+        if let Stage::Committed { commit, statement } = self.stage {
+            self.stage = Stage::Asked { commit, statement, until_ms: court.now + court.rules.reveal_ms };
+            self.send(court);
+        }
     }
 
     /// The node is back, with the operator, model and class that it is tried for or with others.
@@ -119,7 +128,7 @@ impl Trial {
     fn votes(&self) -> &[Vote] {
         match &self.stage {
             Stage::Scored { votes, .. } => votes,
-            Stage::Leased { .. } | Stage::Asked { .. } => &[],
+            Stage::Leased { .. } | Stage::Committed { .. } | Stage::Asked { .. } => &[],
         }
     }
 
