@@ -18,15 +18,16 @@ use std::collections::BTreeSet;
 use std::sync::Arc;
 
 use infera_protocol::assignment::{Eligible, draw_referees, operators};
-use infera_protocol::bytes::{Address, EvmSignature, NodeId};
+use infera_protocol::bytes::{Address, EvmSignature, Hash32, NodeId};
 use infera_protocol::canary;
 use infera_protocol::commitment;
 use infera_protocol::evidence::{Reveal, SignedCommitment};
 use infera_protocol::hash::keccak;
-use infera_protocol::ids::message_id;
+use infera_protocol::ids::id_beside;
 use infera_protocol::judgement::Conduct;
 use infera_protocol::request::check_output;
 use infera_protocol::trust::Reason;
+use infera_protocol::vrf;
 use infera_wire::v1::from_dispatcher::Message;
 use uuid::Uuid;
 
@@ -108,6 +109,8 @@ pub struct Ended {
 #[derive(Debug, Default)]
 pub struct Trials {
     live: Vec<Trial>,
+    /// Of the last attempt that began: what a referee's job usually brings.
+    traceparent: String,
 }
 
 impl Trials {
@@ -120,6 +123,7 @@ impl Trials {
         asked: &BTreeSet<Address>,
         desk: &mut Desk,
     ) {
+        self.traceparent = attempt.traceparent().to_owned();
         let beta = attempt.beta();
         let k = desk.offer.funded.submitted.k;
         let due = canary::is_due(&beta, k, operators(set.iter()), desk.rules.canary_ppm);
@@ -137,10 +141,14 @@ impl Trials {
         });
         let referees = order.into_iter().take(MAX_REFEREES).rev().cloned().collect();
         attempt.stands_beside(who.operator);
+        let secret = vrf::beta(&desk.rules.key.prove(&keccak(&[b"infera.canary.job.v1", &beta.0])));
         let trial = Trial {
             kind: Kind::Canary,
             hash: request.hash(&desk.rules.domain),
-            job: message_id("trial.job", request.id, attempt.number.into()),
+            job: id_beside(request.id, &secret),
+            job_traceparent: traceparent_like(attempt.traceparent(), &secret),
+            secret,
+            checked: Vec::new(),
             attempt: attempt.number,
             peers: Vec::new(),
             is_void: false,
@@ -378,9 +386,7 @@ impl Trials {
                 Stage::Leased { until_ms } | Stage::Asked { until_ms, .. } if *until_ms <= court.now => {
                     Step::Ends(Verdict::Missed)
                 }
-                Stage::Scored { asked: Some((_, until_ms)), .. } if *until_ms <= court.now => {
-                    trial.ask(court)
-                }
+                Stage::Scored { asked: Some(asked), .. } if asked.until_ms <= court.now => trial.ask(court),
                 _ => Step::Goes,
             };
             if !self.after(at, step, court) {
@@ -396,4 +402,12 @@ impl Trials {
         trial.end(verdict, court);
         true
     }
+}
+
+/// A trace of its own in the form of another one: referees are not to know a trial by it. Empty where that is.
+fn traceparent_like(other: &str, secret: &Hash32) -> String {
+    // `00-<32 hex>-<16 hex>` and the flags.
+    let Some(flags) = other.get(52..) else { return String::new() };
+    let hex: String = secret.0[8..].iter().map(|byte| format!("{byte:02x}")).collect();
+    format!("00-{}-{}{flags}", &hex[..32], &hex[32..])
 }

@@ -27,6 +27,7 @@ use super::*;
 
 const DOMAIN: Domain = Domain { chain_id: 1, contract: Address([1; 20]) };
 const MODEL: Hash32 = Hash32([2; 32]);
+const TRACEPARENT: &str = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01";
 const DEADLINE_MS: i64 = 1_000_000;
 
 fn registry() -> Registry {
@@ -266,7 +267,7 @@ impl Bench {
                 let attempt = self.attempts.entry(request).or_insert(0);
                 *attempt += 1;
                 let attempt = *attempt;
-                let stored = Command::AttemptStored { request, attempt, traceparent: String::new() };
+                let stored = Command::AttemptStored { request, attempt, traceparent: TRACEPARENT.to_owned() };
                 // Closed meanwhile: nothing to begin.
                 let _ = self.run(stored);
             }

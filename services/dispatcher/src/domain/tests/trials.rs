@@ -10,8 +10,14 @@ use crate::domain::trials::{Ended, Kind, Outcome};
 
 /// Request 1 at `nodes` nodes of as many operators, and a canary beside it.
 fn with_canary(nodes: u8) -> Bench {
+    with_canary_of(nodes, 3)
+}
+
+/// As [`with_canary`], by another dispatcher's key.
+fn with_canary_of(nodes: u8, seed: u8) -> Bench {
     let mut bench = Bench::new();
-    bench.state = State::new(Rules { canary_ppm: 500_000, ..rules() });
+    let key = VrfSecret::from_seed(&[seed; 32]).unwrap();
+    bench.state = State::new(Rules { canary_ppm: 500_000, key, ..rules() });
     for n in 1..=nodes {
         let operator = Address([20 + n; 20]);
         bench.run(Command::NodeJoined(Connected { operator, ..connected(n, 1) })).unwrap();
@@ -127,6 +133,9 @@ fn an_honest_canary_passes_and_nobody_waits_for_it() {
     let (referee, job) = bench.jobs[0].clone();
     let about = convert::request(job.request.as_ref().unwrap()).unwrap();
     assert!(about.id != asked.id && about.seed == asked.seed, "scored under its own seed and another name");
+    assert!(about.id.get_version_num() == 7 && about.id.as_bytes()[..6] == asked.id.as_bytes()[..6]);
+    assert!(job.traceparent != TRACEPARENT && job.traceparent.len() == TRACEPARENT.len());
+    assert!(infera_runtime::trace::trace_id(&job.traceparent).is_some(), "{}", job.traceparent);
     assert!(referee != node && !drawn.contains(&number(referee)), "by somebody from outside");
     say(&mut bench, true);
     let ended = ended(&bench);
@@ -163,6 +172,36 @@ fn a_lying_referee_is_outvoted() {
     assert_eq!(ended(&bench).outcome, Outcome::Passed);
     let report = Finding::Bad(Reason::Report);
     assert_eq!(findings(ended(&bench)), [Finding::Completed, report, Finding::Completed, Finding::Completed]);
+}
+
+#[test]
+fn a_referee_that_misses_a_defect_in_a_trial_is_lazy_and_the_next_one_is_asked() {
+    let answer = [55, END_TOKEN];
+    let (mut planted, mut plain) = (0, 0);
+    for seed in 0..240 {
+        let mut bench = with_canary_of(7, seed);
+        let (node, asked) = canary(&bench);
+        answer_trial(&mut bench, node, &asked, answer[0]);
+        let (referee, first) = bench.jobs[0].clone();
+        if first.subjects[0].tokens == answer {
+            plain += 1;
+            continue;
+        }
+        planted += 1;
+        assert_eq!(first.subjects[0].tokens.len(), 2, "one token is another");
+        let notices = planted % 2 == 0;
+        say(&mut bench, !notices);
+        assert!(bench.tried.is_empty() && bench.jobs.len() == 2, "it says nothing about the answer");
+        while bench.tried.is_empty() {
+            say(&mut bench, true);
+        }
+        let expected = if notices { Finding::Completed } else { Finding::Bad(Reason::Planted) };
+        assert_eq!((ended(&bench).outcome, ended(&bench).conduct[0].node), (Outcome::Passed, node));
+        let of_first = ended(&bench).conduct.iter().find(|conduct| conduct.node == referee).unwrap();
+        assert_eq!(of_first.finding, expected);
+    }
+    // One in twenty: 12 expected.
+    assert!((4..=24).contains(&planted) && planted + plain == 240, "{planted}");
 }
 
 #[test]
@@ -451,7 +490,7 @@ fn a_newcomer_is_tried_before_it_is_drawn() {
         let mut bench = entering(3);
         assert!(on_trial(&bench) && bench.state.model_slots(&MODEL).0.free == 6);
         let (node, asked) = bench.leases[0].clone();
-        assert_eq!((number(node), asked.prompt.len()), (4, 24));
+        assert_eq!((number(node), asked.prompt.len(), asked.id.get_version_num()), (4, 24, 7));
         answer_trial(&mut bench, node, &asked, 5);
         let votes = if is_good { 1 } else { 2 };
         (0..votes).for_each(|_| say(&mut bench, is_good));

@@ -4,13 +4,12 @@ use infera_protocol::admission;
 use infera_protocol::assignment::{Eligible, draw_referees, freeze};
 use infera_protocol::bytes::{Address, Hash32};
 use infera_protocol::hash::keccak;
-use infera_protocol::ids::message_id;
+use infera_protocol::ids::id_at;
 use infera_protocol::registry::Model;
 use infera_protocol::vrf;
-use uuid::Uuid;
 
 use super::trial::{Stage, Trial};
-use super::{Court, Kind, MAX_ENTRIES, MAX_REFEREES, MAX_TRIALS, Trials};
+use super::{Court, Kind, MAX_ENTRIES, MAX_REFEREES, MAX_TRIALS, Trials, traceparent_like};
 use crate::domain::nodes::Connected;
 use crate::domain::trust::Ledger;
 
@@ -44,7 +43,7 @@ impl Trials {
             vrf::beta(&court.rules.key.prove(&keccak(&[b"infera.entry.v1", &info.node.0, nonce, &now])));
         let order = draw_referees(&beta, &judges, |_| false);
         let referees = order.into_iter().take(MAX_REFEREES).rev().cloned().collect();
-        let trial = Trial::entry(info, &beta, model, referees, court);
+        let trial = Trial::entry(info, &beta, model, referees, &self.traceparent, court);
         self.lease(trial, court);
         Entry::Tried
     }
@@ -61,8 +60,18 @@ impl Trials {
 }
 
 impl Trial {
-    fn entry(info: &Connected, beta: &Hash32, model: &Model, referees: Vec<Eligible>, court: &Court) -> Self {
-        let id = Uuid::from_u128(u128::from_be_bytes(std::array::from_fn(|i| beta.0[i])));
+    fn entry(
+        info: &Connected,
+        beta: &Hash32,
+        model: &Model,
+        referees: Vec<Eligible>,
+        traceparent: &str,
+        court: &Court,
+    ) -> Self {
+        let random = |what: &[u8]| keccak(&[b"infera.entry.job.v1", what, &beta.0]);
+        let now_ms = u64::try_from(court.now).unwrap_or(0);
+        let id = id_at(now_ms, &random(b"id"));
+        let secret = random(b"secret");
         let request = admission::trial(beta, id, model);
         Self {
             kind: Kind::Entry,
@@ -75,14 +84,17 @@ impl Trial {
                 trusted: false,
             },
             hash: request.hash(&court.rules.domain),
-            job: message_id("trial.job", id, 1),
+            job: id_at(now_ms, &secret),
+            job_traceparent: traceparent_like(traceparent, &secret),
+            secret,
+            checked: Vec::new(),
             request,
             attempt: 1,
             referees,
             peers: Vec::new(),
             is_void: false,
             stream: false,
-            traceparent: String::new(),
+            traceparent: traceparent_like(traceparent, &random(b"lease")),
             stage: Stage::Leased { until_ms: court.now + court.rules.lease_ms },
         }
     }

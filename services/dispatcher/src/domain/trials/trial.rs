@@ -6,7 +6,7 @@ use infera_protocol::bytes::Hash32;
 use infera_protocol::commitment::Slot;
 use infera_protocol::evidence::SignedCommitment;
 use infera_protocol::identity::verify;
-use infera_protocol::judgement::{Conduct, Finding, Mean};
+use infera_protocol::judgement::{Conduct, Finding, Mean, is_planted, planted};
 use infera_protocol::referee::{Report, judge, report_digest};
 use infera_protocol::request::{Output, Request};
 use infera_protocol::slashing::Statement;
@@ -27,6 +27,11 @@ pub(super) struct Trial {
     pub(super) attempt: u32,
     /// The id under which referees score the answer: they are not told which request it is about.
     pub(super) job: Uuid,
+    pub(super) job_traceparent: String,
+    /// Decides which referees get a defect in place of the answer; known to nobody.
+    pub(super) secret: Hash32,
+    /// Referees whose job held a defect, and whether they noticed it.
+    pub(super) checked: Vec<(Eligible, bool)>,
     /// Who may score it, the next one last.
     pub(super) referees: Vec<Eligible>,
     /// Answers of the attempt beside which a canary stands, by hash.
@@ -44,7 +49,16 @@ pub(super) enum Stage {
     Leased { until_ms: i64 },
     Committed { commit: SignedCommitment, statement: Statement },
     Asked { commit: SignedCommitment, statement: Statement, until_ms: i64 },
-    Scored { output: Output, votes: Vec<Vote>, asked: Option<(Eligible, i64)> },
+    Scored { output: Output, votes: Vec<Vote>, asked: Option<Asked> },
+}
+
+/// A referee at work.
+#[derive(Debug)]
+pub(super) struct Asked {
+    pub(super) who: Eligible,
+    pub(super) until_ms: i64,
+    /// What it scores in place of the answer, as in any referee's job.
+    defect: Option<Output>,
 }
 
 #[derive(Debug)]
@@ -120,7 +134,7 @@ impl Trial {
 
     pub(super) fn asked(&self) -> Option<&Eligible> {
         match &self.stage {
-            Stage::Scored { asked: Some((who, _)), .. } => Some(who),
+            Stage::Scored { asked: Some(asked), .. } => Some(&asked.who),
             _ => None,
         }
     }
@@ -149,6 +163,7 @@ impl Trial {
             }
             Standing::Unscored | Standing::Contested => {}
         }
+        let vocab_size = court.rules.terms(&self.request.model_root).map(|terms| terms.vocab_size);
         let job = v1::Request { id: self.job.as_bytes().to_vec(), ..convert::request_to_wire(&self.request) };
         let Stage::Scored { output, asked, .. } = &mut self.stage else { return Step::Goes };
         *asked = None;
@@ -157,18 +172,22 @@ impl Trial {
                 continue;
             }
             let until_ms = court.now + court.rules.referee_ms;
+            let defect = vocab_size
+                .filter(|_| is_planted(&self.secret, &who.node))
+                .map(|size| planted(&self.secret, &who.node, output, size));
+            let subject = defect.as_ref().unwrap_or(output);
             let lease = v1::RefereeLease {
                 request: Some(job),
                 attempt: self.attempt,
                 subjects: vec![v1::Subject {
-                    tokens: output.tokens.clone(),
-                    finish: convert::finish_to_wire(output.finish).into(),
+                    tokens: subject.tokens.clone(),
+                    finish: convert::finish_to_wire(subject.finish).into(),
                 }],
                 deadline_ms: until_ms,
-                traceparent: String::new(),
+                traceparent: self.job_traceparent.clone(),
             };
             court.out.push(Effect::Send { node: who.node, frame: frames::referee_lease(lease) });
-            *asked = Some((who, until_ms));
+            *asked = Some(Asked { who, until_ms, defect });
             return Step::Goes;
         }
         Step::Ends(Verdict::Open)
@@ -177,24 +196,29 @@ impl Trial {
     /// Takes the report of the referee that was asked.
     pub(super) fn take(&mut self, reports: &[SignedScores], court: &mut Court) -> Result<Step, Rejection> {
         let job = Request { id: self.job, ..self.request.clone() };
-        let Stage::Scored { output, votes, asked: Some((who, _)) } = &mut self.stage else {
+        let Stage::Scored { output, votes, asked: Some(Asked { who, defect, .. }) } = &mut self.stage else {
             return Err(Rejection::NotLeased);
         };
+        let subject = defect.as_ref().unwrap_or(output);
         let [SignedScores { scores, signature }] = reports else { return Ok(self.ask(court)) };
         let hash = job.hash(&court.rules.domain);
         let digest =
-            report_digest(&court.rules.domain, &hash, self.attempt, &who.node, &output.hash(), scores);
+            report_digest(&court.rules.domain, &hash, self.attempt, &who.node, &subject.hash(), scores);
         verify(&who.node, &digest, signature).map_err(|_| Rejection::BadSignature)?;
         let bounds = court.rules.registry.calibration.bounds(&who.class, &self.who.class);
         if let (Some(bounds), Ok(report)) = (bounds, Report::decode(scores))
-            && report.scores.len() == output.tokens.len()
+            && report.scores.len() == subject.tokens.len()
         {
+            let is_good = judge(subject.tokens.len(), &report, bounds).is_ok();
+            if defect.is_some() {
+                self.checked.push((who.clone(), !is_good));
+                return Ok(self.ask(court));
+            }
             let mean = Mean {
                 micro: report.clipped_mean_micro(bounds.clip_milli),
                 class: self.who.class.clone(),
                 referee_class: who.class.clone(),
             };
-            let is_good = judge(output.tokens.len(), &report, bounds).is_ok();
             votes.push(Vote { who: who.clone(), is_good, mean });
         }
         Ok(self.ask(court))
@@ -217,7 +241,11 @@ impl Trial {
             Verdict::Bad(_) | Verdict::Missed => Outcome::Failed,
             Verdict::Open => Outcome::Void,
         };
-        let conduct = if outcome == Outcome::Void { Vec::new() } else { self.conduct(verdict) };
+        let mut conduct = if outcome == Outcome::Void { Vec::new() } else { self.conduct(verdict) };
+        conduct.extend(self.checked.iter().map(|(who, noticed)| {
+            let finding = if *noticed { Finding::Completed } else { Finding::Bad(Reason::Planted) };
+            Conduct { node: who.node, operator: who.operator, finding, mean: None }
+        }));
         court.out.push(Effect::Tried(Box::new(Ended { kind: self.kind, request, node, outcome, conduct })));
     }
 
