@@ -17,6 +17,7 @@ mod entering;
 pub mod frames;
 pub mod nodes;
 pub mod peers;
+mod prompts;
 pub mod referees;
 pub mod slot;
 mod statements;
@@ -37,6 +38,7 @@ pub use types::{Command, Effect, MAX_DELTA_TOKENS, Offer, Rejection, Rules, Sign
 use attempt::{Attempt, Begun, Desk, Progress};
 use nodes::{Connected, ModelSlots, NodeView, Nodes};
 use peers::Peers;
+use prompts::Prompts;
 use trials::{Court, Trials};
 use trust::Ledger;
 
@@ -56,6 +58,7 @@ pub struct State {
     peers: Peers,
     trust: Ledger,
     trials: Trials,
+    prompts: Prompts,
     /// Whose node was let in untried and is tried now.
     tried_late: Option<Address>,
     /// By model.
@@ -104,6 +107,7 @@ impl State {
             peers: Peers::default(),
             trust: Ledger::default(),
             trials: Trials::default(),
+            prompts: Prompts::default(),
             tried_late: None,
             frozen: BTreeMap::new(),
             arrivals: 0,
@@ -480,7 +484,9 @@ impl State {
         let begun = Begun { number: *attempt, epoch, class, eligible, traceparent: traceparent.clone() };
         let mut desk = Desk { rules: &self.rules, offer: &held.offer, nodes: &mut self.nodes, now, out };
         let mut attempt = Attempt::begin(begun, &mut desk);
-        self.trials.canary(&mut attempt, &set, &held.asked, &mut desk);
+        let other = self.prompts.other(&attempt.beta(), &held.offer, &self.rules);
+        self.trials.canary(&mut attempt, &set, (&held.asked, other), &mut desk);
+        self.prompts.note(&held.offer);
         held.phase = Phase::Working(Box::new(attempt));
     }
 

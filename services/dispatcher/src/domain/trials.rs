@@ -115,12 +115,12 @@ pub struct Trials {
 
 impl Trials {
     /// Leases a canary beside an attempt that has just begun, where one is due and somebody is free for it. `asked` names
-    /// operators that know the seed of the request from earlier attempts.
+    /// operators that know the seed of the request from earlier attempts, `other` is a prompt of an earlier request.
     pub fn canary(
         &mut self,
         attempt: &mut Attempt,
         set: &Arc<Vec<Eligible>>,
-        asked: &BTreeSet<Address>,
+        (asked, other): (&BTreeSet<Address>, Option<&[u32]>),
         desk: &mut Desk,
     ) {
         self.traceparent = attempt.traceparent().to_owned();
@@ -135,7 +135,13 @@ impl Trials {
             .into_iter()
             .find(|e| desk.nodes.is_free(&e.node) && desk.nodes.serves(e, &desk.offer.model()));
         let Some(who) = found.cloned() else { return };
-        let request = canary::request(&beta, &desk.offer.funded.submitted.request);
+        let original = &desk.offer.funded.submitted.request;
+        let mut request = canary::request(&beta, original);
+        if !canary::follows_seed(&original.sampling) {
+            // Nothing that differs is known yet.
+            let Some(other) = other else { return };
+            request.prompt = other.to_vec();
+        }
         let order = draw_referees(&keccak(&[b"infera.trial.v1", &beta.0]), set, |operator| {
             *operator == who.operator || drawn(operator)
         });

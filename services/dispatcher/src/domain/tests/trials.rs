@@ -1,5 +1,6 @@
 //! Canaries and entry trials.
 
+use infera_protocol::hash::keccak;
 use infera_protocol::judgement::Finding;
 use infera_protocol::referee::{Report, report_digest};
 use infera_protocol::trust::{Alarm, Event, Reason, Record};
@@ -241,6 +242,76 @@ fn who_does_not_answer_has_missed_it() {
     bench.tick(700);
     bench.tick(700);
     assert_eq!(ended(&bench).outcome, Outcome::Void);
+}
+
+/// A request for the likeliest tokens.
+fn greedy(id: u128, account: &str, prompt: Vec<u32>) -> Command {
+    let mut funded = offer(id).funded;
+    funded.submitted.account = account.to_owned();
+    funded.submitted.request.sampling.temperature = 0.0;
+    funded.submitted.request.prompt = prompt;
+    let wire = funded_to_wire(&funded);
+    Command::Offered(Box::new(Offer::new(funded, wire, &DOMAIN)))
+}
+
+/// Runs a greedy request beside a network of six; what the canary is asked.
+fn greedy_canary(bench: &mut Bench, id: u128, account: &str, prompt: Vec<u32>) -> Option<(NodeId, Request)> {
+    bench.run(greedy(id, account, prompt)).unwrap();
+    let id = Uuid::from_u128(id);
+    let canary = bench.leases.iter().find(|(_, asked)| asked.id == id && asked.seed != 1).cloned();
+    bench.run(Command::Closed { request: id }).unwrap();
+    canary
+}
+
+#[test]
+fn the_canary_of_a_greedy_request_has_an_earlier_prompt() {
+    let mut bench = with_canary(6);
+    assert_eq!(greedy_canary(&mut bench, 2, "a", vec![7, 7]), None, "nothing differs");
+    assert_eq!(greedy_canary(&mut bench, 3, "a", vec![7, 7]), None);
+    // Room for 4 more tokens in a context of so many.
+    let context = registry().models[0].context_length as usize;
+    assert_eq!(greedy_canary(&mut bench, 4, "b", vec![8; context - 3]).unwrap().1.prompt, [7, 7]);
+    let (node, asked) = greedy_canary(&mut bench, 5, "a", vec![9]).unwrap();
+    assert_eq!((asked.prompt.as_slice(), asked.sampling.temperature), (&[7, 7][..], 0.0), "b's does not fit");
+    assert_eq!(greedy_canary(&mut bench, 6, "c", vec![5]).unwrap().1.prompt, [9], "an account's last one");
+    // Somebody else's answer is none to this prompt.
+    let reveal = commit_trial(&mut bench, node, &asked, 55);
+    bench.run(reveal).unwrap();
+    say(&mut bench, false);
+    say(&mut bench, false);
+    let ended = bench.tried.iter().find(|ended| ended.node == node).unwrap();
+    assert_eq!((ended.outcome, ended.conduct[0].finding), (Outcome::Failed, Finding::Bad(Reason::Answer)));
+}
+
+#[test]
+fn one_account_does_not_fill_the_prompts() {
+    let mut prompts = crate::domain::prompts::Prompts::default();
+    let offered = |account: String, prompt| match greedy(1, &account, prompt) {
+        Command::Offered(offer) => *offer,
+        other => panic!("{other:?}"),
+    };
+    prompts.note(&offered("b".into(), vec![1, 2]));
+    for n in 0..100 {
+        prompts.note(&offered("a".into(), vec![n; 3]));
+    }
+    let other = |prompts: &crate::domain::prompts::Prompts, account: &str| {
+        let offer = offered(account.into(), vec![1]);
+        prompts.other(&Hash32([1; 32]), &offer, &rules()).map(<[u32]>::to_vec)
+    };
+    assert_eq!(other(&prompts, "a"), Some(vec![1, 2]));
+    assert_eq!(other(&prompts, "b"), Some(vec![99; 3]));
+    // The oldest go.
+    for n in 0..32 {
+        prompts.note(&offered(format!("c{n}"), vec![n; 4]));
+    }
+    for n in 0..100 {
+        let offer = offered(format!("d{n}"), vec![1]);
+        let kept = prompts.other(&keccak(&[&[n]]), &offer, &rules()).unwrap();
+        assert_eq!(kept.len(), 4);
+    }
+    prompts.note(&offered("e".into(), vec![3; (1 << 18) - 9]));
+    let kept = other(&prompts, "x");
+    assert!(kept.is_some_and(|prompt| prompt.len() == 4), "what is left of the small ones");
 }
 
 #[test]
