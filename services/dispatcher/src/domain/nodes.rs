@@ -66,9 +66,11 @@ impl Entry {
         if self.draining || self.on_trial.is_some() { 0 } else { self.info.slots.saturating_sub(busy) }
     }
 
-    /// Trusted, and not on trial itself.
+    /// Trusted, eligible, and not on trial itself.
     fn may_judge(&self, trust: &Ledger) -> bool {
-        !self.draining && self.on_trial.is_none() && trust.is_trusted(&self.info.operator)
+        let operator = &self.info.operator;
+        let trusted = trust.is_trusted(operator) && trust.weight(operator, self.info.slots) > 0;
+        trusted && !self.draining && self.on_trial.is_none()
     }
 }
 
@@ -154,7 +156,8 @@ impl Nodes {
         }
     }
 
-    /// One of those that were let in untried and could be judged now; `excluded` names operators.
+    /// One of those that were let in untried and could be judged now, with a free place if there is one: a full one would
+    /// decline. `excluded` names operators.
     pub fn untried(&self, trust: &Ledger, excluded: impl Fn(&Address) -> bool) -> Option<Connected> {
         let untried = |entry: &&Entry| entry.is_untried && !entry.draining && !excluded(&entry.info.operator);
         if !self.by_id.values().any(|entry| untried(&entry)) {
@@ -170,7 +173,9 @@ impl Nodes {
                 .get(&(&entry.info.model_root, entry.info.class.as_str()))
                 .is_some_and(|operators| operators.iter().any(|judge| *judge != entry.info.operator))
         };
-        self.by_id.values().filter(untried).find(judged).map(|entry| entry.info.clone())
+        let mut judged = self.by_id.values().filter(untried).filter(judged).peekable();
+        let first = judged.peek().copied();
+        judged.find(|entry| entry.free() > 0).or(first).map(|entry| entry.info.clone())
     }
 
     /// Whose entry trial is due again at `now`.

@@ -600,6 +600,20 @@ fn who_was_let_in_while_nobody_could_judge_is_tried_later() {
 }
 
 #[test]
+fn of_those_that_are_tried_later_one_with_a_free_place_comes_first() {
+    for free in 2..=4 {
+        let mut bench = founded(4, 1);
+        for full in (2..=4).filter(|n| *n != free) {
+            for lease in 0..2 {
+                bench.state.nodes.lease(&node_id(&key(full)), Uuid::from_u128(lease));
+            }
+        }
+        bench.tick(1);
+        assert_eq!(number(bench.leases[0].0), free);
+    }
+}
+
+#[test]
 fn silent_newcomers_let_nobody_in_untried_and_leave_room_for_canaries() {
     let mut bench = founded(6, 6);
     for n in 10..=80 {
