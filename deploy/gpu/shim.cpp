@@ -27,8 +27,16 @@ TORCH_CUDA_CPP_API void clearCublasWorkspaces();
 
 namespace {
 
+struct Capture : at::cuda::CUDAGraph {
+    // From then on its end gives the pool back.
+    bool has_ended() const { return capture_ended_; }
+};
+
 struct Graph {
-    at::cuda::CUDAGraph graph;
+    explicit Graph(c10::DeviceIndex device) : device(device) {}
+    c10::DeviceIndex device;
+    at::cuda::MempoolId_t pool{0, 0};
+    Capture graph;
     // While the graph is recorded: its stream is this thread's current one.
     std::optional<c10::cuda::CUDAStreamGuard> stream;
     bool recorded = false;
@@ -64,6 +72,20 @@ template <typename Work> int guarded(char *error, size_t room, const Work &work)
         tell("unknown exception", error, room);
     }
     return 1;
+}
+
+// Where a capture fails, libtorch leaves its allocators as if it went on: all later captures into this pool would fail, and
+// it would never be given back. `begun`: the pool was taken for certain; otherwise it was if the allocator still records.
+void abandon(const Graph &made, bool begun) noexcept {
+    const auto give_back = [&](const auto &end, const auto &release) {
+        char ignored[1];
+        const bool recorded = guarded(ignored, 0, end) == 0;
+        if ((begun || recorded) && !made.graph.has_ended()) guarded(ignored, 0, release);
+    };
+    give_back([&] { c10::cuda::CUDACachingAllocator::endAllocateToPool(made.device, made.pool); },
+              [&] { c10::cuda::CUDACachingAllocator::releasePool(made.device, made.pool); });
+    give_back([&] { at::getHostAllocator(at::kCUDA)->end_allocate_to_pool(made.pool); },
+              [&] { at::getHostAllocator(at::kCUDA)->release_pool(made.pool); });
 }
 
 } // namespace
@@ -106,13 +128,21 @@ __attribute__((visibility("default"))) int infera_cuda_release(int device, char 
 // Begins to record what this thread launches, on a stream of its own, after all earlier work.
 __attribute__((visibility("default"))) int infera_graph_begin(int device, void **graph, char *error, size_t room) {
     return guarded(error, room, [&] {
-        auto made = std::make_unique<Graph>();
-        c10::cuda::CUDAGuard guard(static_cast<c10::DeviceIndex>(device));
+        const auto index = static_cast<c10::DeviceIndex>(device);
+        // Outlives the graph's guard of its stream, which goes back to the device that it found.
+        c10::cuda::CUDAGuard guard(index);
+        auto made = std::make_unique<Graph>(index);
         c10::cuda::device_synchronize();
-        made->stream.emplace(recorder_of(static_cast<c10::DeviceIndex>(device)));
+        made->stream.emplace(recorder_of(index));
         if (graphs == 0) pool = at::cuda::graph_pool_handle();
-        // Other threads of the process may call CUDA meanwhile: it is no part of the graph.
-        made->graph.capture_begin(pool, cudaStreamCaptureModeThreadLocal);
+        made->pool = pool;
+        try {
+            // Other threads of the process may call CUDA meanwhile: it is no part of the graph.
+            made->graph.capture_begin(pool, cudaStreamCaptureModeThreadLocal);
+        } catch (...) {
+            abandon(*made, false);
+            throw;
+        }
         ++graphs;
         *graph = made.release();
     });
@@ -122,17 +152,26 @@ __attribute__((visibility("default"))) int infera_graph_begin(int device, void *
 __attribute__((visibility("default"))) int infera_graph_end(void *graph, char *error, size_t room) {
     auto *made = static_cast<Graph *>(graph);
     int failed = guarded(error, room, [&] {
+        c10::cuda::CUDAGuard guard(made->device);
         made->recorded = true;
         made->graph.capture_end();
     });
+    if (failed) abandon(*made, true);
     char ignored[1];
-    failed |= guarded(failed ? ignored : error, failed ? 0 : room, [&] { made->stream.reset(); });
+    failed |= guarded(failed ? ignored : error, failed ? 0 : room, [&] {
+        c10::cuda::CUDAGuard guard(made->device);
+        made->stream.reset();
+    });
     return failed;
 }
 
 // Launches the graph on the current stream.
 __attribute__((visibility("default"))) int infera_graph_replay(void *graph, char *error, size_t room) {
-    return guarded(error, room, [&] { static_cast<Graph *>(graph)->graph.replay(); });
+    return guarded(error, room, [&] {
+        auto *made = static_cast<Graph *>(graph);
+        c10::cuda::CUDAGuard guard(made->device);
+        made->graph.replay();
+    });
 }
 
 // Ends a recording that still goes on, and frees the graph and its memory.
@@ -141,6 +180,7 @@ __attribute__((visibility("default"))) void infera_graph_free(void *graph) {
     auto *made = static_cast<Graph *>(graph);
     if (!made->recorded) infera_graph_end(graph, ignored, 0);
     guarded(ignored, 0, [&] {
+        c10::cuda::CUDAGuard guard(made->device);
         // A graph's memory may be in use by work that was launched.
         c10::cuda::device_synchronize();
         delete made;

@@ -213,7 +213,9 @@ def main():
     samples = Samples()
     for _ in range(setting["ROUNDS"]):
         samples.note("bandwidth", bandwidth(torch, device))
-    work, weights = engine(args, setting, "off", samples, "eager", torch=torch, device=device)
+    # Both with the shim where there is one: it also decides how products are summed.
+    eager = "off" if args.shim == "off" else f"off:{args.shim}"
+    work, weights = engine(args, setting, eager, samples, "eager", torch=torch, device=device)
     if args.shim != "off":
         engine(args, setting, args.shim, samples, "graphs", work, torch, device)
     model = load(args, torch, device)

@@ -2,6 +2,7 @@
 
 use infera_protocol::{
     bytes::{Address, Hash32, NodeId},
+    canary::CANARY_PPM,
     commitment::{Slot, commitment},
     identity::Domain,
     request::{Finish, Output},
@@ -261,14 +262,14 @@ fn round(share: f64) -> f64 {
     (share * 1e4).round() / 1e4
 }
 
-/// Share of jobs that are canaries (protocol section 8), 10^-6.
-const CANARIES: u64 = 20_000;
 const PAIRS: u32 = 10_000;
 
-/// Two that share one generation answer a canary, whose seeds differ per node, with one answer: found at the first.
-/// Who compares the seeds before sharing computes canaries twice, and is never found.
+/// Two that share one generation answer a canary, whose question differs, with one answer: found at the first. Each job is
+/// one by chance; jobs that have none are left out (fewer than six operators, greedy ones while no other prompt is known).
+/// Who compares the whole requests before sharing computes canaries twice, and is never found.
 fn canaries(seed: u64) -> Vec<Metric> {
-    let first = |pair: u32| (0..250).position(|job| noise_bits(seed, pair, job) % 1_000_000 < CANARIES);
+    let canaries = u64::from(CANARY_PPM);
+    let first = |pair: u32| (0..250).position(|job| noise_bits(seed, pair, job) % 1_000_000 < canaries);
     let found: Vec<Option<usize>> = (0..PAIRS).map(first).collect();
     let within = |jobs: usize| {
         let hits = found.iter().filter(|at| at.is_some_and(|at| at < jobs)).count();

@@ -103,6 +103,7 @@ mod tests {
     fn the_defaults_are_valid_and_a_typing_error_is_named() {
         let config = Config::load(None).unwrap();
         assert_eq!((config.lease_secs, config.max_requests), (60, 256));
+        assert_eq!(config.canary_ppm, infera_protocol::canary::CANARY_PPM, "the protocol's");
         let dir = std::env::temp_dir().join(format!("infera-{}.toml", uuid::Uuid::now_v7()));
         std::fs::write(&dir, "lease_sec = 5\n").unwrap();
         let error = Config::load(Some(&dir)).unwrap_err().to_string();

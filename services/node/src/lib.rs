@@ -245,7 +245,17 @@ async fn serve(
             }
             continue;
         }
-        slots.resume().await;
+        // Loading takes its time, above all while the owner still uses the device.
+        let mut watched = pauses.clone();
+        tokio::select! {
+            () = slots.resume() => {}
+            () = pause::until(&mut watched, true) => continue,
+            () = shutdown.cancelled() => {
+                // Whoever waits for the model waits no longer.
+                slots.pause().await;
+                continue;
+            }
+        }
         let stop = shutdown.child_token();
         let mut watched = pauses.clone();
         let paused = async {

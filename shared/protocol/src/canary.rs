@@ -1,23 +1,24 @@
 //! Canaries (protocol section 8): beside the k nodes of an attempt, one more works on what looks like the same request and
-//! has another seed. Nobody waits for its answer; a referee scores it under the seed that it was given. Whoever passed a
+//! has another seed, or, where no seed changes the answer, the prompt of an earlier request. Nobody waits for its answer; a referee scores it under the seed that it was given. Whoever passed a
 //! peer's answer off as its own, or gave its own away, stands there with the answer to another question.
 //!
 //! Everything follows from the dispatcher's draw ([`crate::vrf`]), which nodes do not know before the reveals. Operators
-//! that compare their whole requests, seeds included, before they share are not found by this.
+//! that compare their whole requests, seeds and prompts included, before they share are not found by this.
 
 use crate::{
     assignment::{ALWAYS_PPM, Eligible, draw, happens, number},
     bytes::{Address, Hash32},
     hash::keccak,
     request::Request,
+    sampling::SamplingParams,
 };
 
 /// Share of jobs that are canaries (section 8), parts per million.
 pub const CANARY_PPM: u32 = 20_000;
 /// Operators beyond the k that an attempt with a canary needs: the canary's, and two that can still referee.
 pub const SPARE_OPERATORS: usize = 3;
-/// Temperature of a canary whose request asks for the argmax, where a seed changes nothing.
-pub const CANARY_TEMPERATURE: f32 = 0.8;
+/// A share of the probability that the likeliest token nearly always has alone.
+const LEAST_TOP_P: f32 = 0.01;
 
 /// How often an attempt of `k` has a canary so that one of its jobs in `job_ppm` parts per million is one, 10^-6:
 /// `k * p / (1 - p)`.
@@ -34,14 +35,20 @@ pub fn is_due(beta: &Hash32, k: u32, operators: usize, job_ppm: u32) -> bool {
         && happens(&keyed(beta), "due", chance_ppm(k, job_ppm))
 }
 
+/// Whether the seed changes what is drawn.
+pub fn follows_seed(sampling: &SamplingParams) -> bool {
+    sampling.temperature > 0.0 && sampling.top_k > 1 && sampling.min_p < 1.0 && sampling.top_p > LEAST_TOP_P
+}
+
 /// What the canary is asked: the same, under a seed of its own.
 pub fn request(beta: &Hash32, original: &Request) -> Request {
-    let mut canary = original.clone();
-    canary.seed = number(&keyed(beta), b"seed", u64::MAX);
-    if canary.sampling.temperature <= 0.0 {
-        canary.sampling.temperature = CANARY_TEMPERATURE;
-    }
-    canary
+    Request { seed: number(&keyed(beta), b"seed", u64::MAX), ..original.clone() }
+}
+
+/// Which of `count` earlier prompts the canary has in place of the request's, where no seed changes the answer.
+pub fn choice(beta: &Hash32, count: usize) -> usize {
+    // Below `count`.
+    number(&keyed(beta), b"prompt", count as u64) as usize
 }
 
 /// The order in which a node for the canary is looked for: weighted as every draw, so that it is the same share of
@@ -98,22 +105,36 @@ mod tests {
             id: uuid::Uuid::from_u128(1),
             model_root: Hash32([2; 32]),
             prompt: vec![1, 2],
-            sampling: crate::sampling::SamplingParams::default(),
+            sampling: SamplingParams::default(),
             max_tokens: 9,
             stop: vec!["x".into()],
             seed: 7,
             grammar: None,
         };
-        let greedy = |temperature| Request {
-            sampling: crate::sampling::SamplingParams { temperature, ..original.sampling.clone() },
-            ..original.clone()
-        };
-        for (asked, expected) in [(1.0, 1.0), (0.3, 0.3), (0.0, CANARY_TEMPERATURE)] {
-            let canary = request(&Hash32([9; 32]), &greedy(asked));
+        for temperature in [1.0, 0.3, 0.0] {
+            let sampling = SamplingParams { temperature, ..original.sampling.clone() };
+            let original = Request { sampling, ..original.clone() };
+            let canary = request(&Hash32([9; 32]), &original);
             assert_ne!(canary.seed, original.seed);
-            assert_eq!(canary, Request { seed: canary.seed, ..greedy(expected) });
+            assert_eq!(canary, Request { seed: canary.seed, ..original });
         }
         assert_ne!(request(&Hash32([8; 32]), &original).seed, request(&Hash32([9; 32]), &original).seed);
+    }
+
+    #[test]
+    fn what_is_drawn_from_one_token_follows_no_seed() {
+        let of = |change: fn(&mut SamplingParams)| {
+            let mut params = SamplingParams::default();
+            change(&mut params);
+            follows_seed(&params)
+        };
+        assert!(of(|_| ()) && of(|p| p.temperature = 0.1) && of(|p| p.top_p = 0.9) && of(|p| p.min_p = 0.2));
+        assert!(!of(|p| p.temperature = 0.0) && !of(|p| p.top_k = 1) && !of(|p| p.min_p = 1.0));
+        assert!(!of(|p| p.top_p = 1e-6));
+        let mut chosen: Vec<usize> = (0..100_u32).map(|i| choice(&keccak(&[&i.to_be_bytes()]), 3)).collect();
+        chosen.sort_unstable();
+        chosen.dedup();
+        assert_eq!((chosen, choice(&Hash32::ZERO, 0)), (vec![0, 1, 2], 0));
     }
 
     #[test]

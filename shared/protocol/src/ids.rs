@@ -1,5 +1,6 @@
 //! Ids: UUIDv7 for what is created once, derived ids for messages that may be sent again.
 
+use crate::bytes::Hash32;
 use uuid::{Builder, Uuid};
 
 /// The id of the `n`-th message of `kind` about a request. The same inputs give the same id, so
@@ -12,6 +13,19 @@ pub fn message_id(kind: &str, request_id: Uuid, n: u64) -> Uuid {
     let mut bytes = [0; 16];
     hasher.finalize_xof().fill(&mut bytes);
     Builder::from_custom_bytes(bytes).into_uuid()
+}
+
+/// A UUIDv7 of the moment of `other`, which is one, with these random bits.
+pub fn id_beside(other: Uuid, random: &Hash32) -> Uuid {
+    let mut ms = [0; 8];
+    ms[2..].copy_from_slice(&other.as_bytes()[..6]);
+    id_at(u64::from_be_bytes(ms), random)
+}
+
+/// A UUIDv7 of this time, ms, with these random bits.
+pub fn id_at(ms: u64, random: &Hash32) -> Uuid {
+    let bits = std::array::from_fn(|i| random.0[i]);
+    Builder::from_unix_timestamp_millis(ms, &bits).into_uuid()
 }
 
 /// The id of the answer with this index, where several are asked for at once: the first one's is `first`. A UUIDv7 of
@@ -41,6 +55,18 @@ mod tests {
             assert_eq!(id.as_bytes()[..6], first.as_bytes()[..6]);
         }
         assert_eq!(choice_id(first, 3), choice_id(first, 3));
+    }
+
+    #[test]
+    fn ids_are_made_for_a_moment() {
+        let other = Uuid::parse_str("019aabcd-1234-7abc-8def-0123456789ab").unwrap();
+        let (one, two) = (id_beside(other, &Hash32([1; 32])), id_beside(other, &Hash32([2; 32])));
+        assert_ne!(one, two);
+        for id in [one, two] {
+            assert_eq!((id.get_version_num(), id.get_variant()), (7, uuid::Variant::RFC4122));
+            assert_eq!(id.as_bytes()[..6], other.as_bytes()[..6]);
+        }
+        assert_eq!(id_at(0x019a_abcd_1234, &Hash32([1; 32])), one);
     }
 
     #[test]

@@ -139,6 +139,11 @@ impl Attempt {
         &self.slots
     }
 
+    /// Of all nodes that were sent the request, or its answers.
+    pub fn operators(&self) -> impl Iterator<Item = Address> {
+        self.slots.iter().map(|slot| slot.who.operator).chain(self.referees.operators()).chain(self.canary)
+    }
+
     /// Waits for the verdict.
     pub fn is_collected(&self) -> bool {
         self.collected.is_some()
@@ -316,11 +321,16 @@ impl Attempt {
         let same = desk.nodes.get(node).is_some_and(|info| {
             info.class == self.class && info.model_root == desk.offer.model() && self.draws(info)
         });
-        let computing = self.slots.iter().all(|slot| match slot.state {
+        same && self.is_computing() && self.alive() < self.wanted
+    }
+
+    /// Nobody was asked for a reveal yet.
+    pub fn is_computing(&self) -> bool {
+        let computing = |slot: &Slot| match slot.state {
             SlotState::Leased | SlotState::Committed(_) | SlotState::Ended { .. } => true,
             SlotState::Asked { .. } | SlotState::Revealed { .. } => false,
-        });
-        same && computing && self.collected.is_none() && self.alive() < self.wanted
+        };
+        self.collected.is_none() && self.slots.iter().all(computing)
     }
 
     fn draws(&self, info: &Connected) -> bool {

@@ -13,9 +13,11 @@
 //! reveal, or is drawn in a later round, computes after that; reveals go to nobody but the verifier.
 
 pub mod attempt;
+mod entering;
 pub mod frames;
 pub mod nodes;
 pub mod peers;
+mod prompts;
 pub mod referees;
 pub mod slot;
 mod statements;
@@ -23,11 +25,11 @@ pub mod trials;
 pub mod trust;
 mod types;
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 
 use infera_protocol::assignment::{self, Eligible};
-use infera_protocol::bytes::{Hash32, NodeId};
+use infera_protocol::bytes::{Address, Hash32, NodeId};
 use infera_wire::v1;
 use uuid::Uuid;
 
@@ -36,7 +38,8 @@ pub use types::{Command, Effect, MAX_DELTA_TOKENS, Offer, Rejection, Rules, Sign
 use attempt::{Attempt, Begun, Desk, Progress};
 use nodes::{Connected, ModelSlots, NodeView, Nodes};
 use peers::Peers;
-use trials::{Court, Kind, Outcome, Trials};
+use prompts::Prompts;
+use trials::{Court, Trials};
 use trust::Ledger;
 
 /// How long to wait before a further try with a new set, per try made, ms: nodes that declined
@@ -47,12 +50,6 @@ const LONGEST_TRY_AGAIN_MS: i64 = 2_000;
 /// The longest wait for a verdict before it is asked for again, ms.
 const LONGEST_PATIENCE_MS: i64 = 300_000;
 
-/// When a node that declined its entry trial is tried again, ms.
-const TRY_ENTRY_AGAIN_MS: i64 = 5_000;
-/// What the operator of a node that failed its entry trial is told.
-const TRIAL_FAILED: &str = "the answer to a fresh prompt is not the model's within this class, or did not come in time: \
-                            check the model file, the class and the load of the machine";
-
 /// Everything that one replica holds.
 pub struct State {
     rules: Rules,
@@ -61,6 +58,9 @@ pub struct State {
     peers: Peers,
     trust: Ledger,
     trials: Trials,
+    prompts: Prompts,
+    /// Whose node was let in untried and is tried now.
+    tried_late: Option<Address>,
     /// By model.
     frozen: BTreeMap<Hash32, Frozen>,
     arrivals: u64,
@@ -76,6 +76,8 @@ struct Frozen {
 
 struct Held {
     offer: Offer,
+    /// Operators that know the request's seed from earlier attempts.
+    asked: BTreeSet<Address>,
     /// Who waits longest is served first.
     arrival: u64,
     phase: Phase,
@@ -105,6 +107,8 @@ impl State {
             peers: Peers::default(),
             trust: Ledger::default(),
             trials: Trials::default(),
+            prompts: Prompts::default(),
+            tried_late: None,
             frozen: BTreeMap::new(),
             arrivals: 0,
         }
@@ -247,8 +251,18 @@ impl State {
             Command::Tick => self.tick(now, out),
         }
         self.begin_waiting(now, out);
-        self.trials.watch(out);
+        self.ask_canaries(now, out);
+        self.trials.watch(&self.nodes, out);
         Ok(())
+    }
+
+    fn ask_canaries(&mut self, now: i64, out: &mut Vec<Effect>) {
+        let Self { rules, nodes, trials, requests, .. } = self;
+        let waits = |request: Uuid, attempt| match requests.get(&request).map(|held| &held.phase) {
+            Some(Phase::Working(live)) => live.number == attempt && live.is_computing(),
+            _ => false,
+        };
+        trials.ask(waits, &mut Court { rules, nodes, now, out });
     }
 
     fn court<T>(
@@ -264,35 +278,6 @@ impl State {
         done
     }
 
-    /// Lets in, or sends away, whoever was tried by the effects from `first` on.
-    fn after_trials(&mut self, first: usize, now: i64, out: &mut Vec<Effect>) {
-        let mut refused = Vec::new();
-        for effect in &out[first..] {
-            let Effect::Tried(ended) = effect else { continue };
-            match (ended.kind, ended.outcome) {
-                (Kind::Canary, _) => {}
-                (Kind::Entry, Outcome::Passed | Outcome::Void) => self.nodes.set_on_trial(&ended.node, None),
-                (Kind::Entry, Outcome::Declined) => {
-                    self.nodes.set_on_trial(&ended.node, Some(now + TRY_ENTRY_AGAIN_MS));
-                }
-                (Kind::Entry, Outcome::Failed) => refused.push(ended.node),
-            }
-        }
-        for node in refused {
-            out.push(Effect::Send { node, frame: frames::refused("trial_failed", TRIAL_FAILED) });
-        }
-    }
-
-    /// Tries a node that has joined, if there is anybody to judge it.
-    fn enter(&mut self, info: &Connected, now: i64, out: &mut Vec<Effect>) {
-        let Self { rules, nodes, trials, trust, .. } = self;
-        let until_ms =
-            now + rules.lease_ms + rules.reveal_ms + rules.referee_ms * trials::MAX_REFEREES as i64;
-        let tried = rules.entry_trials && trials.entry(info, trust, &mut Court { rules, nodes, now, out });
-        // Longer than any trial: it is only a deadline where a trial was lost.
-        self.nodes.set_on_trial(&info.node, tried.then_some(until_ms));
-    }
-
     fn joined(&mut self, info: Connected, now: i64, out: &mut Vec<Effect>) {
         let node = info.node;
         let other = self.nodes.get(&node).is_some_and(|old| {
@@ -304,6 +289,7 @@ impl State {
         }
         let is_new = self.nodes.get(&node).is_none();
         self.nodes.join(info.clone());
+        self.court(now, out, |trials, court| trials.resumed(&node, court));
         if is_new {
             self.enter(&info, now, out);
         }
@@ -330,8 +316,8 @@ impl State {
         }
         self.arrivals += 1;
         let ask_close_at_ms = offer.deadline_ms().max(now) + self.rules.close_grace_ms;
-        let held =
-            Held { offer, arrival: self.arrivals, phase: Phase::Storing, close_asked: 0, ask_close_at_ms };
+        let (arrival, asked) = (self.arrivals, BTreeSet::new());
+        let held = Held { offer, asked, arrival, phase: Phase::Storing, close_asked: 0, ask_close_at_ms };
         self.requests.insert(request, held);
         out.push(Effect::StoreAttempt { request });
         out.push(Effect::SlotsChanged);
@@ -419,9 +405,7 @@ impl State {
         self.hand_back(now, out);
         self.each_working(now, out, |attempt, desk| attempt.tick(desk));
         self.court(now, out, Trials::tick);
-        for info in self.nodes.to_be_tried(now) {
-            self.enter(&info, now, out);
-        }
+        self.enter_later(now, out);
         for (request, held) in &mut self.requests {
             if held.ask_close_at_ms > now {
                 continue;
@@ -444,7 +428,7 @@ impl State {
         out: &mut Vec<Effect>,
         act: impl FnOnce(&mut Attempt, &mut Desk) -> Result<Progress, Rejection>,
     ) -> Result<(), Rejection> {
-        let Self { rules, nodes, requests, .. } = self;
+        let Self { rules, nodes, requests, trials, .. } = self;
         let held = requests.get_mut(&request).ok_or(Rejection::Stale)?;
         let Phase::Working(live) = &mut held.phase else { return Err(Rejection::Stale) };
         if live.number != attempt {
@@ -452,7 +436,7 @@ impl State {
         }
         let mut desk = Desk { rules, offer: &held.offer, nodes, now, out };
         let progress = act(live, &mut desk)?;
-        after(held, progress, rules, nodes, now, out);
+        after(held, progress, trials, rules, nodes, now, out);
         Ok(())
     }
 
@@ -462,12 +446,12 @@ impl State {
         out: &mut Vec<Effect>,
         act: impl Fn(&mut Attempt, &mut Desk) -> Progress,
     ) {
-        let Self { rules, nodes, requests, .. } = self;
+        let Self { rules, nodes, requests, trials, .. } = self;
         for held in requests.values_mut() {
             let Phase::Working(live) = &mut held.phase else { continue };
             let mut desk = Desk { rules, offer: &held.offer, nodes, now, out };
             let progress = act(live, &mut desk);
-            after(held, progress, rules, nodes, now, out);
+            after(held, progress, trials, rules, nodes, now, out);
         }
     }
 
@@ -500,7 +484,9 @@ impl State {
         let begun = Begun { number: *attempt, epoch, class, eligible, traceparent: traceparent.clone() };
         let mut desk = Desk { rules: &self.rules, offer: &held.offer, nodes: &mut self.nodes, now, out };
         let mut attempt = Attempt::begin(begun, &mut desk);
-        self.trials.canary(&mut attempt, &set, &mut desk);
+        let other = self.prompts.other(&attempt.beta(), &held.offer, &self.rules);
+        self.trials.canary(&mut attempt, &set, (&held.asked, other), &mut desk);
+        self.prompts.note(&held.offer);
         held.phase = Phase::Working(Box::new(attempt));
     }
 
@@ -529,6 +515,7 @@ fn doubled(wait: i64, repeats: u32) -> i64 {
 fn after(
     held: &mut Held,
     progress: Progress,
+    trials: &mut Trials,
     rules: &Rules,
     nodes: &mut Nodes,
     now: i64,
@@ -538,6 +525,10 @@ fn after(
         return;
     }
     if let Phase::Working(attempt) = &mut held.phase {
+        let request = held.offer.id();
+        trials.note_peers(request, attempt);
+        trials.give_up(request, &mut Court { rules, nodes, now, out });
+        held.asked.extend(attempt.operators());
         let mut desk = Desk { rules, offer: &held.offer, nodes, now, out };
         attempt.end("a new attempt begins", &mut desk);
         if progress == Progress::NoRoom {

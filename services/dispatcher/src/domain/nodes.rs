@@ -55,6 +55,8 @@ struct Entry {
     draining: bool,
     /// Takes no work of requests before its entry trial is over; at that time it is tried again.
     on_trial: Option<i64>,
+    /// Let in because nobody could judge it; tried once somebody can.
+    is_untried: bool,
     leases: BTreeSet<Uuid>,
 }
 
@@ -62,6 +64,13 @@ impl Entry {
     fn free(&self) -> u32 {
         let busy = u32::try_from(self.leases.len()).unwrap_or(u32::MAX);
         if self.draining || self.on_trial.is_some() { 0 } else { self.info.slots.saturating_sub(busy) }
+    }
+
+    /// Trusted, eligible, and not on trial itself.
+    fn may_judge(&self, trust: &Ledger) -> bool {
+        let operator = &self.info.operator;
+        let trusted = trust.is_trusted(operator) && trust.weight(operator, self.info.slots) > 0;
+        trusted && !self.draining && self.on_trial.is_none()
     }
 }
 
@@ -84,8 +93,9 @@ impl Nodes {
             }
             None => {
                 let node = info.node;
-                self.by_id
-                    .insert(node, Entry { info, draining: false, on_trial: None, leases: BTreeSet::new() });
+                let leases = BTreeSet::new();
+                let entry = Entry { info, draining: false, on_trial: None, is_untried: false, leases };
+                self.by_id.insert(node, entry);
             }
         }
     }
@@ -134,7 +144,38 @@ impl Nodes {
         self.changes += 1;
         if let Some(entry) = self.by_id.get_mut(node) {
             entry.on_trial = on_trial;
+            entry.is_untried = false;
         }
+    }
+
+    /// The node works without having been tried, because nobody can judge it now.
+    pub fn let_in_untried(&mut self, node: &NodeId) {
+        self.set_on_trial(node, None);
+        if let Some(entry) = self.by_id.get_mut(node) {
+            entry.is_untried = true;
+        }
+    }
+
+    /// One of those that were let in untried and could be judged now, with a free place if there is one: a full one would
+    /// decline. `excluded` names operators.
+    pub fn untried(&self, trust: &Ledger, excluded: impl Fn(&Address) -> bool) -> Option<Connected> {
+        let untried = |entry: &&Entry| entry.is_untried && !entry.draining && !excluded(&entry.info.operator);
+        if !self.by_id.values().any(|entry| untried(&entry)) {
+            return None;
+        }
+        let mut judges: BTreeMap<(&Hash32, &str), BTreeSet<Address>> = BTreeMap::new();
+        for entry in self.by_id.values().filter(|entry| entry.may_judge(trust)) {
+            let of = (&entry.info.model_root, entry.info.class.as_str());
+            judges.entry(of).or_default().insert(entry.info.operator);
+        }
+        let judged = |entry: &&Entry| {
+            judges
+                .get(&(&entry.info.model_root, entry.info.class.as_str()))
+                .is_some_and(|operators| operators.iter().any(|judge| *judge != entry.info.operator))
+        };
+        let mut judged = self.by_id.values().filter(untried).filter(judged).peekable();
+        let first = judged.peek().copied();
+        judged.find(|entry| entry.free() > 0).or(first).map(|entry| entry.info.clone())
     }
 
     /// Whose entry trial is due again at `now`.

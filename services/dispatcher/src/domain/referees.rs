@@ -149,6 +149,11 @@ impl Referees {
         self.asked.iter().any(|r| r.who.node == *node && matches!(r.state, State::Leased))
     }
 
+    /// Of all that were ever asked.
+    pub fn operators(&self) -> impl Iterator<Item = Address> {
+        self.asked.iter().map(|referee| referee.who.operator)
+    }
+
     /// Whether the operator was ever asked.
     pub fn has(&self, operator: &Address) -> bool {
         self.asked.iter().any(|referee| referee.who.operator == *operator)

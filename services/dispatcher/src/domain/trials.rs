@@ -1,45 +1,48 @@
 //! Trials: leases whose answers nobody waits for, scored by referees to see whether a node computes what it says.
 //!
 //! ```text
-//!  Leased ─commitment─> Asked ─reveal─> Scored ─report─> kept or refuted by two of three ─> conduct
+//!  Leased ─commitment─> Committed ─> Asked ─reveal─> Scored ─report─> kept or refuted by two of three ─> conduct
 //! ```
 //!
 //! A canary (protocol section 8) stands beside the k of an attempt and looks like one of its leases; see
-//! [`infera_protocol::canary`]. The entry trial (section 2) comes before a node is drawn for the first time of its session:
+//! [`infera_protocol::canary`]. Its reveal is asked for when those of the attempt are. The entry trial (section 2) comes before a node is drawn for the first time of its session:
 //! a prompt that nobody has seen, scored by trusted referees of its class. Where nobody is trusted
-//! yet there is none; then everything that a newcomer answers is refereed anyway.
+//! yet a node works without, everything that it answers is refereed, and it is tried once somebody can judge it.
 //!
 //! Trials live in memory: one that is lost with the process says nothing about anybody.
 
+mod entry;
 mod trial;
 
+use std::collections::BTreeSet;
 use std::sync::Arc;
 
-use infera_protocol::assignment::{Eligible, draw_referees, freeze, operators};
-use infera_protocol::bytes::{EvmSignature, NodeId};
+use infera_protocol::assignment::{Eligible, draw_referees, operators};
+use infera_protocol::bytes::{Address, EvmSignature, Hash32, NodeId};
 use infera_protocol::canary;
 use infera_protocol::commitment;
 use infera_protocol::evidence::{Reveal, SignedCommitment};
 use infera_protocol::hash::keccak;
-use infera_protocol::ids::message_id;
+use infera_protocol::ids::id_beside;
 use infera_protocol::judgement::Conduct;
 use infera_protocol::request::check_output;
 use infera_protocol::trust::Reason;
 use infera_protocol::vrf;
-use infera_wire::convert;
-use infera_wire::v1::{self, from_dispatcher::Message};
+use infera_wire::v1::from_dispatcher::Message;
 use uuid::Uuid;
 
+pub use entry::Entry;
 use trial::{Stage, Step, Trial, Verdict};
 
 use super::attempt::{Attempt, Desk};
-use super::nodes::{Connected, Nodes};
+use super::nodes::Nodes;
 use super::statements::Stand;
-use super::trust::Ledger;
-use super::{Effect, Rejection, Rules, SignedScores, frames};
+use super::{Effect, Rejection, Rules, SignedScores};
 
 /// Most trials at a time; while there are so many, no further ones begin.
 const MAX_TRIALS: usize = 64;
+/// Most of them that are entry trials: newcomers that say nothing never take the places of canaries.
+const MAX_ENTRIES: usize = 48;
 /// Most referees of one trial.
 pub const MAX_REFEREES: usize = 5;
 
@@ -106,11 +109,21 @@ pub struct Ended {
 #[derive(Debug, Default)]
 pub struct Trials {
     live: Vec<Trial>,
+    /// Of the last attempt that began: what a referee's job usually brings.
+    traceparent: String,
 }
 
 impl Trials {
-    /// Leases a canary beside an attempt that has just begun, where one is due and somebody is free for it.
-    pub fn canary(&mut self, attempt: &mut Attempt, set: &Arc<Vec<Eligible>>, desk: &mut Desk) {
+    /// Leases a canary beside an attempt that has just begun, where one is due and somebody is free for it. `asked` names
+    /// operators that know the seed of the request from earlier attempts, `other` is a prompt of an earlier request.
+    pub fn canary(
+        &mut self,
+        attempt: &mut Attempt,
+        set: &Arc<Vec<Eligible>>,
+        (asked, other): (&BTreeSet<Address>, Option<&[u32]>),
+        desk: &mut Desk,
+    ) {
+        self.traceparent = attempt.traceparent().to_owned();
         let beta = attempt.beta();
         let k = desk.offer.funded.submitted.k;
         let due = canary::is_due(&beta, k, operators(set.iter()), desk.rules.canary_ppm);
@@ -118,64 +131,46 @@ impl Trials {
             return;
         }
         let drawn = |operator: &_| attempt.slots().iter().any(|slot| slot.who.operator == *operator);
-        let found = canary::order(&beta, set, drawn)
+        let found = canary::order(&beta, set, |operator| drawn(operator) || asked.contains(operator))
             .into_iter()
             .find(|e| desk.nodes.is_free(&e.node) && desk.nodes.serves(e, &desk.offer.model()));
         let Some(who) = found.cloned() else { return };
-        let request = canary::request(&beta, &desk.offer.funded.submitted.request);
+        let original = &desk.offer.funded.submitted.request;
+        let mut request = canary::request(&beta, original);
+        if !canary::follows_seed(&original.sampling) {
+            // Nothing that differs is known yet.
+            let Some(other) = other else { return };
+            request.prompt = other.to_vec();
+        }
         let order = draw_referees(&keccak(&[b"infera.trial.v1", &beta.0]), set, |operator| {
             *operator == who.operator || drawn(operator)
         });
         let referees = order.into_iter().take(MAX_REFEREES).rev().cloned().collect();
         attempt.stands_beside(who.operator);
+        let secret = vrf::beta(&desk.rules.key.prove(&keccak(&[b"infera.canary.job.v1", &beta.0])));
         let trial = Trial {
             kind: Kind::Canary,
             hash: request.hash(&desk.rules.domain),
-            job: message_id("trial.job", request.id, attempt.number.into()),
+            job: id_beside(request.id, &secret),
+            job_traceparent: traceparent_like(attempt.traceparent(), &secret),
+            secret,
+            checked: Vec::new(),
             attempt: attempt.number,
             peers: Vec::new(),
             is_void: false,
             stage: Stage::Leased { until_ms: desk.now + desk.rules.lease_ms },
+            stream: desk.offer.funded.submitted.stream,
+            traceparent: attempt.traceparent().to_owned(),
             who,
             request,
             referees,
         };
-        let stream = desk.offer.funded.submitted.stream;
         let mut court = Court { rules: desk.rules, nodes: desk.nodes, now: desk.now, out: desk.out };
-        self.lease(trial, stream, attempt.traceparent(), &mut court);
+        self.lease(trial, &mut court);
     }
 
-    /// Tries a node that has just joined. `false`: there is nobody to judge it, or too many are tried.
-    pub fn entry(&mut self, info: &Connected, trust: &Ledger, court: &mut Court) -> bool {
-        let Some(model) = court.rules.registry.by_root(&info.model_root) else { return false };
-        let set = freeze(court.nodes.eligible(&info.model_root, trust));
-        let (nonce, now) = (info.session.as_bytes(), court.now.to_be_bytes());
-        let beta =
-            vrf::beta(&court.rules.key.prove(&keccak(&[b"infera.entry.v1", &info.node.0, nonce, &now])));
-        let order = draw_referees(&beta, &set, |operator| *operator == info.operator);
-        // Within a class the bounds hold whatever the prompt; between classes they were measured on texts.
-        let trusted = order.into_iter().filter(|e| e.trusted && e.class == info.class).take(MAX_REFEREES);
-        let mut referees: Vec<Eligible> = trusted.cloned().collect();
-        referees.reverse();
-        if referees.is_empty() || self.live.len() >= MAX_TRIALS {
-            return false;
-        }
-        let trial = Trial::entry(info, &beta, model, referees, court);
-        self.lease(trial, false, "", court);
-        true
-    }
-
-    fn lease(&mut self, trial: Trial, stream: bool, traceparent: &str, court: &mut Court) {
-        let node = trial.who.node;
-        let lease = v1::Lease {
-            request: Some(convert::request_to_wire(&trial.request)),
-            attempt: trial.attempt,
-            commit_deadline_ms: court.now + court.rules.lease_ms,
-            stream,
-            traceparent: traceparent.to_owned(),
-        };
-        court.nodes.lease(&node, trial.request.id);
-        court.out.push(Effect::Send { node, frame: frames::lease(lease) });
+    fn lease(&mut self, trial: Trial, court: &mut Court) {
+        trial.send(court);
         court.out.push(Effect::SlotsChanged);
         self.live.push(trial);
     }
@@ -199,7 +194,7 @@ impl Trials {
         self.live.iter().position(|t| t.job == job && t.asked().is_some_and(|who| who.node == *node))
     }
 
-    /// A commitment in a trial; the reveal is asked for at once.
+    /// A commitment in a trial. A newcomer is asked for its reveal at once, a canary by [`Trials::ask`].
     ///
     /// # Errors
     /// As for any slot.
@@ -216,16 +211,18 @@ impl Trials {
         let statement = stand.commits(&commit, statement)?;
         let first = match &trial.stage {
             Stage::Leased { until_ms } if court.now < *until_ms => {
-                let until_ms = court.now + court.rules.reveal_ms;
-                trial.stage = Stage::Asked { commit, statement, until_ms };
+                trial.stage = Stage::Committed { commit, statement };
                 court.nodes.release(node, request);
-                let frame = frames::reveal_request(request, attempt, until_ms);
-                court.out.push(Effect::Send { node: *node, frame });
+                if trial.kind == Kind::Entry {
+                    trial.ask_reveal(court);
+                }
                 court.out.push(Effect::SlotsChanged);
                 return Ok(());
             }
             Stage::Leased { .. } | Stage::Scored { .. } => return Err(Rejection::Late),
-            Stage::Asked { commit, statement, .. } => (*commit, *statement),
+            Stage::Committed { commit, statement } | Stage::Asked { commit, statement, .. } => {
+                (*commit, *statement)
+            }
         };
         if first.0.digest == commit.digest {
             return Ok(());
@@ -250,7 +247,7 @@ impl Trials {
         let trial = &mut self.live[at];
         let (commit, said) = match &trial.stage {
             Stage::Asked { commit, statement, .. } => (*commit, *statement),
-            Stage::Leased { .. } => return Err(Rejection::NotAsked),
+            Stage::Leased { .. } | Stage::Committed { .. } => return Err(Rejection::NotAsked),
             Stage::Scored { .. } => return Ok(()),
         };
         let place = trial.place();
@@ -323,35 +320,64 @@ impl Trials {
         }
     }
 
-    /// Looks at what is sent: a node that is asked to referee the attempt beside which it is tried sees both seeds.
-    pub fn watch(&mut self, out: &[Effect]) {
+    /// Asks canaries that have committed for their reveals, where `waits` does not say that the attempt still waits for
+    /// commitments: earlier than anybody else, they would know what they are.
+    pub fn ask(&mut self, waits: impl Fn(Uuid, u32) -> bool, court: &mut Court) {
+        for trial in &mut self.live {
+            if matches!(trial.stage, Stage::Committed { .. }) && !waits(trial.request.id, trial.attempt) {
+                trial.ask_reveal(court);
+            }
+        }
+    }
+
+    /// The attempt ends without a verdict, and whoever still computes beside it may be drawn for the next one, under the
+    /// seed of the request and the same id.
+    pub fn give_up(&mut self, request: Uuid, court: &mut Court) {
+        let mut at = 0;
+        while let Some(trial) = self.live.get(at) {
+            let computes = trial.request.id == request && matches!(trial.stage, Stage::Leased { .. });
+            if !self.after(at, if computes { Step::Ends(Verdict::Open) } else { Step::Goes }, court) {
+                at += 1;
+            }
+        }
+    }
+
+    /// Looks at what is sent: an operator that is asked to referee the attempt beside which it is tried sees both seeds.
+    pub fn watch(&mut self, nodes: &Nodes, out: &[Effect]) {
         if self.live.is_empty() {
             return;
         }
         for effect in out {
             let Effect::Send { node, frame } = effect else { continue };
             let Some(Message::RefereeLease(lease)) = &frame.message else { continue };
+            let Some(operator) = nodes.get(node).map(|info| info.operator) else { continue };
             let id = lease.request.as_ref().map(|request| request.id.as_slice());
             for trial in &mut self.live {
                 let early = matches!(trial.stage, Stage::Leased { .. });
-                if early && trial.who.node == *node && id == Some(trial.request.id.as_bytes()) {
+                if early && trial.who.operator == operator && id == Some(trial.request.id.as_bytes()) {
                     trial.is_void = true;
                 }
             }
         }
     }
 
-    /// The node's session ended.
+    /// The node's session ended: a referee is replaced. Whoever is tried has until its deadlines, as in any slot.
     pub fn left(&mut self, node: &NodeId, court: &mut Court) {
         let mut at = 0;
         while let Some(trial) = self.live.get_mut(at) {
-            let step = if trial.who.node == *node && !matches!(trial.stage, Stage::Scored { .. }) {
-                Step::Ends(Verdict::Missed)
-            } else if trial.asked().is_some_and(|who| who.node == *node) {
-                trial.ask(court)
-            } else {
-                Step::Goes
-            };
+            let asked = trial.asked().is_some_and(|who| who.node == *node);
+            let step = if asked { trial.ask(court) } else { Step::Goes };
+            if !self.after(at, step, court) {
+                at += 1;
+            }
+        }
+    }
+
+    /// The node is back under the same key: what it was asked is sent again, as in any slot.
+    pub fn resumed(&mut self, node: &NodeId, court: &mut Court) {
+        let mut at = 0;
+        while let Some(trial) = self.live.get(at) {
+            let step = if trial.who.node == *node { trial.resume(court) } else { Step::Goes };
             if !self.after(at, step, court) {
                 at += 1;
             }
@@ -366,9 +392,7 @@ impl Trials {
                 Stage::Leased { until_ms } | Stage::Asked { until_ms, .. } if *until_ms <= court.now => {
                     Step::Ends(Verdict::Missed)
                 }
-                Stage::Scored { asked: Some((_, until_ms)), .. } if *until_ms <= court.now => {
-                    trial.ask(court)
-                }
+                Stage::Scored { asked: Some(asked), .. } if asked.until_ms <= court.now => trial.ask(court),
                 _ => Step::Goes,
             };
             if !self.after(at, step, court) {
@@ -384,4 +408,12 @@ impl Trials {
         trial.end(verdict, court);
         true
     }
+}
+
+/// A trace of its own in the form of another one: referees are not to know a trial by it. Empty where that is.
+fn traceparent_like(other: &str, secret: &Hash32) -> String {
+    // `00-<32 hex>-<16 hex>` and the flags.
+    let Some(flags) = other.get(52..) else { return String::new() };
+    let hex: String = secret.0[8..].iter().map(|byte| format!("{byte:02x}")).collect();
+    format!("00-{}-{}{flags}", &hex[..32], &hex[32..])
 }

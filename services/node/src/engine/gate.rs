@@ -13,6 +13,15 @@ enum Phase {
     Ended,
 }
 
+/// How a wait for the engine's thread ended.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Waited {
+    Reached,
+    /// The opposite was asked for meanwhile.
+    Overtaken,
+    Ended,
+}
+
 #[derive(Debug)]
 struct State {
     wanted: bool,
@@ -32,7 +41,9 @@ impl Gate {
 
     /// Asks for a pause or its end; false if that was asked for already.
     pub fn ask(&self, running: bool) -> bool {
-        std::mem::replace(&mut self.state.lock().wanted, running) != running
+        let is_new = std::mem::replace(&mut self.state.lock().wanted, running) != running;
+        self.changed.notify_all();
+        is_new
     }
 
     /// Whether the engine may compute.
@@ -54,13 +65,17 @@ impl Gate {
         self.changed.notify_all();
     }
 
-    /// Waits until the thread is where it was asked to be; false if it has ended.
-    pub fn wait(&self, running: bool) -> bool {
+    /// Waits until the thread is where it was asked to be, has ended, or was asked for the opposite.
+    pub fn wait(&self, running: bool) -> Waited {
         let wanted = if running { Phase::Running } else { Phase::Paused };
         let mut state = self.state.lock();
-        while state.phase != wanted && state.phase != Phase::Ended {
+        while state.phase != wanted && state.phase != Phase::Ended && state.wanted == running {
             self.changed.wait(&mut state);
         }
-        state.phase == wanted
+        match state.phase {
+            Phase::Ended => Waited::Ended,
+            phase if phase == wanted => Waited::Reached,
+            _ => Waited::Overtaken,
+        }
     }
 }

@@ -62,7 +62,7 @@ pub use shape::MemoryNeed;
 #[doc(hidden)]
 pub use torch::torch_logits;
 
-use gate::Gate;
+use gate::{Gate, Waited};
 use sequence::Start;
 use shape::Shape;
 use source::Source;
@@ -368,15 +368,16 @@ impl Engine {
     /// is done. Threads sleep from then on.
     ///
     /// # Errors
-    /// [`Busy::Stopped`]: the engine has ended.
+    /// [`Busy::Paused`]: the pause's end was asked for meanwhile. [`Busy::Stopped`]: the engine has ended.
     pub fn pause(&self) -> Result<(), Busy> {
         self.turn(false)
     }
 
-    /// Loads the model again; returns when it is ready.
+    /// Loads the model again; returns when it is ready. While it cannot be loaded, because the device is still used by
+    /// others for instance, it is tried again every few seconds.
     ///
     /// # Errors
-    /// [`Busy::Stopped`]: the engine has ended, perhaps because the model cannot be loaded any more.
+    /// [`Busy::Paused`]: a pause was asked for meanwhile. [`Busy::Stopped`]: the engine has ended.
     pub fn resume(&self) -> Result<(), Busy> {
         self.turn(true)
     }
@@ -387,7 +388,11 @@ impl Engine {
             // A full channel has something that wakes the thread.
             let _ = starts.try_send(None);
         }
-        if self.gate.wait(running) { Ok(()) } else { Err(Busy::Stopped) }
+        match self.gate.wait(running) {
+            Waited::Reached => Ok(()),
+            Waited::Overtaken => Err(Busy::Paused),
+            Waited::Ended => Err(Busy::Stopped),
+        }
     }
 
     /// Cancelled once the engine's thread has ended, for whatever reason: it computes nothing any more.

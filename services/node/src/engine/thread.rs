@@ -2,8 +2,8 @@
 
 use std::collections::VecDeque;
 use std::sync::Arc;
-use std::sync::mpsc::{Receiver, TryRecvError};
-use std::time::Instant;
+use std::sync::mpsc::{Receiver, RecvTimeoutError, TryRecvError};
+use std::time::{Duration, Instant};
 
 use infera_prompt::Tokenizer;
 use parking_lot::Mutex;
@@ -19,6 +19,8 @@ use super::{Active, EngineConfig, PREEMPTED, torch};
 
 /// How long a step may take while others wait for their next token: a prompt is read in pieces of about this time.
 const STEP_SECS: f64 = 0.1;
+/// How long to wait before a model that could not be loaded after a pause is loaded again.
+const AGAIN: Duration = Duration::from_secs(3);
 /// Rows of prompts that a step has in any case.
 const LEAST_ROWS: usize = 16;
 
@@ -51,13 +53,16 @@ impl Main {
             // The model is gone by now.
             torch::release(&self.config);
             self.gate.reached(false);
-            if !self.sleep(inbox) {
-                return;
-            }
-            match Source::open(&self.config.model_path).and_then(|source| self.load(source)) {
-                Ok(loaded) => model = loaded,
-                Err(error) => return tracing::error!(%error, "the model can't be loaded again"),
-            }
+            let mut load = || {
+                let loaded = Source::open(&self.config.model_path).and_then(|source| self.load(source));
+                if loaded.is_err() {
+                    torch::release(&self.config);
+                }
+                loaded
+            };
+            let sleep = Sleep { active: &self.active, gate: &self.gate, inbox };
+            let Some(loaded) = sleep.then(&mut load, AGAIN) else { return };
+            model = loaded;
             self.gate.reached(true);
         }
     }
@@ -65,18 +70,52 @@ impl Main {
     fn load(&self, source: Source) -> Result<Model, EngineError> {
         Model::load(&source.rounded(self.config.rounding), &self.config)
     }
+}
 
-    /// Until the end of a pause; false when the engine is dropped.
-    fn sleep(&self, inbox: &Inbox) -> bool {
+/// A pause of the engine's thread.
+struct Sleep<'a> {
+    active: &'a Active,
+    gate: &'a Gate,
+    inbox: &'a Inbox,
+}
+
+impl Sleep<'_> {
+    /// What `load` gives after the pause, `again` after each time that it fails: the owner may not have let go of the
+    /// device yet. `None` when the engine is dropped.
+    fn then<T>(&self, load: &mut dyn FnMut() -> Result<T, EngineError>, again: Duration) -> Option<T> {
+        let mut wait = None;
+        while self.until_open(wait) {
+            match load() {
+                Ok(loaded) => return Some(loaded),
+                Err(error) => tracing::warn!(%error, "the model can't be loaded yet, trying again"),
+            }
+            wait = Some(again);
+        }
+        None
+    }
+
+    /// Until the end of a pause; with `wait`, so long, and until the end of a pause that began meanwhile. False when the
+    /// engine is dropped.
+    fn until_open(&self, wait: Option<Duration>) -> bool {
+        let mut until = wait.map(|wait| Instant::now() + wait);
         loop {
-            match inbox.recv() {
-                Ok(Some(start)) => {
-                    self.active.lock().remove(&start.id);
-                    start.fail(PREEMPTED);
+            let received = match until {
+                Some(until) => self.inbox.recv_timeout(until.saturating_duration_since(Instant::now())),
+                None => self.inbox.recv().map_err(|_| RecvTimeoutError::Disconnected),
+            };
+            match received {
+                Ok(start) => {
+                    if let Some(start) = start {
+                        self.active.lock().remove(&start.id);
+                        start.fail(PREEMPTED);
+                    }
+                    if until.is_none() && self.gate.is_open() {
+                        return true;
+                    }
                 }
-                Ok(None) if self.gate.is_open() => return true,
-                Ok(None) => {}
-                Err(_) => return false,
+                Err(RecvTimeoutError::Timeout) if self.gate.is_open() => return true,
+                Err(RecvTimeoutError::Timeout) => until = None,
+                Err(RecvTimeoutError::Disconnected) => return false,
             }
         }
     }
@@ -287,5 +326,66 @@ impl<'a> Worker<'a> {
             self.main.active.lock().remove(&sequence.id());
             sequence.end(how);
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::mpsc::sync_channel;
+
+    use super::super::gate::Waited;
+    use super::*;
+
+    #[test]
+    fn a_model_that_cannot_be_loaded_after_a_pause_is_tried_until_it_can() {
+        let (active, gate): (Active, _) = (Arc::default(), Gate::new());
+        let (starts, inbox) = sync_channel(4);
+        let sleep = Sleep { active: &active, gate: &gate, inbox: &inbox };
+        gate.ask(false);
+        gate.reached(false);
+        // Two calls of a pause that is over: the first one wakes up.
+        gate.ask(true);
+        starts.send(None).unwrap();
+        let mut tries = 0;
+        let loaded = sleep.then(
+            &mut || {
+                tries += 1;
+                match tries {
+                    1 => Err(EngineError::Device("the owner's".into())),
+                    2 => {
+                        // The owner pauses it again, and lets it go on later.
+                        gate.ask(false);
+                        let (gate, starts) = (&gate, &starts);
+                        std::thread::scope(|scope| {
+                            let paused = scope.spawn(move || gate.wait(false));
+                            assert_eq!(paused.join().unwrap(), Waited::Reached, "it holds no model");
+                        });
+                        gate.ask(true);
+                        starts.send(None).unwrap();
+                        Err(EngineError::Device("the owner's".into()))
+                    }
+                    tries => Ok(tries),
+                }
+            },
+            Duration::from_millis(1),
+        );
+        assert_eq!(loaded, Some(3));
+        drop(starts);
+        assert_eq!(sleep.then(&mut || Ok(()), Duration::ZERO), None, "the engine is dropped");
+    }
+
+    #[test]
+    fn a_wait_for_the_model_ends_when_the_opposite_is_asked_for() {
+        let gate = Gate::new();
+        gate.ask(false);
+        gate.reached(false);
+        gate.ask(true);
+        std::thread::scope(|scope| {
+            let resumed = scope.spawn(|| gate.wait(true));
+            gate.ask(false);
+            assert_eq!(resumed.join().unwrap(), Waited::Overtaken);
+        });
+        gate.ended();
+        assert_eq!(gate.wait(true), Waited::Ended);
     }
 }

@@ -392,6 +392,39 @@ fn a_pause_ends_all_jobs_and_frees_the_memory() {
 }
 
 #[test]
+fn a_model_that_is_away_after_a_pause_is_waited_for() {
+    let _one = ONE_AT_A_TIME.blocking_lock();
+    let folder = tempfile::tempdir().unwrap();
+    let (model, away) = (folder.path().join("model.gguf"), folder.path().join("away"));
+    std::os::unix::fs::symlink(model_path(), &model).unwrap();
+    let engine =
+        Engine::start(EngineConfig { model_path: model.clone(), ..config(Class::Exact, 2) }).unwrap();
+    let prompt = Prompt::load(&model_path()).unwrap();
+    let asked = job(&prompt, QUESTIONS[0], 0.8, 4);
+    let expected = collect(engine.generate(asked.clone()).unwrap());
+    engine.pause().unwrap();
+    std::fs::rename(&model, &away).unwrap();
+    std::thread::scope(|scope| {
+        let resumed = scope.spawn(|| engine.resume());
+        // Wherever it is by now, the owner gets the machine at once.
+        while matches!(engine.generate(asked.clone()), Err(Busy::Paused)) {
+            assert!(!engine.ended().is_cancelled());
+            std::thread::yield_now();
+        }
+        engine.pause().unwrap();
+        assert_eq!(resumed.join().unwrap(), Err(Busy::Paused));
+    });
+    let resumed = std::thread::scope(|scope| {
+        let resumed = scope.spawn(|| engine.resume());
+        std::fs::rename(&away, &model).unwrap();
+        resumed.join().unwrap()
+    });
+    assert_eq!(resumed, Ok(()));
+    assert_eq!(collect(engine.generate(asked).unwrap()), expected);
+    assert!(!engine.ended().is_cancelled());
+}
+
+#[test]
 fn impossible_jobs_are_refused_in_words() {
     let _one = ONE_AT_A_TIME.blocking_lock();
     let prompt = Prompt::load(&model_path()).unwrap();

@@ -179,6 +179,31 @@ async fn a_paused_node_declines_what_it_computes_reveals_what_it_promised_and_co
     node.end().await;
 }
 
+/// The owner may still use the device when the pause ends: the node waits for it, and goes on listening.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_node_that_cannot_load_its_model_after_a_pause_waits_and_hears_its_owner() {
+    let _one = ONE_AT_A_TIME.lock().await;
+    let dispatcher = Dispatcher::new().await;
+    let (model, away) = (dispatcher.data().join("model.gguf"), dispatcher.data().join("away.gguf"));
+    std::os::unix::fs::symlink(crate::model_path(), &model).unwrap();
+    let line = ["--slots", "1", "--max-context", "512", "--model", model.to_str().unwrap()];
+    let node = dispatcher.node(&line);
+    let mut session = dispatcher.open().await;
+    for comes_back in [true, false] {
+        node.pause.send_replace(true);
+        while !session.closed().await {}
+        std::fs::rename(&model, &away).unwrap();
+        node.pause.send_replace(false);
+        if comes_back {
+            std::fs::rename(&away, &model).unwrap();
+            session = dispatcher.open().await;
+            session.lease(&request(QUESTION, 8), 1).await;
+            while !matches!(session.hear().await, Heard::Commit(_)) {}
+        }
+    }
+    node.end().await;
+}
+
 #[test]
 fn a_pause_needs_a_node() {
     let folder = tempfile::tempdir().unwrap();

@@ -260,6 +260,8 @@ fn memory_and_limits_of_bf16_are_stated_before_loading() {
         need(&EngineConfig { cache_tokens: Some(2048), ..base.clone() }).cache,
         (2 * 1024 + 1) * 30 * 2 * 3 * 64 * 2
     );
+    let step = |slots| need(&EngineConfig { slots, ..base.clone() }).step;
+    assert_eq!(step(9) - step(8), 4 * 49_152, "logits of one place more");
     for (bad, text) in [
         (EngineConfig { slots: 257, ..base.clone() }, "slots is 257, allowed are 1 to 256"),
         (EngineConfig { class: Class::Fast, slots: 65, ..base.clone() }, "slots is 65, allowed are 1 to 64"),

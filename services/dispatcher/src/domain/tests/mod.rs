@@ -27,6 +27,7 @@ use super::*;
 
 const DOMAIN: Domain = Domain { chain_id: 1, contract: Address([1; 20]) };
 const MODEL: Hash32 = Hash32([2; 32]);
+const TRACEPARENT: &str = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01";
 const DEADLINE_MS: i64 = 1_000_000;
 
 fn registry() -> Registry {
@@ -117,7 +118,9 @@ fn answer(n: u8, version: u8) -> Reveal {
 
 /// The node's signer, and its operator's key.
 fn evm(n: u8, is_operator: bool) -> EvmKey {
-    EvmKey::from_slice(&[100 + n + u8::from(is_operator) * 100; 32]).unwrap()
+    let mut secret = [100 + n; 32];
+    secret[0] = 1 + u8::from(is_operator);
+    EvmKey::from_slice(&secret).unwrap()
 }
 
 /// By what node n's signer is its operator's.
@@ -200,6 +203,7 @@ struct Bench {
     /// Trials that ended.
     tried: Vec<super::trials::Ended>,
     leases: Vec<(NodeId, Request)>,
+    reveal_requests: Vec<NodeId>,
     refused: Vec<(NodeId, String)>,
 }
 
@@ -223,6 +227,7 @@ impl Bench {
             jobs: Vec::new(),
             tried: Vec::new(),
             leases: Vec::new(),
+            reveal_requests: Vec::new(),
             refused: Vec::new(),
         }
     }
@@ -262,7 +267,7 @@ impl Bench {
                 let attempt = self.attempts.entry(request).or_insert(0);
                 *attempt += 1;
                 let attempt = *attempt;
-                let stored = Command::AttemptStored { request, attempt, traceparent: String::new() };
+                let stored = Command::AttemptStored { request, attempt, traceparent: TRACEPARENT.to_owned() };
                 // Closed meanwhile: nothing to begin.
                 let _ = self.run(stored);
             }
@@ -320,13 +325,14 @@ impl Bench {
             Message::Refused(refused) => self.refused.push((node, refused.code)),
             Message::RevealRequest(asked) => {
                 let request = Uuid::from_slice(&asked.request_id).unwrap();
+                self.reveal_requests.push(node);
                 if !self.asked.insert((request, asked.attempt, node)) {
                     // Repeated for a node that reconnected.
                     return;
                 }
                 let slot_of = |attempt: &Attempt| attempt.slots().iter().any(|slot| slot.who.node == node);
                 let Some(attempt) = self.state.attempt(request).filter(|attempt| slot_of(attempt)) else {
-                    // A trial: nobody else's commitment is waited for.
+                    // A trial.
                     assert!(self.leases.iter().any(|(who, asked)| *who == node && asked.id == request));
                     return;
                 };

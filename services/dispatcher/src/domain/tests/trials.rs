@@ -1,5 +1,6 @@
 //! Canaries and entry trials.
 
+use infera_protocol::hash::keccak;
 use infera_protocol::judgement::Finding;
 use infera_protocol::referee::{Report, report_digest};
 use infera_protocol::trust::{Alarm, Event, Reason, Record};
@@ -10,8 +11,14 @@ use crate::domain::trials::{Ended, Kind, Outcome};
 
 /// Request 1 at `nodes` nodes of as many operators, and a canary beside it.
 fn with_canary(nodes: u8) -> Bench {
+    with_canary_of(nodes, 3)
+}
+
+/// As [`with_canary`], by another dispatcher's key.
+fn with_canary_of(nodes: u8, seed: u8) -> Bench {
     let mut bench = Bench::new();
-    bench.state = State::new(Rules { canary_ppm: 500_000, ..rules() });
+    let key = VrfSecret::from_seed(&[seed; 32]).unwrap();
+    bench.state = State::new(Rules { canary_ppm: 500_000, key, ..rules() });
     for n in 1..=nodes {
         let operator = Address([20 + n; 20]);
         bench.run(Command::NodeJoined(Connected { operator, ..connected(n, 1) })).unwrap();
@@ -32,8 +39,27 @@ fn number(node: NodeId) -> u8 {
     (1..=9).find(|n| node_id(&key(*n)) == node).unwrap()
 }
 
-/// Commits to this answer in a trial, and reveals it.
+/// Commits to this answer in a trial, and reveals it once it is asked for: by its attempt, where it is a canary.
 fn answer_trial(bench: &mut Bench, node: NodeId, asked: &Request, token: u32) {
+    let reveal = commit_trial(bench, node, asked, token);
+    if !bench.reveal_requests.contains(&node) {
+        answer_all(bench);
+    }
+    bench.run(reveal).unwrap();
+}
+
+/// The nodes of attempt 1 commit to everybody's answer and reveal it.
+fn answer_all(bench: &mut Bench) {
+    for n in bench.drawn() {
+        bench.run(commit(n, 1, 1, 0)).unwrap();
+    }
+    for n in bench.drawn() {
+        bench.run(reveal(n, 1, 1, 0)).unwrap();
+    }
+}
+
+/// Commits to this answer in a trial; gives its reveal.
+fn commit_trial(bench: &mut Bench, node: NodeId, asked: &Request, token: u32) -> Command {
     let output = Output { tokens: vec![token, END_TOKEN], ..answer(1, 0).output };
     let reveal = Reveal { output, salt: Hash32([7; 32]) };
     let slot = Slot { request_hash: asked.hash(&DOMAIN), attempt: 1, node };
@@ -43,7 +69,7 @@ fn answer_trial(bench: &mut Bench, node: NodeId, asked: &Request, token: u32) {
     let statement = says(n, &slot, &digest);
     bench.run(Command::Committed { node, request: asked.id, attempt: 1, commit, statement }).unwrap();
     let (statement, reveal) = (says_of(n, &slot, &reveal), Box::new(reveal));
-    bench.run(Command::Revealed { node, request: asked.id, attempt: 1, reveal, statement }).unwrap();
+    Command::Revealed { node, request: asked.id, attempt: 1, reveal, statement }
 }
 
 /// The last job's report: right, or far off.
@@ -108,6 +134,9 @@ fn an_honest_canary_passes_and_nobody_waits_for_it() {
     let (referee, job) = bench.jobs[0].clone();
     let about = convert::request(job.request.as_ref().unwrap()).unwrap();
     assert!(about.id != asked.id && about.seed == asked.seed, "scored under its own seed and another name");
+    assert!(about.id.get_version_num() == 7 && about.id.as_bytes()[..6] == asked.id.as_bytes()[..6]);
+    assert!(job.traceparent != TRACEPARENT && job.traceparent.len() == TRACEPARENT.len());
+    assert!(infera_runtime::trace::trace_id(&job.traceparent).is_some(), "{}", job.traceparent);
     assert!(referee != node && !drawn.contains(&number(referee)), "by somebody from outside");
     say(&mut bench, true);
     let ended = ended(&bench);
@@ -122,12 +151,7 @@ fn a_copy_fails_its_own_seed() {
     for (peers, reason) in [(true, Reason::Copy), (false, Reason::Answer)] {
         let mut bench = with_canary(6);
         let (node, asked) = canary(&bench);
-        for n in bench.drawn() {
-            bench.run(commit(n, 1, 1, 0)).unwrap();
-        }
-        for n in bench.drawn() {
-            bench.run(reveal(n, 1, 1, 0)).unwrap();
-        }
+        answer_all(&mut bench);
         let copied = answer(1, 0).output.tokens[0];
         answer_trial(&mut bench, node, &asked, if peers { copied } else { 77 });
         say(&mut bench, false);
@@ -152,6 +176,36 @@ fn a_lying_referee_is_outvoted() {
 }
 
 #[test]
+fn a_referee_that_misses_a_defect_in_a_trial_is_lazy_and_the_next_one_is_asked() {
+    let answer = [55, END_TOKEN];
+    let (mut planted, mut plain) = (0, 0);
+    for seed in 0..240 {
+        let mut bench = with_canary_of(7, seed);
+        let (node, asked) = canary(&bench);
+        answer_trial(&mut bench, node, &asked, answer[0]);
+        let (referee, first) = bench.jobs[0].clone();
+        if first.subjects[0].tokens == answer {
+            plain += 1;
+            continue;
+        }
+        planted += 1;
+        assert_eq!(first.subjects[0].tokens.len(), 2, "one token is another");
+        let notices = planted % 2 == 0;
+        say(&mut bench, !notices);
+        assert!(bench.tried.is_empty() && bench.jobs.len() == 2, "it says nothing about the answer");
+        while bench.tried.is_empty() {
+            say(&mut bench, true);
+        }
+        let expected = if notices { Finding::Completed } else { Finding::Bad(Reason::Planted) };
+        assert_eq!((ended(&bench).outcome, ended(&bench).conduct[0].node), (Outcome::Passed, node));
+        let of_first = ended(&bench).conduct.iter().find(|conduct| conduct.node == referee).unwrap();
+        assert_eq!(of_first.finding, expected);
+    }
+    // One in twenty: 12 expected.
+    assert!((4..=24).contains(&planted) && planted + plain == 240, "{planted}");
+}
+
+#[test]
 fn nothing_follows_where_nobody_can_judge() {
     let mut bench = with_canary(6);
     let (node, asked) = canary(&bench);
@@ -166,7 +220,10 @@ fn nothing_follows_where_nobody_can_judge() {
 fn who_does_not_answer_has_missed_it() {
     let leave: [fn(&mut Bench, NodeId); 3] = [
         |bench, _| bench.tick(1_000),
-        |bench, node| bench.run(Command::NodeLeft { node, session: Uuid::from_u128(1) }).unwrap(),
+        |bench, node| {
+            bench.run(Command::NodeLeft { node, session: Uuid::from_u128(1) }).unwrap();
+            bench.tick(1_000);
+        },
         |bench, node| bench.run(decline(number(node), 1, 1)).unwrap(),
     ];
     for leave in leave {
@@ -187,6 +244,211 @@ fn who_does_not_answer_has_missed_it() {
     assert_eq!(ended(&bench).outcome, Outcome::Void);
 }
 
+/// A request for the likeliest tokens.
+fn greedy(id: u128, account: &str, prompt: Vec<u32>) -> Command {
+    let mut funded = offer(id).funded;
+    funded.submitted.account = account.to_owned();
+    funded.submitted.request.sampling.temperature = 0.0;
+    funded.submitted.request.prompt = prompt;
+    let wire = funded_to_wire(&funded);
+    Command::Offered(Box::new(Offer::new(funded, wire, &DOMAIN)))
+}
+
+/// Runs a greedy request beside a network of six; what the canary is asked.
+fn greedy_canary(bench: &mut Bench, id: u128, account: &str, prompt: Vec<u32>) -> Option<(NodeId, Request)> {
+    bench.run(greedy(id, account, prompt)).unwrap();
+    let id = Uuid::from_u128(id);
+    let canary = bench.leases.iter().find(|(_, asked)| asked.id == id && asked.seed != 1).cloned();
+    bench.run(Command::Closed { request: id }).unwrap();
+    canary
+}
+
+#[test]
+fn the_canary_of_a_greedy_request_has_an_earlier_prompt() {
+    let mut bench = with_canary(6);
+    assert_eq!(greedy_canary(&mut bench, 2, "a", vec![7, 7]), None, "nothing differs");
+    assert_eq!(greedy_canary(&mut bench, 3, "a", vec![7, 7]), None);
+    // Room for 4 more tokens in a context of so many.
+    let context = registry().models[0].context_length as usize;
+    assert_eq!(greedy_canary(&mut bench, 4, "b", vec![8; context - 3]).unwrap().1.prompt, [7, 7]);
+    let (node, asked) = greedy_canary(&mut bench, 5, "a", vec![9]).unwrap();
+    assert_eq!((asked.prompt.as_slice(), asked.sampling.temperature), (&[7, 7][..], 0.0), "b's does not fit");
+    assert_eq!(greedy_canary(&mut bench, 6, "c", vec![5]).unwrap().1.prompt, [9], "an account's last one");
+    // Somebody else's answer is none to this prompt.
+    let reveal = commit_trial(&mut bench, node, &asked, 55);
+    bench.run(reveal).unwrap();
+    say(&mut bench, false);
+    say(&mut bench, false);
+    let ended = bench.tried.iter().find(|ended| ended.node == node).unwrap();
+    assert_eq!((ended.outcome, ended.conduct[0].finding), (Outcome::Failed, Finding::Bad(Reason::Answer)));
+}
+
+#[test]
+fn one_account_does_not_fill_the_prompts() {
+    let mut prompts = crate::domain::prompts::Prompts::default();
+    let offered = |account: String, prompt| match greedy(1, &account, prompt) {
+        Command::Offered(offer) => *offer,
+        other => panic!("{other:?}"),
+    };
+    prompts.note(&offered("b".into(), vec![1, 2]));
+    for n in 0..100 {
+        prompts.note(&offered("a".into(), vec![n; 3]));
+    }
+    let other = |prompts: &crate::domain::prompts::Prompts, account: &str| {
+        let offer = offered(account.into(), vec![1]);
+        prompts.other(&Hash32([1; 32]), &offer, &rules()).map(<[u32]>::to_vec)
+    };
+    assert_eq!(other(&prompts, "a"), Some(vec![1, 2]));
+    assert_eq!(other(&prompts, "b"), Some(vec![99; 3]));
+    // The oldest go.
+    for n in 0..32 {
+        prompts.note(&offered(format!("c{n}"), vec![n; 4]));
+    }
+    for n in 0..100 {
+        let offer = offered(format!("d{n}"), vec![1]);
+        let kept = prompts.other(&keccak(&[&[n]]), &offer, &rules()).unwrap();
+        assert_eq!(kept.len(), 4);
+    }
+    prompts.note(&offered("e".into(), vec![3; (1 << 18) - 9]));
+    let kept = other(&prompts, "x");
+    assert!(kept.is_some_and(|prompt| prompt.len() == 4), "what is left of the small ones");
+}
+
+#[test]
+fn a_canary_is_asked_for_its_reveal_when_the_others_are() {
+    let was_asked = |bench: &Bench, node| bench.reveal_requests.contains(&node);
+    let mut bench = with_canary(6);
+    let (node, asked) = canary(&bench);
+    let reveal = commit_trial(&mut bench, node, &asked, 55);
+    assert_eq!(bench.run(reveal), Err(Rejection::NotAsked));
+    let drawn = bench.drawn();
+    bench.run(commit(drawn[0], 1, 1, 0)).unwrap();
+    bench.run(commit(drawn[1], 1, 1, 0)).unwrap();
+    bench.tick(900);
+    assert!(bench.reveal_requests.is_empty());
+    bench.run(commit(drawn[2], 1, 1, 0)).unwrap();
+    assert!(was_asked(&bench, node) && bench.reveal_requests.len() == 4);
+
+    // A late one has nobody to wait for, and neither has one whose attempt is gone.
+    let mut bench = with_canary(6);
+    answer_all(&mut bench);
+    assert!(!was_asked(&bench, node));
+    commit_trial(&mut bench, node, &asked, 55);
+    assert!(was_asked(&bench, node));
+    let mut bench = with_canary(6);
+    commit_trial(&mut bench, node, &asked, 55);
+    bench.run(Command::Closed { request: asked.id }).unwrap();
+    assert!(was_asked(&bench, node));
+    bench.tick(500);
+    assert_eq!(findings(ended(&bench)), [Finding::Missed]);
+}
+
+#[test]
+fn an_operator_that_referees_with_another_node_sees_both_seeds() {
+    let mut bench = with_canary(6);
+    let (node, asked) = canary(&bench);
+    let operator = Address([20 + number(node); 20]);
+    let second = Connected { operator, ..connected(9, 1) };
+    bench.run(Command::NodeJoined(second)).unwrap();
+    let request = asked.id;
+    let lease = v1::RefereeLease {
+        request: bench.state.requests[&request].offer.wire.submitted.clone().unwrap().request,
+        ..v1::RefereeLease::default()
+    };
+    let sent = Effect::Send { node: node_id(&key(9)), frame: frames::referee_lease(lease) };
+    let State { trials, nodes, .. } = &mut bench.state;
+    trials.watch(nodes, &[sent]);
+    bench.tick(1_000);
+    let (outcome, found) = (ended(&bench).outcome, findings(ended(&bench)));
+    assert_eq!((outcome, found), (Outcome::Void, vec![]));
+}
+
+#[test]
+fn a_canary_ends_with_its_attempt_and_frees_nothing_of_the_next() {
+    let mut bench = with_canary(6);
+    let (node, asked) = canary(&bench);
+    // Everybody else is full: the attempt begins anew.
+    for _ in 0..2 {
+        for n in (1..=6).filter(|n| *n != number(node)) {
+            let _ = bench.run(decline(n, 1, 1));
+        }
+    }
+    assert_eq!((ended(&bench).outcome, findings(ended(&bench))), (Outcome::Void, vec![]), "nobody missed it");
+    bench.tick(2_000);
+    assert_eq!(bench.attempts[&asked.id], 2);
+    let busy = |bench: &Bench| {
+        let views = bench.state.nodes();
+        views.iter().find(|view| view.info.node == node).map(|view| view.busy)
+    };
+    let again = bench.leases.iter().filter(|(who, _)| *who == node).count() == 2;
+    assert_eq!(busy(&bench), Some(u32::from(again)));
+    let first = offer(1).funded.submitted.request.seed;
+    let seeds = bench.leases.iter().map(|(_, request)| request.seed).filter(|seed| *seed != first);
+    assert_eq!(seeds.count(), 1, "everybody knows the request's seed now");
+    bench.tick(999);
+    assert_eq!(busy(&bench), Some(u32::from(again)), "the lease of the second attempt is its own");
+}
+
+#[test]
+fn who_comes_back_is_asked_again_as_in_any_slot() {
+    for leaves in [false, true] {
+        let mut bench = with_canary(6);
+        let (node, asked) = canary(&bench);
+        let info = newcomer(number(node));
+        let back = |bench: &mut Bench, session: u128| {
+            if leaves {
+                let session = Uuid::from_u128(session - 1);
+                bench.run(Command::NodeLeft { node, session }).unwrap();
+            }
+            let session = Uuid::from_u128(session);
+            bench.run(Command::NodeJoined(Connected { session, ..info.clone() })).unwrap();
+        };
+        back(&mut bench, 2);
+        let leases: Vec<_> = bench.leases.iter().filter(|(who, _)| *who == node).collect();
+        assert_eq!(leases, [&(node, asked.clone()), &(node, asked.clone())]);
+        let reveal = commit_trial(&mut bench, node, &asked, 55);
+        answer_all(&mut bench);
+        back(&mut bench, 3);
+        let requests = bench.reveal_requests.iter().filter(|who| **who == node).count();
+        assert_eq!(requests, 2);
+        bench.run(reveal).unwrap();
+        say(&mut bench, true);
+        assert_eq!(ended(&bench).outcome, Outcome::Passed);
+    }
+}
+
+#[test]
+fn who_comes_back_as_somebody_else_is_not_asked_again() {
+    let mut bench = with_canary(6);
+    let (node, _) = canary(&bench);
+    let class = "fast".to_owned();
+    let other = Connected { session: Uuid::from_u128(2), class: class.clone(), ..newcomer(number(node)) };
+    bench.run(Command::NodeJoined(other)).unwrap();
+    assert_eq!(findings(ended(&bench)), [Finding::Missed]);
+    assert_eq!(bench.leases.iter().filter(|(who, _)| *who == node).count(), 1);
+
+    let mut bench = entering(3);
+    let node = bench.leases[0].0;
+    let other = Connected { session: Uuid::from_u128(2), class, ..newcomer(4) };
+    bench.run(Command::NodeJoined(other)).unwrap();
+    assert_eq!(ended(&bench).outcome, Outcome::Void);
+    bench.tick(5_000);
+    assert!(bench.refused.is_empty() && !on_trial(&bench), "nobody judges its new class: {node}");
+}
+
+#[test]
+fn a_newcomer_that_lost_its_connection_passes_its_trial() {
+    let mut bench = entering(3);
+    let (node, asked) = bench.leases[0].clone();
+    bench.run(Command::NodeLeft { node, session: Uuid::from_u128(1) }).unwrap();
+    let again = Connected { session: Uuid::from_u128(2), ..newcomer(4) };
+    bench.run(Command::NodeJoined(again)).unwrap();
+    assert_eq!(bench.leases, [(node, asked.clone()), (node, asked.clone())]);
+    answer_trial(&mut bench, node, &asked, 5);
+    say(&mut bench, true);
+    assert_eq!((ended(&bench).outcome, on_trial(&bench)), (Outcome::Passed, false));
+}
+
 #[test]
 fn a_reveal_that_does_not_open_the_commitment_is_bad() {
     let mut bench = with_canary(6);
@@ -196,6 +458,7 @@ fn a_reveal_that_does_not_open_the_commitment_is_bad() {
     let slot = Slot { request_hash: asked.hash(&DOMAIN), attempt: 1, node };
     let statement = says(number(node), &slot, &digest);
     bench.run(Command::Committed { node, request: asked.id, attempt: 1, commit, statement }).unwrap();
+    answer_all(&mut bench);
     let reveal = Box::new(answer(1, 0));
     let statement = says_of(number(node), &slot, &reveal);
     bench.run(Command::Revealed { node, request: asked.id, attempt: 1, reveal, statement }).unwrap();
@@ -232,12 +495,7 @@ fn a_canary_that_sees_both_seeds_shows_nothing() {
     // Six operators: three answer, one has the canary; all of the others referee the attempt.
     let mut bench = with_canary(6);
     let (node, asked) = canary(&bench);
-    for n in bench.drawn() {
-        bench.run(commit(n, 1, 1, 0)).unwrap();
-    }
-    for n in bench.drawn() {
-        bench.run(reveal(n, 1, 1, 0)).unwrap();
-    }
+    answer_all(&mut bench);
     let answers = bench.evidence.as_ref().unwrap().answers().iter().map(|(hash, ..)| *hash).collect();
     let request = asked.id;
     bench.run(Command::MoreReferees { request, attempt: 1, round: 1, count: 3, answers }).unwrap();
@@ -247,10 +505,33 @@ fn a_canary_that_sees_both_seeds_shows_nothing() {
     assert_eq!((ended(&bench).outcome, findings(ended(&bench))), (Outcome::Void, vec![]));
 }
 
-/// Nodes 1 to 3 of trusted operators; 4 has just joined.
+/// Three nodes, so many of trusted operators, which were tried once they could be; 4 has just joined.
 fn entering(trusted: u8) -> Bench {
+    let mut bench = founded(3, trusted);
+    for tried in 0..4 {
+        bench.tick(1);
+        assert_eq!(bench.leases.len(), if trusted > 1 { 3.min(tried + 1) } else { 0 }, "one after the other");
+        if !on_trial(&bench) {
+            break;
+        }
+        let (node, asked) = bench.leases[tried].clone();
+        answer_trial(&mut bench, node, &asked, 5);
+        say(&mut bench, true);
+        assert!(!on_trial(&bench));
+    }
+    (bench.leases, bench.jobs, bench.tried) = Default::default();
+    bench.run(Command::NodeJoined(newcomer(4))).unwrap();
+    bench
+}
+
+fn newcomer(n: u8) -> Connected {
+    Connected { operator: Address([20 + n; 20]), ..connected(n, 1) }
+}
+
+/// Nodes that joined while nobody was trusted; then so many of their operators were.
+fn founded(nodes: u8, trusted: u8) -> Bench {
     let mut bench = Bench::new();
-    bench.state = State::new(Rules { entry_trials: true, ..rules() });
+    bench.state = State::new(Rules { entry_trials: true, canary_ppm: 500_000, ..rules() });
     let rules = infera_protocol::trust::Rules::default();
     let records = (1..=trusted).map(|n| {
         let mut record = Record::default();
@@ -261,13 +542,12 @@ fn entering(trusted: u8) -> Bench {
         }
         (Address([20 + n; 20]), record)
     });
-    for n in 1..=3 {
-        let operator = Address([20 + n; 20]);
-        bench.run(Command::NodeJoined(Connected { operator, ..connected(n, 1) })).unwrap();
+    for n in 1..=nodes {
+        bench.run(Command::NodeJoined(newcomer(n))).unwrap();
     }
     let ledger = Ledger::new(&rules, &Alarm::default(), &records.collect(), 0);
     bench.run(Command::Trust(Box::new(ledger))).unwrap();
-    bench.run(Command::NodeJoined(Connected { operator: Address([24; 20]), ..connected(4, 1) })).unwrap();
+    assert!(!on_trial(&bench) && bench.leases.is_empty());
     bench
 }
 
@@ -281,7 +561,7 @@ fn a_newcomer_is_tried_before_it_is_drawn() {
         let mut bench = entering(3);
         assert!(on_trial(&bench) && bench.state.model_slots(&MODEL).0.free == 6);
         let (node, asked) = bench.leases[0].clone();
-        assert_eq!((number(node), asked.prompt.len()), (4, 24));
+        assert_eq!((number(node), asked.prompt.len(), asked.id.get_version_num()), (4, 24, 7));
         answer_trial(&mut bench, node, &asked, 5);
         let votes = if is_good { 1 } else { 2 };
         (0..votes).for_each(|_| say(&mut bench, is_good));
@@ -295,8 +575,84 @@ fn a_newcomer_is_tried_before_it_is_drawn() {
 
 #[test]
 fn without_a_trusted_operator_newcomers_are_let_in() {
-    let bench = entering(0);
+    let mut bench = entering(0);
+    bench.tick(10_000);
     assert!(!on_trial(&bench) && bench.leases.is_empty());
+}
+
+#[test]
+fn who_was_let_in_while_nobody_could_judge_is_tried_later() {
+    let mut bench = founded(4, 1);
+    bench.tick(1);
+    let (node, asked) = bench.leases[0].clone();
+    assert_eq!(bench.leases.len(), 1, "one after the other");
+    answer_trial(&mut bench, node, &asked, 5);
+    say(&mut bench, true);
+    bench.tick(1);
+    let silent = bench.leases[1].0;
+    bench.tick(1_000);
+    assert_eq!(bench.refused, [(silent, "trial_failed".to_owned())]);
+    bench.run(Command::NodeLeft { node: silent, session: Uuid::from_u128(1) }).unwrap();
+    bench.tick(1);
+    let mut tried: Vec<u8> = bench.leases.iter().map(|(node, _)| number(*node)).collect();
+    tried.sort_unstable();
+    assert_eq!(tried, [2, 3, 4], "not the only judge");
+}
+
+#[test]
+fn of_those_that_are_tried_later_one_with_a_free_place_comes_first() {
+    for free in 2..=4 {
+        let mut bench = founded(4, 1);
+        for full in (2..=4).filter(|n| *n != free) {
+            for lease in 0..2 {
+                bench.state.nodes.lease(&node_id(&key(full)), Uuid::from_u128(lease));
+            }
+        }
+        bench.tick(1);
+        assert_eq!(number(bench.leases[0].0), free);
+    }
+}
+
+#[test]
+fn silent_newcomers_let_nobody_in_untried_and_leave_room_for_canaries() {
+    let mut bench = founded(6, 6);
+    for n in 10..=80 {
+        bench.run(Command::NodeJoined(newcomer(n))).unwrap();
+    }
+    // A second node of an operator that is tried.
+    bench.run(Command::NodeJoined(Connected { operator: Address([30; 20]), ..connected(81, 1) })).unwrap();
+    let waiting = bench.state.nodes().iter().filter(|view| view.on_trial).count();
+    assert_eq!((bench.leases.len(), waiting), (48, 72));
+    assert!(bench.leases.iter().all(|(node, _)| *node != node_id(&key(81))));
+    bench.run(Command::Offered(Box::new(offer(1)))).unwrap();
+    let of_request = bench.leases.iter().filter(|(_, asked)| asked.id == Uuid::from_u128(1)).count();
+    assert_eq!(of_request, 4, "three and a canary");
+    bench.tick(1_000);
+    assert_eq!(bench.refused.len(), 48);
+    for (node, _) in bench.refused.clone() {
+        bench.run(Command::NodeLeft { node, session: Uuid::from_u128(1) }).unwrap();
+    }
+    bench.tick(4_000);
+    let tried = |n: u8| bench.leases.iter().any(|(node, _)| *node == node_id(&key(n)));
+    assert!((10..=81).all(tried), "the others have waited for their turn");
+}
+
+#[test]
+fn whom_nobody_judged_is_not_let_in() {
+    let mut bench = entering(2);
+    let (node, asked) = bench.leases[0].clone();
+    answer_trial(&mut bench, node, &asked, 5);
+    for _ in 0..2 {
+        let referee = bench.jobs.last().unwrap().0;
+        bench.run(Command::NodeLeft { node: referee, session: Uuid::from_u128(1) }).unwrap();
+    }
+    assert_eq!((ended(&bench).outcome, on_trial(&bench)), (Outcome::Void, true));
+    for n in 1..=2 {
+        bench.run(Command::NodeJoined(newcomer(n))).unwrap();
+    }
+    let before = bench.leases.len();
+    bench.tick(5_000);
+    assert!(bench.leases[before..].iter().any(|(who, _)| *who == node), "it is tried again");
 }
 
 #[test]

@@ -1,16 +1,13 @@
 //! One trial, from its lease to what follows.
 
-use infera_protocol::admission;
 use infera_protocol::agreement::{Standing, Votes};
 use infera_protocol::assignment::Eligible;
 use infera_protocol::bytes::Hash32;
 use infera_protocol::commitment::Slot;
 use infera_protocol::evidence::SignedCommitment;
 use infera_protocol::identity::verify;
-use infera_protocol::ids::message_id;
-use infera_protocol::judgement::{Conduct, Finding, Mean};
+use infera_protocol::judgement::{Conduct, Finding, Mean, is_planted, planted};
 use infera_protocol::referee::{Report, judge, report_digest};
-use infera_protocol::registry::Model;
 use infera_protocol::request::{Output, Request};
 use infera_protocol::slashing::Statement;
 use infera_protocol::trust::Reason;
@@ -19,7 +16,6 @@ use infera_wire::v1;
 use uuid::Uuid;
 
 use super::{Court, Ended, Kind, Outcome};
-use crate::domain::nodes::Connected;
 use crate::domain::{Effect, Rejection, SignedScores, frames};
 
 #[derive(Debug)]
@@ -31,20 +27,38 @@ pub(super) struct Trial {
     pub(super) attempt: u32,
     /// The id under which referees score the answer: they are not told which request it is about.
     pub(super) job: Uuid,
+    pub(super) job_traceparent: String,
+    /// Decides which referees get a defect in place of the answer; known to nobody.
+    pub(super) secret: Hash32,
+    /// Referees whose job held a defect, and whether they noticed it.
+    pub(super) checked: Vec<(Eligible, bool)>,
     /// Who may score it, the next one last.
     pub(super) referees: Vec<Eligible>,
     /// Answers of the attempt beside which a canary stands, by hash.
     pub(super) peers: Vec<Hash32>,
     /// The node may know what this is: nothing follows from it.
     pub(super) is_void: bool,
+    /// Of the lease.
+    pub(super) stream: bool,
+    pub(super) traceparent: String,
     pub(super) stage: Stage,
 }
 
 #[derive(Debug)]
 pub(super) enum Stage {
     Leased { until_ms: i64 },
+    Committed { commit: SignedCommitment, statement: Statement },
     Asked { commit: SignedCommitment, statement: Statement, until_ms: i64 },
-    Scored { output: Output, votes: Vec<Vote>, asked: Option<(Eligible, i64)> },
+    Scored { output: Output, votes: Vec<Vote>, asked: Option<Asked> },
+}
+
+/// A referee at work.
+#[derive(Debug)]
+pub(super) struct Asked {
+    pub(super) who: Eligible,
+    pub(super) until_ms: i64,
+    /// What it scores in place of the answer, as in any referee's job.
+    defect: Option<Output>,
 }
 
 #[derive(Debug)]
@@ -72,44 +86,55 @@ pub(super) enum Verdict {
 }
 
 impl Trial {
-    pub(super) fn entry(
-        info: &Connected,
-        beta: &Hash32,
-        model: &Model,
-        referees: Vec<Eligible>,
-        court: &Court,
-    ) -> Self {
-        let id = Uuid::from_u128(u128::from_be_bytes(std::array::from_fn(|i| beta.0[i])));
-        let request = admission::trial(beta, id, model);
-        Self {
-            kind: Kind::Entry,
-            who: Eligible {
-                node: info.node,
-                operator: info.operator,
-                class: info.class.clone(),
-                weight: 1,
-                audit_ppm: 0,
-                trusted: false,
-            },
-            hash: request.hash(&court.rules.domain),
-            job: message_id("trial.job", id, 1),
-            request,
-            attempt: 1,
-            referees,
-            peers: Vec::new(),
-            is_void: false,
-            stage: Stage::Leased { until_ms: court.now + court.rules.lease_ms },
-        }
-    }
-
     /// Where its node answers it.
     pub(super) fn place(&self) -> Slot {
         Slot { request_hash: self.hash, attempt: self.attempt, node: self.who.node }
     }
 
+    /// What the node waits for: its lease, or the request to reveal.
+    pub(super) fn send(&self, court: &mut Court) {
+        let node = self.who.node;
+        let frame = match self.stage {
+            Stage::Leased { until_ms } => {
+                court.nodes.lease(&node, self.request.id);
+                frames::lease(v1::Lease {
+                    request: Some(convert::request_to_wire(&self.request)),
+                    attempt: self.attempt,
+                    commit_deadline_ms: until_ms,
+                    stream: self.stream,
+                    traceparent: self.traceparent.clone(),
+                })
+            }
+            Stage::Asked { until_ms, .. } => frames::reveal_request(self.request.id, self.attempt, until_ms),
+            Stage::Committed { .. } | Stage::Scored { .. } => return,
+        };
+        court.out.push(Effect::Send { node, frame });
+    }
+
+    /// Asks who has committed for the reveal.
+    pub(super) fn ask_reveal(&mut self, court: &mut Court) {
+        if let Stage::Committed { commit, statement } = self.stage {
+            self.stage = Stage::Asked { commit, statement, until_ms: court.now + court.rules.reveal_ms };
+            self.send(court);
+        }
+    }
+
+    /// The node is back, with the operator, model and class that it is tried for or with others.
+    pub(super) fn resume(&self, court: &mut Court) -> Step {
+        let is_same = court.nodes.serves(&self.who, &self.request.model_root);
+        if is_same || matches!(self.stage, Stage::Scored { .. }) {
+            self.send(court);
+            return Step::Goes;
+        }
+        Step::Ends(match self.kind {
+            Kind::Canary => Verdict::Missed,
+            Kind::Entry => Verdict::Open,
+        })
+    }
+
     pub(super) fn asked(&self) -> Option<&Eligible> {
         match &self.stage {
-            Stage::Scored { asked: Some((who, _)), .. } => Some(who),
+            Stage::Scored { asked: Some(asked), .. } => Some(&asked.who),
             _ => None,
         }
     }
@@ -117,7 +142,7 @@ impl Trial {
     fn votes(&self) -> &[Vote] {
         match &self.stage {
             Stage::Scored { votes, .. } => votes,
-            Stage::Leased { .. } | Stage::Asked { .. } => &[],
+            Stage::Leased { .. } | Stage::Committed { .. } | Stage::Asked { .. } => &[],
         }
     }
 
@@ -138,6 +163,7 @@ impl Trial {
             }
             Standing::Unscored | Standing::Contested => {}
         }
+        let vocab_size = court.rules.terms(&self.request.model_root).map(|terms| terms.vocab_size);
         let job = v1::Request { id: self.job.as_bytes().to_vec(), ..convert::request_to_wire(&self.request) };
         let Stage::Scored { output, asked, .. } = &mut self.stage else { return Step::Goes };
         *asked = None;
@@ -146,18 +172,22 @@ impl Trial {
                 continue;
             }
             let until_ms = court.now + court.rules.referee_ms;
+            let defect = vocab_size
+                .filter(|_| is_planted(&self.secret, &who.node))
+                .map(|size| planted(&self.secret, &who.node, output, size));
+            let subject = defect.as_ref().unwrap_or(output);
             let lease = v1::RefereeLease {
                 request: Some(job),
                 attempt: self.attempt,
                 subjects: vec![v1::Subject {
-                    tokens: output.tokens.clone(),
-                    finish: convert::finish_to_wire(output.finish).into(),
+                    tokens: subject.tokens.clone(),
+                    finish: convert::finish_to_wire(subject.finish).into(),
                 }],
                 deadline_ms: until_ms,
-                traceparent: String::new(),
+                traceparent: self.job_traceparent.clone(),
             };
             court.out.push(Effect::Send { node: who.node, frame: frames::referee_lease(lease) });
-            *asked = Some((who, until_ms));
+            *asked = Some(Asked { who, until_ms, defect });
             return Step::Goes;
         }
         Step::Ends(Verdict::Open)
@@ -166,24 +196,29 @@ impl Trial {
     /// Takes the report of the referee that was asked.
     pub(super) fn take(&mut self, reports: &[SignedScores], court: &mut Court) -> Result<Step, Rejection> {
         let job = Request { id: self.job, ..self.request.clone() };
-        let Stage::Scored { output, votes, asked: Some((who, _)) } = &mut self.stage else {
+        let Stage::Scored { output, votes, asked: Some(Asked { who, defect, .. }) } = &mut self.stage else {
             return Err(Rejection::NotLeased);
         };
+        let subject = defect.as_ref().unwrap_or(output);
         let [SignedScores { scores, signature }] = reports else { return Ok(self.ask(court)) };
         let hash = job.hash(&court.rules.domain);
         let digest =
-            report_digest(&court.rules.domain, &hash, self.attempt, &who.node, &output.hash(), scores);
+            report_digest(&court.rules.domain, &hash, self.attempt, &who.node, &subject.hash(), scores);
         verify(&who.node, &digest, signature).map_err(|_| Rejection::BadSignature)?;
         let bounds = court.rules.registry.calibration.bounds(&who.class, &self.who.class);
         if let (Some(bounds), Ok(report)) = (bounds, Report::decode(scores))
-            && report.scores.len() == output.tokens.len()
+            && report.scores.len() == subject.tokens.len()
         {
+            let is_good = judge(subject.tokens.len(), &report, bounds).is_ok();
+            if defect.is_some() {
+                self.checked.push((who.clone(), !is_good));
+                return Ok(self.ask(court));
+            }
             let mean = Mean {
                 micro: report.clipped_mean_micro(bounds.clip_milli),
                 class: self.who.class.clone(),
                 referee_class: who.class.clone(),
             };
-            let is_good = judge(output.tokens.len(), &report, bounds).is_ok();
             votes.push(Vote { who: who.clone(), is_good, mean });
         }
         Ok(self.ask(court))
@@ -206,7 +241,11 @@ impl Trial {
             Verdict::Bad(_) | Verdict::Missed => Outcome::Failed,
             Verdict::Open => Outcome::Void,
         };
-        let conduct = if outcome == Outcome::Void { Vec::new() } else { self.conduct(verdict) };
+        let mut conduct = if outcome == Outcome::Void { Vec::new() } else { self.conduct(verdict) };
+        conduct.extend(self.checked.iter().map(|(who, noticed)| {
+            let finding = if *noticed { Finding::Completed } else { Finding::Bad(Reason::Planted) };
+            Conduct { node: who.node, operator: who.operator, finding, mean: None }
+        }));
         court.out.push(Effect::Tried(Box::new(Ended { kind: self.kind, request, node, outcome, conduct })));
     }
 

@@ -32,7 +32,7 @@ pub(super) struct Graphs<T> {
 
 impl<T> Graphs<T> {
     pub fn new(shim: Option<Shim>) -> Self {
-        Self { shim, states: HashMap::new() }
+        Self { shim: shim.filter(Shim::records), states: HashMap::new() }
     }
 
     /// What `compute` gives for this size. `compute` must launch the same work on the same memory each time, and wait for
@@ -81,6 +81,7 @@ fn record<T>(shim: Shim, compute: &mut dyn FnMut() -> Result<T, EngineError>) ->
 
 #[cfg(test)]
 pub(super) mod tests {
+    use std::ffi::OsStr;
     use std::path::{Path, PathBuf};
     use std::process::Command;
 
@@ -258,6 +259,28 @@ void infera_graph_free(void *graph) { char none[1]; done("free", ((struct graph 
         let other = Shim::open(&Fake::new(2).library).unwrap_err();
         assert!(other.contains("it has interface 2, this node needs 1"), "{other}");
         let none = Shim::open(Path::new("/nowhere/lib.so")).unwrap_err();
+        assert!(none.starts_with("/nowhere/lib.so: ") && none.contains("No such file"), "{none}");
+    }
+
+    #[test]
+    fn off_is_the_library_without_graphs() {
+        let fake = Fake::new(1);
+        let path = || Some(fake.library.clone());
+        let named = format!("off:{}", fake.library.display());
+        for found in
+            [Shim::find_as(Some(OsStr::new("off")), path), Shim::find_as(Some(OsStr::new(&named)), || None)]
+        {
+            let shim = found.unwrap().unwrap().on(3);
+            shim.release().unwrap();
+            assert_eq!((shim.memory(), fake.calls().len()), (Ok((3000 << 20, 5000 << 20)), 2));
+            let (mut graphs, mut count) = (Graphs::new(Some(shim)), 0);
+            let all: Vec<u32> =
+                (0..3).map(|_| *computed(&mut graphs, (1, 128), &mut count).unwrap()).collect();
+            assert_eq!((all, fake.calls()), (vec![1, 2, 3], vec![]));
+        }
+        assert!(Shim::find_as(Some(fake.library.as_os_str()), || None).unwrap().unwrap().records());
+        assert!(Shim::find_as(None, path).unwrap().unwrap().records());
+        let none = Shim::find_as(Some(OsStr::new("/nowhere/lib.so")), path).unwrap_err();
         assert!(none.starts_with("/nowhere/lib.so: ") && none.contains("No such file"), "{none}");
     }
 }

@@ -33,8 +33,12 @@ pub(in super::super) fn need(s: &Shape, config: &EngineConfig) -> MemoryNeed {
     MemoryNeed {
         weights: weight_bytes(s, config.device.torch(), context),
         cache: row * (count * context + 1) as u64,
-        // Logits are there twice, and once more where their largest are looked for.
-        step: rows * 4 * (2 * s.width + 2 * widest) as u64 + 2 * masks + 3 * 4 * logits,
+        // Logits are there twice, and once more where their largest are looked for; those of next tokens have a place for
+        // good.
+        step: rows * 4 * (2 * s.width + 2 * widest) as u64
+            + 2 * masks
+            + 3 * 4 * logits
+            + 4 * (count * s.vocabulary) as u64,
     }
 }
 

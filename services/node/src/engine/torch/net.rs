@@ -12,7 +12,7 @@ use super::weights::{Layer, Numerics, Rotary, Weights, head_kind};
 
 /// What a batch of next tokens gives.
 pub(super) struct Output {
-    /// f32 [batch, vocabulary].
+    /// f32 [batch, vocabulary], valid until the next batch: all have the same memory.
     pub logits: Tensor,
     /// f32 [batch, 2 n + 1]: the n largest logits, their tokens (exact, below 2^24), and the logarithm of the sum of all
     /// exponentials.
@@ -27,6 +27,8 @@ pub(super) struct Net {
     /// Of each layer [places * context + 1, 2 * key width]: keys and values side by side; the last row is written by
     /// idle rows of a batch.
     cache: Vec<Tensor>,
+    /// f32 [places, vocabulary]: the logits of next tokens. Each graph with some of its own would add up.
+    logits: Tensor,
     pub places: usize,
     /// Tokens of a place.
     pub context: usize,
@@ -58,6 +60,10 @@ impl Net {
             numerics,
             weights: Weights::load(source, numerics, context)?,
             cache: cache?,
+            logits: Tensor::f_zeros(
+                [places as i64, shape.vocabulary as i64],
+                (Kind::Float, numerics.device),
+            )?,
             places,
             context,
             steps: Tensor::f_arange(context as i64, (Kind::Int64, numerics.device))?,
@@ -104,7 +110,8 @@ impl Net {
             let seen = self.attend((&q, &of(0)?, &of(1)?), self.mask(&masks, layer))?;
             seen.f_reshape([b, s.query_width() as i64])
         })?;
-        let logits = self.head(&x)?;
+        let mut logits = self.logits.f_narrow(0, 0, batch as i64)?;
+        logits.f_copy_(&self.head(&x)?)?;
         let top = if cut { Some(pack(&logits)?) } else { None };
         Ok(Output { logits, top })
     }
@@ -333,4 +340,32 @@ fn pack(logits: &Tensor) -> Result<Tensor, TchError> {
     let (values, tokens) = logits.f_topk(vocabulary.min(Top::WIDTH as i64), 1, true, false)?;
     let sum = logits.f_logsumexp([1i64].as_slice(), true)?;
     Tensor::f_cat(&[values, tokens.f_to_kind(Kind::Float)?, sum], 1)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::path::Path;
+
+    use super::*;
+
+    #[test]
+    fn batches_of_all_sizes_have_the_same_memory_for_their_logits() {
+        let _guard = tch::no_grad_guard();
+        let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/llama.gguf");
+        let numerics = Numerics { device: tch::Device::Cpu, kind: Kind::Float };
+        let net = Net::load(&Source::open(&path).unwrap(), numerics, 4, 32).unwrap();
+        let first_row = |batch: usize, token: i64| {
+            let mut inputs = vec![token; batch];
+            inputs.extend(vec![0; batch]);
+            inputs.extend((0..batch).map(|place| net.row(place, 0)));
+            let output = net.next_tokens(&Tensor::from_slice(&inputs), batch, 16, false).unwrap();
+            assert_eq!(output.logits.size(), [batch as i64, net.shape.vocabulary as i64]);
+            let row = Vec::<f32>::try_from(output.logits.get(0)).unwrap();
+            (output.logits.data_ptr(), row)
+        };
+        let (one, two, four) = (first_row(1, 5), first_row(2, 6), first_row(4, 5));
+        assert!(one.0 == two.0 && two.0 == four.0);
+        let apart = |a: &[f32], b: &[f32]| a.iter().zip(b).map(|(a, b)| (a - b).abs()).fold(0.0, f32::max);
+        assert!(apart(&one.1, &four.1) < 1e-4 && apart(&one.1, &two.1) > 1e-3, "each batch's own");
+    }
 }

@@ -6,12 +6,13 @@
 
 #![allow(unsafe_code)]
 
-use std::ffi::{CStr, CString, c_char, c_int, c_void};
+use std::ffi::{CStr, CString, OsStr, c_char, c_int, c_void};
 use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 
-/// Names the library, if it is in another place; `off`: without it.
+/// Names the library, if it is in another place. `off`: it records no graphs; `off:PATH` names it, too.
 const VARIABLE: &str = "INFERA_CUDA_GRAPHS";
+const OFF: &[u8] = b"off";
 const FILE: &str = "libinfera_cuda_graphs.so";
 /// What `infera_cuda_abi` gives.
 const ABI: c_int = 1;
@@ -36,6 +37,7 @@ struct Functions {
 pub(in super::super) struct Shim {
     functions: Functions,
     device: c_int,
+    records: bool,
 }
 
 /// Opens a library for good, its symbols visible to those that follow. The text is the loader's.
@@ -125,25 +127,43 @@ fn call(function: impl FnOnce(*mut c_char, usize) -> c_int) -> Result<(), String
 
 impl Shim {
     /// Opens the library that the variable names, the one beside this program, or the one that the loader finds; `None` if
-    /// there is none, or the variable is `off`.
+    /// there is none.
     pub fn find() -> Result<Option<Self>, String> {
         let beside = || Some(std::env::current_exe().ok()?.parent()?.join(FILE)).filter(|path| path.exists());
-        let named = std::env::var_os(VARIABLE).map(PathBuf::from);
-        match named.or_else(beside) {
-            Some(path) if path.as_os_str() == "off" => Ok(None),
-            Some(path) => Self::open(&path).map(Some),
+        Self::find_as(std::env::var_os(VARIABLE).as_deref(), beside)
+    }
+
+    /// As the variable says.
+    pub(super) fn find_as(
+        variable: Option<&OsStr>,
+        beside: impl FnOnce() -> Option<PathBuf>,
+    ) -> Result<Option<Self>, String> {
+        let (records, named) = match variable.map(|name| (name, name.as_bytes().strip_prefix(OFF))) {
+            None => (true, None),
+            Some((_, Some(b""))) => (false, None),
+            Some((_, Some([b':', path @ ..]))) => (false, Some(PathBuf::from(OsStr::from_bytes(path)))),
+            Some((name, _)) => (true, Some(PathBuf::from(name))),
+        };
+        let found = match named.or_else(beside) {
+            Some(path) => Self::open(&path)?,
             None => match Self::open(Path::new(FILE)) {
-                Err(why) if why.contains("cannot open shared object file") => Ok(None),
-                found => found.map(Some),
+                Err(why) if why.contains("cannot open shared object file") => return Ok(None),
+                found => found?,
             },
-        }
+        };
+        Ok(Some(Self { records, ..found }))
+    }
+
+    /// Whether graphs are wanted.
+    pub(super) fn records(&self) -> bool {
+        self.records
     }
 
     /// Opens this library.
     pub fn open(path: &Path) -> Result<Self, String> {
         let of = |e: String| format!("{}: {e}", path.display());
         let functions = Functions::of(open(path).map_err(of)?).map_err(of)?;
-        Ok(Self { functions, device: 0 })
+        Ok(Self { functions, device: 0, records: true })
     }
 
     /// For the device with this number.
