@@ -187,7 +187,7 @@ impl Network {
         let asked: Vec<Hash32> = evidence.answers().iter().map(|(hash, ..)| *hash).collect();
         let print = Fingerprint::new(vec![Entry { token: 1, logprob: 0 }]).unwrap();
         let report = |output: Output| {
-            let honest = output.tokens == (100..120).collect::<Vec<_>>();
+            let honest = output.tokens.first() == Some(&100);
             let margin_micro = if honest { 0 } else { u32::MAX };
             let score = TokenScore { margin_micro, fingerprint: print.clone() };
             let scores = Report { scores: vec![score; output.tokens.len()] }.encode();
