@@ -251,8 +251,8 @@ pub fn escrow_at_head(row: &EscrowRow) -> i64 {
     row.head_escrow_micro.unwrap_or(row.escrow_micro)
 }
 
-/// Accounts that owe what the chain has not charged and could, at most `limit`: first those that withdraw, then by what
-/// they owe; of the others only those that owe `min_micro`.
+/// Accounts that owe what the chain has not charged and could, by escrow and voucher, at most `limit`: first those that
+/// withdraw, then by what they owe; of the others only those that owe `min_micro`.
 ///
 /// # Errors
 /// The database's.
@@ -266,10 +266,18 @@ pub async fn due<C: ConnectionTrait>(db: &C, limit: u64, min_micro: u64) -> Resu
     let enough = Condition::any()
         .add(owes.clone().gte(signed("escrow.charge_min_micro", min_micro)?))
         .add(withdrawal.clone().gt(0));
+    // Whoever signed for no more takes nobody's place.
+    let voucher = Expr::cust(
+        "(SELECT COALESCE(MAX(cumulative_micro), 0) FROM vouchers WHERE vouchers.address = escrows.address)",
+    );
+    let signed_more = Condition::any()
+        .add(Expr::col(E::AuthorizedMicro).gt(charged.clone()))
+        .add(voucher.gt(charged.clone()));
     escrows::Entity::find()
         .filter(
             Condition::all()
-                .add(Expr::col(E::OwedMicro).gt(charged))
+                .add(Expr::col(E::OwedMicro).gt(charged.clone()))
+                .add(signed_more)
                 .add(Expr::expr(at_head(E::HeadEscrowMicro, E::EscrowMicro)).gt(0))
                 .add(enough),
         )
