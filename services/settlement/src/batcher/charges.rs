@@ -1,12 +1,14 @@
 //! Charging escrows on the chain: cumulative amounts, so that the same charge again takes nothing. They go along with a
 //! batch, or by themselves when no batch follows: more accounts than one transaction takes, a deposit that came late.
 
+use futures::{StreamExt, TryStreamExt, stream};
 use infera_protocol::bytes::Address;
 use sea_orm::DbErr;
 
 use super::{Batcher, StepError, Work};
 use crate::{
     chain::{Call, ChainError, Charge, Escrow, Head, Link, Port},
+    escrow::follow::AT_A_TIME,
     store::{
         escrows::{self, EscrowRow},
         txs::{Job, Purpose},
@@ -85,8 +87,13 @@ impl<L: Link<Port: Clone>> Batcher<L> {
         // What was charged a moment ago may not be known yet: the chain itself says.
         let newest = port.newest().await?;
         let mut charges = Charges::default();
-        for row in due {
-            let now = port.escrow(escrows::address(&row)?.0.into(), newest.number).await?;
+        let asking = due.into_iter().map(async |row| {
+            let account = escrows::address(&row)?;
+            let now = port.escrow(account.0.into(), newest.number).await?;
+            Ok::<_, StepError>((row, now))
+        });
+        let states: Vec<(EscrowRow, Escrow)> = stream::iter(asking).buffered(AT_A_TIME).try_collect().await?;
+        for (row, now) in states {
             if now.escrow > 0
                 && let Some(charge) = self.charge_of(&row, now.charged).await?
             {

@@ -249,6 +249,14 @@ impl ChainReader {
         Ok(block.map(|block| block.header.hash))
     }
 
+    /// The hash of a block that is there: an endpoint that lags behind the others may not have it yet.
+    ///
+    /// # Errors
+    /// [`ChainError`]; `Unreachable` if the endpoint has no such block.
+    pub async fn existing_hash(&self, number: u64) -> Result<B256, ChainError> {
+        self.block_hash(number).await?.ok_or_else(|| ChainError::no_block(number))
+    }
+
     /// The accounts whose escrow, withdrawal, charges or voucher changed in these blocks, both ends included.
     pub async fn touched(&self, from: u64, to: u64) -> Result<BTreeSet<Address>, ChainError> {
         let events = [

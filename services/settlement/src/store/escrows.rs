@@ -38,15 +38,25 @@ fn micro(column: &'static str, amount: u128) -> Result<i64, DbErr> {
 /// # Errors
 /// The database's.
 pub async fn cursor<C: ConnectionTrait>(db: &C) -> Result<Option<Cursor>, DbErr> {
-    let row = escrow_cursor::Entity::find_by_id(CURSOR).one(db).await?;
-    row.map(|row| {
-        Ok(Cursor {
-            next_block: unsigned("escrow_cursor.next_block", row.next_block)?,
-            hash: hash("escrow_cursor.block_hash", &row.block_hash)?,
-            looked_at_ms: row.looked_at_ms,
-        })
+    escrow_cursor::Entity::find_by_id(CURSOR).one(db).await?.map(as_cursor).transpose()
+}
+
+/// As [`cursor`]; nobody else moves it until the transaction ends. At the beginning there is nothing to hold.
+///
+/// # Errors
+/// The database's.
+pub async fn lock_cursor(tx: &DatabaseTransaction) -> Result<Option<Cursor>, DbErr> {
+    // SQLite has one writer, and ignores it.
+    let row = escrow_cursor::Entity::find_by_id(CURSOR).lock_exclusive().one(tx).await?;
+    row.map(as_cursor).transpose()
+}
+
+fn as_cursor(row: escrow_cursor::Model) -> Result<Cursor, DbErr> {
+    Ok(Cursor {
+        next_block: unsigned("escrow_cursor.next_block", row.next_block)?,
+        hash: hash("escrow_cursor.block_hash", &row.block_hash)?,
+        looked_at_ms: row.looked_at_ms,
     })
-    .transpose()
 }
 
 /// Notes how far the chain was followed.
