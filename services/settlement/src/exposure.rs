@@ -13,7 +13,11 @@ use std::{
 use infera_runtime::{CancellationToken, health::CheckHandle};
 use sea_orm::{DatabaseConnection, DbErr};
 
-use crate::{domain::Rejection, metrics::Metrics, store::{batches, escrows}};
+use crate::{
+    domain::Rejection,
+    metrics::Metrics,
+    store::{batches, escrows},
+};
 
 /// The exposure as last counted, and the cap; clones share it.
 #[derive(Debug, Clone)]
