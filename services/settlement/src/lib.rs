@@ -112,7 +112,7 @@ pub async fn run(config: Config, deps: Deps, shutdown: CancellationToken) -> Res
     // Without a settler nothing is ever final.
     let cap_micro = if config.chain.settler_key.is_empty() { 0 } else { config.exposure.cap_micro };
     let exposure = exposure::Exposure::new(ledger::amount(cap_micro)?);
-    let freshness = escrow::Freshness::new(config.escrow.stale_secs);
+    let freshness = escrow::Freshness::new(config.escrow.stale_secs, config.escrow.margin_secs);
     let follower = escrow::follow::Follower {
         db: db.clone(),
         config: config.clone(),

@@ -178,6 +178,10 @@ impl Port for Chain {
         self.reader.rewards().await
     }
 
+    async fn withdrawal_delay(&self) -> Result<u64, ChainError> {
+        self.reader.withdrawal_delay().await
+    }
+
     async fn newest(&self) -> Result<BlockRef, ChainError> {
         self.reader.newest().await
     }

@@ -173,6 +173,13 @@ impl ChainReader {
         })
     }
 
+    /// How long an announced withdrawal waits, seconds.
+    pub async fn withdrawal_delay(&self) -> Result<u64, ChainError> {
+        let delay =
+            call("WITHDRAWAL_DELAY", async { self.instance().WITHDRAWAL_DELAY().call().await }).await?;
+        Ok(u64::try_from(delay).unwrap_or(u64::MAX))
+    }
+
     /// A reward root of the queue; all zero if there is none.
     pub async fn reward_root(&self, id: u64) -> Result<RewardRoot, ChainError> {
         let root = call("rewards", async { self.instance().rewards(id).call().await }).await?;

@@ -139,9 +139,11 @@ impl<L: Link<Port: Clone>> Follower<L> {
     /// [`FollowError`]; try again later, after [`Follow::reconnect`].
     pub async fn look(&self, work: &mut Follow<L::Port>) -> Result<Looked, FollowError> {
         let port = self.connected(work).await?;
+        // What happens from here on is not seen.
+        let looked_at_ms = clock::now_ms();
         let newest = port.newest().await?;
         if work.seen == Some(newest.hash) {
-            return self.nothing_new(work).await;
+            return self.nothing_new(work, looked_at_ms).await;
         }
         let chain = &self.config.chain;
         let last_final = port.final_block(chain.finality, chain.confirmations).await?.min(newest.number);
@@ -159,7 +161,7 @@ impl<L: Link<Port: Clone>> Follower<L> {
         }
         self.read_heads(&port, &newest).await?;
         work.seen = Some(newest.hash);
-        self.freshness.looked(clock::now_ms());
+        self.freshness.looked(looked_at_ms);
         self.count().await?;
         work.counted = Some(Instant::now());
         Ok(Looked::Current)
@@ -170,13 +172,18 @@ impl<L: Link<Port: Clone>> Follower<L> {
             return Ok(port.clone());
         }
         let port = self.link.connect().await?;
+        self.freshness.delayed(port.withdrawal_delay().await?);
         work.port = Some(port.clone());
         Ok(port)
     }
 
     /// The newest block is known already.
-    async fn nothing_new(&self, work: &mut Follow<L::Port>) -> Result<Looked, FollowError> {
-        self.freshness.looked(clock::now_ms());
+    async fn nothing_new(
+        &self,
+        work: &mut Follow<L::Port>,
+        looked_at_ms: i64,
+    ) -> Result<Looked, FollowError> {
+        self.freshness.looked(looked_at_ms);
         if work.counted.is_none_or(|counted| counted.elapsed() >= COUNT) {
             self.count().await?;
             work.counted = Some(Instant::now());
@@ -317,7 +324,9 @@ impl<L: Link<Port: Clone>> Follower<L> {
         let owing = escrows::owing(&self.db).await?;
         self.metrics.owing(&owing);
         let cap = i64::try_from(self.config.escrow.short_cap_micro).unwrap_or(i64::MAX);
-        if owing.short_micro > cap {
+        if let Some(reason) = self.freshness.too_slow() {
+            self.check.down(reason);
+        } else if owing.short_micro > cap {
             self.check.down(format!(
                 "{} accounts owe {} micro-INFER beyond their escrow; they spend nothing until they deposit it \
                  (`escrow.short_cap_micro` accepts it)",

@@ -211,7 +211,7 @@ async fn a_deposit_is_spent_by_voucher_and_charged(column: Column) {
     // What is left is withdrawn, and the books know.
     world.consumer.request_withdrawal(1_640).await.unwrap();
     world.wait("/available_micro", 0).await;
-    world.pass(31).await;
+    world.pass(301).await;
     world.consumer.withdraw().await.unwrap();
     world.audit(|audit| audit["deposits_micro"] == -360 && audit["escrow_micro"] == 0).await;
     assert_eq!(world.consumer.tokens(world.consumer.address()).await.unwrap(), 100_000 - 360);
@@ -313,13 +313,49 @@ async fn what_is_held_is_paid_although_a_withdrawal_runs() {
         if charged == 120 { Ok(()) } else { Err(charged) }
     })
     .await;
-    world.pass(31).await;
+    world.pass(301).await;
     world.consumer.withdraw().await.unwrap();
     let left = world.consumer.account(world.consumer.address()).await.unwrap();
     assert_eq!((left.escrow, left.charged), (0, 120));
     assert_eq!(world.consumer.tokens(world.consumer.address()).await.unwrap(), 100_000 - 120);
     let audit = world.audit(|audit| audit["deposits_micro"] == -120).await;
     assert_eq!((&audit["escrow_debt_micro"], &audit["operators_micro"]), (&json!(0), &json!(120)));
+    world.service.stop().await;
+}
+
+#[tokio::test]
+async fn what_could_be_withdrawn_before_it_is_charged_is_not_spent() {
+    let world = World::new(Column::Embedded).await;
+    world.ready(2_000).await;
+    let mut rejected = world.place.listen("gateway.rejected").await;
+    let within = |secs: i64| {
+        let mut submitted = world.place.network.submitted(&world.name());
+        submitted.deadline_ms = infera_runtime::clock::now_ms() + secs * 1_000;
+        world.place.submit(&submitted);
+    };
+    // The delay is 300 s, and charging may take 60.
+    within(250);
+    let refused: v1::RequestRejected = rejected.next().await;
+    assert_eq!(refused.code, "overloaded");
+    assert!(refused.message.contains("escrow can be withdrawn before that"), "{}", refused.message);
+    within(120);
+    world.wait("/held_micro", HOLD).await;
+    drop(rejected);
+
+    // The same contract, and a service that would rely on a view of the chain that is as old as the delay.
+    let World { anvil, contracts, mut place, service, consumer } = world;
+    service.stop().await;
+    place.config.escrow.stale_secs = 240;
+    let service = place.start().await;
+    let world = World { anvil, contracts, place, service, consumer };
+    let said = eventually(DEADLINE, async || {
+        let said = world.check("escrow").await;
+        if said.contains("withdrawal delay of 300 s") { Ok(said) } else { Err(said) }
+    })
+    .await;
+    assert!(said.contains("`escrow.stale_secs`") && said.contains("longer delay"), "{said}");
+    let refused = world.rejected().await;
+    assert_eq!((refused.code.as_str(), refused.message), ("overloaded", said));
     world.service.stop().await;
 }
 
@@ -338,7 +374,7 @@ async fn what_was_withdrawn_before_it_was_charged_stays_owed() {
     world.wait("/escrow/charged_micro", CHARGE).await;
     // No batch was posted in the whole delay, so nothing was charged.
     world.consumer.request_withdrawal(1_000).await.unwrap();
-    world.pass(31).await;
+    world.pass(301).await;
     world.consumer.withdraw().await.unwrap();
     let balance = world.wait("/escrow/escrow_leaves_micro", -CHARGE).await;
     assert_eq!(balance["available_micro"], 0);
@@ -533,8 +569,9 @@ async fn a_new_database_goes_on_from_what_the_chain_has_charged() {
     place.config.chain.poll_ms = 20;
     let service = place.start().await;
     let world = World { anvil, contracts, place, service, consumer };
-    // What was signed before stands on the chain.
+    // What was signed before stands on the chain. The first look is over when the check says so.
     world.wait("/available_micro", 880).await;
+    eventually(DEADLINE, async || world.check("escrow").await == "up").await;
     world.decide(&world.ask());
     world.wait("/escrow/charged_on_chain_micro", 2 * CHARGE).await;
     world.wait("/available_micro", 760).await;

@@ -109,6 +109,10 @@ impl Port for Endpoint {
         self.world.rewards().await
     }
 
+    async fn withdrawal_delay(&self) -> Result<u64, ChainError> {
+        self.world.withdrawal_delay().await
+    }
+
     async fn newest(&self) -> Result<BlockRef, ChainError> {
         self.world.newest().await
     }
@@ -142,7 +146,7 @@ fn follower(db: &DatabaseConnection, endpoint: &Endpoint) -> Follower<Endpoint> 
         link: endpoint.clone(),
         check: health.check("escrow"),
         metrics: Metrics::register(&health).unwrap(),
-        freshness: Freshness::new(60),
+        freshness: Freshness::new(60, 60),
         changed: Arc::default(),
     }
 }
