@@ -315,9 +315,11 @@ pub struct Owing {
 /// # Errors
 /// The database's.
 pub async fn owing<C: ConnectionTrait>(db: &C) -> Result<Owing, DbErr> {
-    let sql = "SELECT CAST((SELECT COALESCE(SUM(owed_micro - charged_micro), 0) FROM escrows) AS BIGINT) AS uncharged, \
-         CAST((SELECT COALESCE(-SUM(amount_micro), 0) FROM balances WHERE account LIKE 'escrow-debt:%') AS BIGINT) \
-         AS short, (SELECT COUNT(*) FROM balances WHERE account LIKE 'escrow-debt:%' AND amount_micro < 0) AS accounts";
+    // By the key of each: names sort in a database's own way, so that no range of them is to be relied on.
+    let sql = "SELECT CAST(COALESCE(SUM(e.owed_micro - e.charged_micro), 0) AS BIGINT) AS uncharged, \
+         CAST(COALESCE(-SUM(b.amount_micro), 0) AS BIGINT) AS short, \
+         COUNT(CASE WHEN b.amount_micro < 0 THEN 1 END) AS accounts \
+         FROM escrows e LEFT JOIN balances b ON b.account = 'escrow-debt:' || e.address";
     let statement = Statement::from_string(db.get_database_backend(), sql);
     let Some(row) = db.query_one_raw(statement).await? else { return Ok(Owing::default()) };
     Ok(Owing {
