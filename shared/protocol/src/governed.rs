@@ -217,12 +217,13 @@ mod tests {
             ListedModel { id: model.id.clone(), terms }
         };
         let b = card("b", 20);
+        let card_of_b = std::slice::from_ref(&b);
         // Admitted for 5, the cap lowered to 3 and raised to 5 again: the price is the entry's, as far as the cap allows.
         let (low, unmet) =
-            registry(&decided(vec![listed(&card("a", 10)), at_most(&b, 3)]), &current(), &[b.clone()]);
+            registry(&decided(vec![listed(&card("a", 10)), at_most(&b, 3)]), &current(), card_of_b);
         assert_eq!((low.models[1].price_micro, unmet), (3, vec![]));
-        assert_eq!(entries(&low, vec![at_most(&b, 5)], &[b.clone()]), [(5, 9)]);
-        assert_eq!(entries(&low, vec![at_most(&b, 50)], &[b.clone()]), [(5, 9)], "no more than was asked");
+        assert_eq!(entries(&low, vec![at_most(&b, 5)], card_of_b), [(5, 9)]);
+        assert_eq!(entries(&low, vec![at_most(&b, 50)], card_of_b), [(5, 9)], "no more than was asked");
         // Admitted again for 8 and with its true size: what was published before counts no more, nor does what is in force.
         let again = Model { weights_bytes: 10, ..price(b.clone(), 8) };
         assert_eq!(entries(&low, vec![at_most(&b, 8)], &[again, b.clone()]), [(8, 10)]);
