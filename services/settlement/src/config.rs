@@ -105,6 +105,8 @@ pub struct EscrowConfig {
     pub charge_min_micro: u64,
     /// Escrow is not spent when the chain was not seen for so long.
     pub stale_secs: u32,
+    /// What settling, posting and a block may take after a request's deadline.
+    pub margin_secs: u32,
     /// What accounts may owe beyond their escrow without `/readyz` saying so, 10^-6 INFER.
     pub short_cap_micro: u64,
 }

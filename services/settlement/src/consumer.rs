@@ -88,7 +88,7 @@ impl Consumer {
         let outcome = match quote.and_then(|quote| self.admissible(quote)) {
             Ok(quote) => {
                 let (account, micro) = (&submitted.account, quote.hold_micro);
-                spend::hold(tx, id, account, micro, &self.freshness, now_ms).await?
+                spend::hold(tx, id, account, micro, &self.freshness, submitted.deadline_ms, now_ms).await?
             }
             Err(rejection) => Err(rejection),
         };

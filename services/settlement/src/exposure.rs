@@ -1,5 +1,6 @@
-//! What was charged and is not finally on the chain. While the chain is away receipts wait and work goes on, up to a cap:
-//! then new paid requests are rejected until batches are final again. Nothing else stops.
+//! What was charged and is not finally on the chain: receipts whose batch is not final, or escrow that no final block has
+//! charged, whichever is more. While the chain is away receipts wait and work goes on, up to a cap: then new paid requests
+//! are rejected until it is less again. Nothing else stops.
 
 use std::{
     sync::{
@@ -12,7 +13,11 @@ use std::{
 use infera_runtime::{CancellationToken, health::CheckHandle};
 use sea_orm::{DatabaseConnection, DbErr};
 
-use crate::{domain::Rejection, metrics::Metrics, store::batches};
+use crate::{
+    domain::Rejection,
+    metrics::Metrics,
+    store::{batches, escrows},
+};
 
 /// The exposure as last counted, and the cap; clones share it.
 #[derive(Debug, Clone)]
@@ -58,7 +63,10 @@ impl Exposure {
         check: &CheckHandle,
         metrics: &Metrics,
     ) -> Result<(), DbErr> {
-        let micro = batches::exposed(db).await?;
+        // Escrow counts after its batch is final too. What no escrow covers any more is lost, not exposed.
+        let owing = escrows::owing(db).await?;
+        let uncharged = owing.uncharged_micro.saturating_sub(owing.short_micro);
+        let micro = batches::exposed(db).await?.max(uncharged);
         self.micro.store(micro, Ordering::Relaxed);
         let rejection = self.rejection();
         metrics.exposure(micro, rejection.is_some());

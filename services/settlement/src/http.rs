@@ -63,7 +63,7 @@ pub struct State {
     /// Trees of the batches that were asked for last, newest first.
     pub trees: Trees,
     /// `None` where the contracts are not known.
-    pub decisions: Option<Arc<Decisions>>,
+    pub decisions: Option<Decisions>,
 }
 
 /// The Merkle trees of the last few batches, by sequence; whoever has one proves any of its receipts.

@@ -3,22 +3,25 @@
 //!
 //! ```text
 //! ModelRegistry at a final block ─┐
-//! proposals' registry entries ────┴─> protocol::governed ─> models.json, registries/<hash>.json ─> network.json
+//! entries of executed proposals ──┴─> protocol::governed ─> models.json, registries/<hash>.json ─> network.json
 //! ```
 //!
 //! One keeper writes the files of a deployment. A change that can't be followed (a model whose entry nobody published, a
-//! calibration that is not known here) leaves that as it is; the log says so, and `infera_settlement_registry_unmet` counts it.
+//! calibration that is not known here) leaves that as it is and is tried again; the log says so once, and
+//! `infera_settlement_registry_unmet` counts it.
+//!
+//! An entry counts once its proposal was carried out, and the newest one counts: what anybody proposed, nobody voted for.
 
 use std::path::PathBuf;
 use std::time::Duration;
 
-use infera_protocol::governed::{self, Decided, Unmet};
-use infera_protocol::registry::{Manifest, Model};
+use infera_protocol::governed::{self, Unmet};
+use infera_protocol::registry::{History, Manifest, Model};
 use infera_runtime::network::{self, Live, NetworkError};
 use infera_runtime::{CancellationToken, clock};
 use prometheus::IntGauge;
 
-use crate::chain::governance::{Governance, GovernanceError};
+use crate::chain::governance::{Action, Executed, Governance, ProposalLog, RegistryCall};
 use crate::chain::port::Finality;
 use crate::chain::{ChainError, Contracts};
 
@@ -44,8 +47,6 @@ enum KeeperError {
     #[error(transparent)]
     Chain(#[from] ChainError),
     #[error(transparent)]
-    Governance(#[from] GovernanceError),
-    #[error(transparent)]
     Network(#[from] NetworkError),
     #[error("the registry can't be written as JSON: {0}")]
     Json(#[from] serde_json::Error),
@@ -54,19 +55,11 @@ enum KeeperError {
 impl Keeper {
     /// Follows the chain until `stop`.
     pub async fn run(self, stop: CancellationToken) {
-        // Which revision is followed, and what of it could not be.
-        let mut followed: Option<u64> = None;
+        let mut seen = Seen::new(&self);
         loop {
-            match self.look(followed).await {
-                Ok(Some((revision, unmet))) => {
-                    followed = Some(revision);
-                    self.unmet.set(i64::try_from(unmet.len()).unwrap_or(i64::MAX));
-                    for reason in unmet {
-                        tracing::error!(revision, %reason, "what the holders decided is not followed");
-                    }
-                }
-                Ok(None) => {}
-                Err(error) => tracing::warn!(%error, "the registry's contract is not read, trying again"),
+            if let Err(error) = self.look(&mut seen).await {
+                seen.governance = None;
+                tracing::warn!(%error, "the registry's contract is not read, trying again");
             }
             tokio::select! {
                 () = stop.cancelled() => return,
@@ -75,35 +68,88 @@ impl Keeper {
         }
     }
 
-    /// Takes over what was decided since `followed`. The revision, and what can't be followed; `None`: nothing is new.
-    async fn look(&self, followed: Option<u64>) -> Result<Option<(u64, Vec<Unmet>)>, KeeperError> {
-        let governance = Governance::connect(&self.rpc_url, self.contracts).await?;
+    /// Takes over what was decided since the last look.
+    async fn look(&self, seen: &mut Seen) -> Result<(), KeeperError> {
+        let governance = match seen.governance.take() {
+            Some(governance) => governance,
+            None => Governance::connect(&self.rpc_url, self.contracts).await?,
+        };
+        let governance = seen.governance.insert(governance);
         let last = governance.final_block(self.finality, self.confirmations).await?;
         let state = governance.registry_state(Some(last)).await?;
-        if followed == Some(state.revision) {
-            return Ok(None);
+        if seen.followed == Some(state.revision) {
+            return Ok(());
         }
-        let cards: Vec<Model> = governance
-            .proposals(self.from_block)
-            .await?
-            .iter()
-            .flat_map(|proposal| proposal.entries())
-            .filter_map(|(_, entry)| entry.ok())
-            .collect();
-        let decided = Decided {
-            models: state.models,
-            releases: state.releases,
-            calibration_hash: state.calibration_hash,
-        };
+        let executed = governance.executed(&mut seen.log, last).await?;
+        let revision = state.revision;
         let now = self.live.now();
-        let (registry, unmet) = governed::registry(&decided, now.registries.current(), &cards);
-        let registry = network::replace(&self.registry_path, &registry, clock::now_ms())?;
-        let registry_hash = registry.hash()?;
-        if registry_hash != now.manifest.registry_hash {
+        let cards = published(&executed, &now.registries);
+        let (registry, unmet) = governed::registry(&state.decided(), now.registries.current(), &cards);
+        // What is not changed is not written: somebody may be putting the file right just now.
+        let current = now.registries.current();
+        let same = registry.models == current.models && registry.releases == current.releases;
+        if !same || registry.calibration != current.calibration {
+            let registry = network::replace(&self.registry_path, &registry, clock::now_ms())?;
+            let registry_hash = registry.hash()?;
             let manifest = Manifest { registry_hash, ..now.manifest.clone() };
             network::write_json(&self.manifest_path, &manifest)?;
-            tracing::info!(revision = state.revision, registry = %registry_hash, "the holders' decision is in force");
+            tracing::info!(revision, registry = %registry_hash, "the holders' decision is in force");
         }
-        Ok(Some((state.revision, unmet)))
+        self.unmet.set(i64::try_from(unmet.len()).unwrap_or(i64::MAX));
+        seen.note(revision, unmet);
+        Ok(())
     }
+}
+
+/// What the keeper remembers between looks.
+struct Seen {
+    governance: Option<Governance>,
+    log: ProposalLog,
+    /// Which revision is in force here, all of it.
+    followed: Option<u64>,
+    /// What could not be followed at the last look.
+    unmet: Vec<Unmet>,
+}
+
+impl Seen {
+    fn new(keeper: &Keeper) -> Self {
+        let log = ProposalLog::new(keeper.from_block, keeper.finality, keeper.confirmations);
+        Self { governance: None, log, followed: None, unmet: Vec::new() }
+    }
+
+    /// What can't be followed is said once, and tried again: a file that is put right is no new revision.
+    fn note(&mut self, revision: u64, unmet: Vec<Unmet>) {
+        self.followed = unmet.is_empty().then_some(revision);
+        if self.unmet != unmet {
+            for reason in &unmet {
+                tracing::error!(revision, %reason, "what the holders decided is not followed");
+            }
+            self.unmet = unmet;
+        }
+    }
+}
+
+/// The entries that were published, in the order in which they count: with what was carried out, the newest first. Then,
+/// for the models that a network began with: where the price in force may only be a cap that was voted, the entry before.
+fn published(executed: &[Executed], registries: &History) -> Vec<Model> {
+    let mut cards: Vec<Model> =
+        executed.iter().flat_map(Executed::entries).filter_map(|(_, entry)| entry.ok()).collect();
+    let actions = || executed.iter().flat_map(|one| &one.actions);
+    let capped = |model: &Model| {
+        actions().any(|action| match action {
+            Action::Registry(RegistryCall::SetTerms { id, price_cap_micro, .. }) => {
+                *id == model.id && *price_cap_micro == model.price_micro
+            }
+            _ => false,
+        })
+    };
+    for model in registries.current().models.iter().filter(|model| capped(model)) {
+        let before = registries
+            .in_force(i64::MIN, i64::MAX)
+            .filter_map(|version| version.by_id(&model.id))
+            .filter(|former| former.weights_root == model.weights_root)
+            .find(|former| !capped(former));
+        cards.extend(before.cloned());
+    }
+    cards
 }

@@ -221,6 +221,7 @@ pub async fn post(tx: &DatabaseTransaction, transfer: &Transfer, now_ms: i64) ->
         transfer_id: Set(transfer.id),
         account: Set((*account).clone()),
         amount_micro: Set(entry.amount),
+        at_ms: Set(now_ms),
     });
     if !moving.is_empty() {
         entries::Entity::insert_many(rows).exec_without_returning(tx).await?;

@@ -108,12 +108,11 @@ pub async fn run(config: Config, deps: Deps, shutdown: CancellationToken) -> Res
         confirmations: config.chain.confirmations,
         poll: std::time::Duration::from_millis(config.governance.poll_ms),
     });
-    let decisions = contracts
-        .map(|known| Arc::new(governance_http::Decisions::new(rpc_url, known, config.chain.from_block)));
+    let decisions = contracts.map(|known| decisions(&config, rpc_url, known));
     // Without a settler nothing is ever final.
     let cap_micro = if config.chain.settler_key.is_empty() { 0 } else { config.exposure.cap_micro };
     let exposure = exposure::Exposure::new(ledger::amount(cap_micro)?);
-    let freshness = escrow::Freshness::new(config.escrow.stale_secs);
+    let freshness = escrow::Freshness::new(config.escrow.stale_secs, config.escrow.margin_secs);
     let follower = escrow::follow::Follower {
         db: db.clone(),
         config: config.clone(),
@@ -229,6 +228,13 @@ fn keeper(
             "Decisions of the holders that can't be followed here.",
         )?,
     })
+}
+
+/// What everybody may read of the holders' decisions.
+fn decisions(config: &Config, rpc_url: String, contracts: chain::Contracts) -> governance_http::Decisions {
+    let chain = &config.chain;
+    let log = chain::governance::ProposalLog::new(chain.from_block, chain.finality, chain.confirmations);
+    governance_http::Decisions::new(rpc_url, contracts, log, governance_http::LIFE)
 }
 
 /// The network's contract.

@@ -116,13 +116,18 @@ impl ListedModel {
 }
 
 /// The registry that follows `current` by what was decided, and what could not be followed: of a model without its card
-/// the entry in force stays, if there is one, and so does the calibration. `cards`: what was published, in any order.
+/// the entry in force stays, if there is one, and so does the calibration. `cards`: what was published with decisions that
+/// were carried out, the newest first. The first one of a model's name and weights that fits is its entry; the entry in
+/// force only where there is none, because its price may be a former cap.
 pub fn registry(decided: &Decided, current: &Registry, cards: &[Model]) -> (Registry, Vec<Unmet>) {
     let mut unmet = Vec::new();
     let mut models = Vec::new();
     for listed in decided.models.iter().filter(|listed| listed.terms.active) {
         let known = || {
-            current.models.iter().chain(cards).filter(|card| card.weights_root == listed.terms.weights_root)
+            cards
+                .iter()
+                .chain(&current.models)
+                .filter(|card| card.id == listed.id && card.weights_root == listed.terms.weights_root)
         };
         if let Some(card) = known().find(|card| listed.terms.fits(card).is_ok()) {
             models.push(listed.entry(card));
@@ -130,7 +135,7 @@ pub fn registry(decided: &Decided, current: &Registry, cards: &[Model]) -> (Regi
         }
         let reason = match known().next().map(|card| listed.terms.fits(card)) {
             Some(Err(field)) => format!("`{field}` of what was published is not what was decided"),
-            _ => "nothing was published about these weights".to_owned(),
+            _ => "nothing was published about these weights under this name".to_owned(),
         };
         unmet.push(Unmet::Card { id: listed.id.clone(), reason });
         models.extend(current.by_id(&listed.id).cloned());
@@ -195,6 +200,42 @@ mod tests {
         let mut withdrawn = listed(&card("a", 10));
         withdrawn.terms.active = false;
         assert!(super::registry(&decided(vec![withdrawn]), &current(), &[]).0.models.is_empty());
+    }
+
+    /// Prices and sizes in force after what was decided, with these cards.
+    fn entries(current: &Registry, models: Vec<ListedModel>, cards: &[Model]) -> Vec<(u64, u64)> {
+        let (registry, unmet) = registry(&decided(models), current, cards);
+        assert_eq!(unmet, []);
+        registry.models.iter().map(|model| (model.price_micro, model.weights_bytes)).collect()
+    }
+
+    #[test]
+    fn the_newest_entry_under_its_own_name_counts() {
+        let price = |model: Model, price_micro| Model { price_micro, ..model };
+        let at_most = |model: &Model, price_cap_micro| {
+            let terms = ModelTerms { price_cap_micro, ..ModelTerms::of(model) };
+            ListedModel { id: model.id.clone(), terms }
+        };
+        let b = card("b", 20);
+        let card_of_b = std::slice::from_ref(&b);
+        // Admitted for 5, the cap lowered to 3 and raised to 5 again: the price is the entry's, as far as the cap allows.
+        let (low, unmet) =
+            registry(&decided(vec![listed(&card("a", 10)), at_most(&b, 3)]), &current(), card_of_b);
+        assert_eq!((low.models[1].price_micro, unmet), (3, vec![]));
+        assert_eq!(entries(&low, vec![at_most(&b, 5)], card_of_b), [(5, 9)]);
+        assert_eq!(entries(&low, vec![at_most(&b, 50)], card_of_b), [(5, 9)], "no more than was asked");
+        // Admitted again for 8 and with its true size: what was published before counts no more, nor does what is in force.
+        let again = Model { weights_bytes: 10, ..price(b.clone(), 8) };
+        assert_eq!(entries(&low, vec![at_most(&b, 8)], &[again, b.clone()]), [(8, 10)]);
+        // Two names of the same weights, each with its own price.
+        let other = price(Model { id: "c".into(), ..b.clone() }, 7);
+        let both = vec![at_most(&other, 9), at_most(&b, 9)];
+        assert_eq!(entries(&current(), both.clone(), &[b.clone(), other.clone()]), [(7, 9), (5, 9)]);
+        let in_force = Registry { models: vec![b.clone(), other], ..current() };
+        assert_eq!(entries(&in_force, both, &[]), [(7, 9), (5, 9)]);
+        // Another name's entry says nothing of the price.
+        let (_, unmet) = registry(&decided(vec![at_most(&price(card("d", 20), 9), 9)]), &current(), &[b]);
+        assert!(unmet[0].to_string().contains("under this name"), "{unmet:?}");
     }
 
     #[test]

@@ -90,8 +90,9 @@ async fn posted(db: &DatabaseConnection, round: u32, client: u32, count: u32) ->
 async fn spent(db: &DatabaseConnection, round: u32, count: u32) -> Result<f64, String> {
     let address = infera_protocol::bytes::Address([0xe0 ^ u8::try_from(round).map_err(said)?; 20]);
     let account = address.to_string();
-    let freshness = Freshness::new(600);
+    let freshness = Freshness::new(60, 60);
     freshness.looked(i64::MAX);
+    freshness.delayed(86_400);
     let tx = db.begin().await.map_err(said)?;
     escrows::mark(&tx, [&address]).await.map_err(said)?;
     let state = Escrow { escrow: CREDIT.into(), authorized: CREDIT.into(), ..Escrow::default() };
@@ -102,7 +103,7 @@ async fn spent(db: &DatabaseConnection, round: u32, count: u32) -> Result<f64, S
         let id = Uuid::from_u128((7 << 124) | (u128::from(round) << 96) | u128::from(n + 1));
         let tx = db.begin().await.map_err(said)?;
         open(&tx, id, &account).await?;
-        let held = spend::hold(&tx, id, &account, 600, &freshness, 1).await.map_err(said)?;
+        let held = spend::hold(&tx, id, &account, 600, &freshness, 0, 1).await.map_err(said)?;
         held.map_err(|rejection| rejection.message)?;
         tx.commit().await.map_err(said)?;
         let tx = db.begin().await.map_err(said)?;

@@ -44,7 +44,7 @@ pub struct Usage {
     pub code: String,
     pub prompt_tokens: i64,
     pub completion_tokens: i64,
-    /// What it held; nothing of it is held any more once it is closed.
+    /// What it held; nothing of it is held any more once it is closed. Of a rejected one nothing ever was.
     pub held_micro: i64,
     pub charged_micro: i64,
     pub submitted_at_ms: i64,
@@ -74,6 +74,7 @@ impl From<Used> for Usage {
     fn from(used: Used) -> Self {
         let Used { row, batch } = used;
         let settled = row.state == domain::State::Settled.name();
+        let rejected = row.state == domain::State::Rejected.name();
         Self {
             request_id: row.id,
             model: row.model,
@@ -81,7 +82,7 @@ impl From<Used> for Usage {
             code: row.code,
             prompt_tokens: row.prompt_tokens,
             completion_tokens: row.completion_tokens,
-            held_micro: row.held_micro,
+            held_micro: if rejected { 0 } else { row.held_micro },
             charged_micro: row.charged_micro,
             // Rows that are older than that column have the time of their funding.
             submitted_at_ms: if row.submitted_at_ms > 0 { row.submitted_at_ms } else { row.funded_at_ms },

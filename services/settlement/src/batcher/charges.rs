@@ -1,12 +1,14 @@
 //! Charging escrows on the chain: cumulative amounts, so that the same charge again takes nothing. They go along with a
 //! batch, or by themselves when no batch follows: more accounts than one transaction takes, a deposit that came late.
 
+use futures::{StreamExt, TryStreamExt, stream};
 use infera_protocol::bytes::Address;
 use sea_orm::DbErr;
 
 use super::{Batcher, StepError, Work};
 use crate::{
     chain::{Call, ChainError, Charge, Escrow, Head, Link, Port},
+    escrow::follow::AT_A_TIME,
     store::{
         escrows::{self, EscrowRow},
         txs::{Job, Purpose},
@@ -40,7 +42,9 @@ impl<L: Link<Port: Clone>> Batcher<L> {
         let mut charges = Charges::default();
         for row in self.due().await? {
             let known = known(&row)?;
-            charges.add(self.charge_of(&row).await?, &known);
+            if let Some(charge) = self.charge_of(&row, known.charged).await? {
+                charges.add(charge, &known);
+            }
         }
         Ok(charges)
     }
@@ -50,16 +54,23 @@ impl<L: Link<Port: Clone>> Batcher<L> {
         escrows::due(&self.db, escrow.charges, escrow.charge_min_micro).await
     }
 
-    async fn charge_of(&self, row: &EscrowRow) -> Result<Charge, StepError> {
+    /// What an account owes, as far as its owner signed for it: beyond that the contract refuses the whole transaction, and
+    /// everybody else's charges with it. `None` if no more than `charged` may be taken.
+    async fn charge_of(&self, row: &EscrowRow, charged: u128) -> Result<Option<Charge>, StepError> {
         let account: Address = escrows::address(row)?;
-        let cumulative = u128::from(unsigned("escrows.owed_micro", row.owed_micro)?);
+        let owed = u128::from(unsigned("escrows.owed_micro", row.owed_micro)?);
         let seen = u128::from(unsigned("escrows.authorized_micro", row.authorized_micro)?);
+        let mut cumulative = owed.min(seen);
         let mut voucher = None;
-        if seen < cumulative {
-            let kept = vouchers::find(&self.db, &account).await?;
-            voucher = kept.map(|kept| (u128::from(kept.cumulative_micro), kept.signature));
+        if seen < owed
+            && let Some(kept) = vouchers::find(&self.db, &account).await?
+            && u128::from(kept.cumulative_micro) > seen
+        {
+            let signed = u128::from(kept.cumulative_micro);
+            cumulative = owed.min(signed);
+            voucher = Some((signed, kept.signature));
         }
-        Ok(Charge { account: account.0.into(), cumulative, voucher })
+        Ok((cumulative > charged).then_some(Charge { account: account.0.into(), cumulative, voucher }))
     }
 
     /// Charges by themselves what no batch charged, for the newest batch; whether that is on its way.
@@ -76,10 +87,16 @@ impl<L: Link<Port: Clone>> Batcher<L> {
         // What was charged a moment ago may not be known yet: the chain itself says.
         let newest = port.newest().await?;
         let mut charges = Charges::default();
-        for row in due {
-            let charge = self.charge_of(&row).await?;
-            let now = port.escrow(charge.account, newest.number).await?;
-            if now.charged < charge.cumulative && now.escrow > 0 {
+        let asking = due.into_iter().map(async |row| {
+            let account = escrows::address(&row)?;
+            let now = port.escrow(account.0.into(), newest.number).await?;
+            Ok::<_, StepError>((row, now))
+        });
+        let states: Vec<(EscrowRow, Escrow)> = stream::iter(asking).buffered(AT_A_TIME).try_collect().await?;
+        for (row, now) in states {
+            if now.escrow > 0
+                && let Some(charge) = self.charge_of(&row, now.charged).await?
+            {
                 charges.add(charge, &now);
             }
         }

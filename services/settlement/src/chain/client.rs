@@ -178,6 +178,10 @@ impl Port for Chain {
         self.reader.rewards().await
     }
 
+    async fn withdrawal_delay(&self) -> Result<u64, ChainError> {
+        self.reader.withdrawal_delay().await
+    }
+
     async fn newest(&self) -> Result<BlockRef, ChainError> {
         self.reader.newest().await
     }
@@ -346,24 +350,41 @@ pub(super) async fn transact(
     let fees = fees(provider).await?;
     let nonce = nonce(provider, signer.address()).await?;
     let signed = sign(signer, reader.chain_id(), Draft { to, input, nonce, gas, fees })?;
-    send(provider, &signed.raw).await?;
-    let deadline = tokio::time::Instant::now() + TIMEOUT;
+    match send(provider, &signed.raw).await {
+        // It may have arrived all the same.
+        Ok(()) | Err(ChainError::Unreachable(_)) => {}
+        Err(error) => return Err(error),
+    }
+    included(provider, what, &signed, tokio::time::Instant::now() + TIMEOUT).await
+}
+
+/// Waits until what was sent is in a block. Whatever the endpoint does meanwhile, whoever sent it learns its hash: what
+/// is repeated without looking for it is done twice.
+async fn included(
+    provider: &RootProvider,
+    what: &'static str,
+    signed: &SignedTx,
+    deadline: tokio::time::Instant,
+) -> Result<B256, ChainError> {
     loop {
-        match status(provider, signed.hash).await? {
-            TxStatus::Included { .. } => return Ok(signed.hash),
-            TxStatus::Failed { .. } => {
+        let seen = match status(provider, signed.hash).await {
+            Ok(TxStatus::Included { .. }) => return Ok(signed.hash),
+            Ok(TxStatus::Failed { .. }) => {
                 let reason = format!("transaction {} failed", signed.hash);
                 return Err(ChainError::Reverted { what, reason });
             }
-            TxStatus::Unknown if tokio::time::Instant::now() >= deadline => {
-                return Err(ChainError::Unreachable(format!(
-                    "{what}: {} was sent and is in no block after {} s",
-                    signed.hash,
-                    TIMEOUT.as_secs()
-                )));
-            }
-            TxStatus::Unknown => tokio::time::sleep(POLL).await,
+            Ok(TxStatus::Unknown) => "it is in no block".to_owned(),
+            Err(ChainError::Unreachable(reason)) => reason,
+            Err(error) => return Err(error),
+        };
+        if tokio::time::Instant::now() >= deadline {
+            return Err(ChainError::Unreachable(format!(
+                "{what}: the transaction {} was sent, and may still be carried out: look for it before you try again                  ({seen}, after {} s)",
+                signed.hash,
+                TIMEOUT.as_secs()
+            )));
         }
+        tokio::time::sleep(POLL).await;
     }
 }
 
@@ -381,4 +402,21 @@ pub(super) async fn status(provider: &RootProvider, tx: B256) -> Result<TxStatus
     }
     let newest = call("eth_blockNumber", async { provider.get_block_number().await }).await?;
     Ok(TxStatus::Included { block, depth: (newest + 1).saturating_sub(block), gas_used: receipt.gas_used })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test]
+    async fn who_sent_something_learns_its_hash_whatever_the_endpoint_does() {
+        // Nobody listens there.
+        let provider = super::super::reader::provider("http://127.0.0.1:9").unwrap();
+        let hash = B256::repeat_byte(7);
+        let signed = SignedTx { hash, nonce: 1, fees: Fees { max: 1, priority: 1 }, raw: Vec::new() };
+        let error = included(&provider, "deposit", &signed, tokio::time::Instant::now()).await.unwrap_err();
+        let said = error.to_string();
+        assert!(error.is_unreachable() && said.contains(&hash.to_string()), "{said}");
+        assert!(said.contains("look for it before you try again"), "{said}");
+    }
 }

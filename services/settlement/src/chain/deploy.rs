@@ -55,7 +55,8 @@ impl Deployment {
             settler,
             guardian,
             challenge_delay_secs: 30,
-            withdrawal_delay_secs: 30,
+            // Longer than a request's deadline, and all that comes until it is charged (`escrow.margin_secs`).
+            withdrawal_delay_secs: 300,
             unbonding_secs: 60,
             // A node needs no tokens to join a demonstration.
             minimum_stake_micro: 0,

@@ -142,6 +142,11 @@ impl ChainError {
     pub fn is_unreachable(&self) -> bool {
         matches!(self, Self::Unreachable(_))
     }
+
+    /// The endpoint has no block with this number: it lags behind, or another of its machines answered before.
+    pub(crate) fn no_block(number: u64) -> Self {
+        Self::Unreachable(format!("the endpoint has no block {number}"))
+    }
 }
 
 /// Reads an address in hex, with or without 0x.

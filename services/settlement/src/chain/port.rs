@@ -164,6 +164,8 @@ pub trait Port {
     async fn final_block(&self, finality: Finality, confirmations: u64) -> Result<u64, ChainError>;
     /// The queue of reward roots.
     async fn rewards(&self) -> Result<Rewards, ChainError>;
+    /// How long an announced withdrawal waits, seconds. It never changes.
+    async fn withdrawal_delay(&self) -> Result<u64, ChainError>;
     /// The newest block.
     async fn newest(&self) -> Result<BlockRef, ChainError>;
     /// The hash of a block; `None` if there is none with this number.

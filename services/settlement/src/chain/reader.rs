@@ -173,6 +173,13 @@ impl ChainReader {
         })
     }
 
+    /// How long an announced withdrawal waits, seconds.
+    pub async fn withdrawal_delay(&self) -> Result<u64, ChainError> {
+        let delay =
+            call("WITHDRAWAL_DELAY", async { self.instance().WITHDRAWAL_DELAY().call().await }).await?;
+        Ok(u64::try_from(delay).unwrap_or(u64::MAX))
+    }
+
     /// A reward root of the queue; all zero if there is none.
     pub async fn reward_root(&self, id: u64) -> Result<RewardRoot, ChainError> {
         let root = call("rewards", async { self.instance().rewards(id).call().await }).await?;
@@ -247,6 +254,14 @@ impl ChainReader {
         })
         .await?;
         Ok(block.map(|block| block.header.hash))
+    }
+
+    /// The hash of a block that is there: an endpoint that lags behind the others may not have it yet.
+    ///
+    /// # Errors
+    /// [`ChainError`]; `Unreachable` if the endpoint has no such block.
+    pub async fn existing_hash(&self, number: u64) -> Result<B256, ChainError> {
+        self.block_hash(number).await?.ok_or_else(|| ChainError::no_block(number))
     }
 
     /// The accounts whose escrow, withdrawal, charges or voucher changed in these blocks, both ends included.

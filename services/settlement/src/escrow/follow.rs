@@ -8,6 +8,9 @@
 //! What was read is found again after a crash: an account stays unread until what its final block has is committed. The
 //! cursor holds a block's hash; if the chain has another one there, it was reorganised beyond finality, and everything is
 //! read again. While the endpoint is away the last state stays.
+//!
+//! Several followers may share a database, as while one process takes another's place: whoever writes holds the cursor,
+//! and what was read as of another cursor is not written.
 
 use std::{
     collections::BTreeSet,
@@ -15,6 +18,7 @@ use std::{
     time::{Duration, Instant},
 };
 
+use futures::{StreamExt, TryStreamExt, stream};
 use infera_protocol::bytes::{Address, Hash32};
 use infera_runtime::{CancellationToken, clock, health::CheckHandle, planned};
 use sea_orm::{DatabaseConnection, DbErr, TransactionTrait};
@@ -22,7 +26,7 @@ use tokio::sync::Notify;
 
 use super::{Freshness, post};
 use crate::{
-    chain::{B256, BlockRef, ChainError, Link, Port},
+    chain::{B256, BlockRef, ChainError, Escrow, Link, Port},
     config::Config,
     ledger::LedgerError,
     metrics::Metrics,
@@ -34,6 +38,8 @@ const FIRST_BACKOFF: Duration = Duration::from_millis(250);
 const LAST_BACKOFF: Duration = Duration::from_secs(10);
 /// Unread accounts taken out of the database at a time.
 const PAGE: u64 = 100;
+/// Accounts that the endpoint is asked about at a time.
+pub(crate) const AT_A_TIME: usize = 16;
 /// Between counts of what is owed while nothing happens.
 const COUNT: Duration = Duration::from_secs(5);
 
@@ -133,27 +139,29 @@ impl<L: Link<Port: Clone>> Follower<L> {
     /// [`FollowError`]; try again later, after [`Follow::reconnect`].
     pub async fn look(&self, work: &mut Follow<L::Port>) -> Result<Looked, FollowError> {
         let port = self.connected(work).await?;
+        // What happens from here on is not seen.
+        let looked_at_ms = clock::now_ms();
         let newest = port.newest().await?;
         if work.seen == Some(newest.hash) {
-            return self.nothing_new(work).await;
+            return self.nothing_new(work, looked_at_ms).await;
         }
         let chain = &self.config.chain;
         let last_final = port.final_block(chain.finality, chain.confirmations).await?.min(newest.number);
-        let next = match escrows::cursor(&self.db).await? {
-            Some(cursor) => self.checked(&port, &cursor).await?,
-            None => chain.from_block,
-        };
+        let Some(cursor) = self.checked(&port).await? else { return Ok(Looked::Behind) };
+        let mut next = cursor.map_or(chain.from_block, |cursor| cursor.next_block);
         if next <= last_final {
-            let next = self.scan(&port, next, last_final).await?;
-            if next <= last_final {
-                self.check.down(format!("reading block {next} of {last_final}"));
-                return Ok(Looked::Behind);
-            }
+            next = self.scan(&port, cursor, next, last_final).await?;
         }
-        self.read_unread(&port).await?;
+        if next <= last_final {
+            self.check.down(format!("reading block {next} of {last_final}"));
+            return Ok(Looked::Behind);
+        }
+        if !self.read_unread(&port).await? {
+            return Ok(Looked::Behind);
+        }
         self.read_heads(&port, &newest).await?;
         work.seen = Some(newest.hash);
-        self.freshness.looked(clock::now_ms());
+        self.freshness.looked(looked_at_ms);
         self.count().await?;
         work.counted = Some(Instant::now());
         Ok(Looked::Current)
@@ -164,13 +172,18 @@ impl<L: Link<Port: Clone>> Follower<L> {
             return Ok(port.clone());
         }
         let port = self.link.connect().await?;
+        self.freshness.delayed(port.withdrawal_delay().await?);
         work.port = Some(port.clone());
         Ok(port)
     }
 
     /// The newest block is known already.
-    async fn nothing_new(&self, work: &mut Follow<L::Port>) -> Result<Looked, FollowError> {
-        self.freshness.looked(clock::now_ms());
+    async fn nothing_new(
+        &self,
+        work: &mut Follow<L::Port>,
+        looked_at_ms: i64,
+    ) -> Result<Looked, FollowError> {
+        self.freshness.looked(looked_at_ms);
         if work.counted.is_none_or(|counted| counted.elapsed() >= COUNT) {
             self.count().await?;
             work.counted = Some(Instant::now());
@@ -178,11 +191,13 @@ impl<L: Link<Port: Clone>> Follower<L> {
         Ok(Looked::Current)
     }
 
-    /// The next block to look at, if the chain still has what was looked at.
-    async fn checked(&self, port: &L::Port, cursor: &Cursor) -> Result<u64, FollowError> {
+    /// How far the chain was followed, `Some(None)` if from the beginning: it still has what was looked at. `None` if
+    /// another follower was there meanwhile.
+    async fn checked(&self, port: &L::Port) -> Result<Option<Option<Cursor>>, FollowError> {
+        let Some(cursor) = escrows::cursor(&self.db).await? else { return Ok(Some(None)) };
         let last = cursor.next_block.saturating_sub(1);
-        if port.block_hash(last).await? == Some(B256::from(cursor.hash.0)) {
-            return Ok(cursor.next_block);
+        if existing_hash(port, last).await? == B256::from(cursor.hash.0) {
+            return Ok(Some(Some(cursor)));
         }
         tracing::warn!(
             block = last,
@@ -190,18 +205,33 @@ impl<L: Link<Port: Clone>> Follower<L> {
              for it"
         );
         let tx = self.db.begin().await?;
+        if escrows::lock_cursor(&tx).await? != Some(cursor) {
+            tx.rollback().await?;
+            return Ok(None);
+        }
         escrows::rewind(&tx).await?;
         tx.commit().await?;
-        Ok(self.config.chain.from_block)
+        Ok(Some(None))
     }
 
-    /// Notes the accounts that a range of final blocks changed. Returns the next block to look at.
-    async fn scan(&self, port: &L::Port, from: u64, last_final: u64) -> Result<u64, FollowError> {
+    /// Notes the accounts that a range of final blocks changed, from the block `from` on, which is the cursor's. Returns the
+    /// next block to look at.
+    async fn scan(
+        &self,
+        port: &L::Port,
+        cursor: Option<Cursor>,
+        from: u64,
+        last_final: u64,
+    ) -> Result<u64, FollowError> {
         let to = last_final.min(from.saturating_add(self.config.escrow.log_blocks - 1));
-        let Some(hash) = port.block_hash(to).await? else { return Ok(from) };
+        let hash = existing_hash(port, to).await?;
         let touched = accounts(port.touched(from, to).await?);
         planned::pause("settlement.escrow.before_mark").await;
         let tx = self.db.begin().await?;
+        if escrows::lock_cursor(&tx).await? != cursor {
+            tx.rollback().await?;
+            return Ok(from);
+        }
         escrows::mark(&tx, &touched).await?;
         let looked_at_ms = clock::now_ms();
         escrows::set_cursor(&tx, &Cursor { next_block: to + 1, hash: Hash32(hash.0), looked_at_ms }).await?;
@@ -211,35 +241,59 @@ impl<L: Link<Port: Clone>> Follower<L> {
         Ok(to + 1)
     }
 
-    /// Reads every account that a final block changed, as of the cursor's block, into the ledger.
-    async fn read_unread(&self, port: &L::Port) -> Result<(), FollowError> {
-        let Some(cursor) = escrows::cursor(&self.db).await? else { return Ok(()) };
+    /// Reads every account that a final block changed, as of the cursor's block, into the ledger. `false` if another
+    /// follower moved the cursor meanwhile.
+    async fn read_unread(&self, port: &L::Port) -> Result<bool, FollowError> {
+        let Some(cursor) = escrows::cursor(&self.db).await? else { return Ok(true) };
         let block = cursor.next_block.saturating_sub(1);
         loop {
             let unread = escrows::unread(&self.db, PAGE).await?;
             if unread.is_empty() {
-                return Ok(());
+                return Ok(true);
             }
-            for account in unread {
-                let state = port.escrow(account.0.into(), block).await?;
-                planned::pause("settlement.escrow.before_post").await;
-                let tx = self.db.begin().await?;
-                let moved = post::settle(&tx, &account, &state, block, clock::now_ms()).await?;
-                planned::pause("settlement.escrow.in_post").await;
-                tx.commit().await?;
-                planned::pause("settlement.escrow.after_post").await;
-                if moved.micro != 0 {
-                    tracing::info!(account = %account, micro = moved.micro, block, "escrow moved");
-                }
-                if moved.short_micro > 0 {
-                    tracing::error!(
-                        account = %account,
-                        short_micro = moved.short_micro,
-                        "an escrow does not cover what was spent of it any more"
-                    );
+            let reading = unread.into_iter().map(async |account| {
+                port.escrow(account.0.into(), block).await.map(|state| (account, state))
+            });
+            let mut states = std::pin::pin!(stream::iter(reading).buffered(AT_A_TIME));
+            while let Some((account, state)) = states.try_next().await? {
+                if !self.take_over(&cursor, &account, &state).await? {
+                    return Ok(false);
                 }
             }
         }
+    }
+
+    /// Takes over what the cursor's block has of an account. `false` if it is not the cursor any more: what was read may be
+    /// older than what another follower has taken over.
+    async fn take_over(
+        &self,
+        cursor: &Cursor,
+        account: &Address,
+        state: &Escrow,
+    ) -> Result<bool, FollowError> {
+        let block = cursor.next_block.saturating_sub(1);
+        planned::pause("settlement.escrow.before_post").await;
+        let tx = self.db.begin().await?;
+        // Nobody moves it until this is done.
+        if escrows::lock_cursor(&tx).await? != Some(*cursor) {
+            tx.rollback().await?;
+            return Ok(false);
+        }
+        let moved = post::settle(&tx, account, state, block, clock::now_ms()).await?;
+        planned::pause("settlement.escrow.in_post").await;
+        tx.commit().await?;
+        planned::pause("settlement.escrow.after_post").await;
+        if moved.micro != 0 {
+            tracing::info!(account = %account, micro = moved.micro, block, "escrow moved");
+        }
+        if moved.short_micro > 0 {
+            tracing::error!(
+                account = %account,
+                short_micro = moved.short_micro,
+                "an escrow does not cover what was spent of it any more"
+            );
+        }
+        Ok(true)
     }
 
     /// Reads the accounts that blocks after the final one changed, as of the newest.
@@ -252,10 +306,10 @@ impl<L: Link<Port: Clone>> Follower<L> {
             touched.extend(accounts(port.touched(from, to).await?));
             from = to + 1;
         }
-        let mut heads = Vec::with_capacity(touched.len());
-        for account in touched {
-            heads.push((account, port.escrow(account.0.into(), newest.number).await?));
-        }
+        let reading = touched.into_iter().map(async |account| {
+            port.escrow(account.0.into(), newest.number).await.map(|state| (account, state))
+        });
+        let heads: Vec<(Address, Escrow)> = stream::iter(reading).buffered(AT_A_TIME).try_collect().await?;
         let tx = self.db.begin().await?;
         escrows::set_heads(&tx, &heads).await?;
         tx.commit().await?;
@@ -270,7 +324,9 @@ impl<L: Link<Port: Clone>> Follower<L> {
         let owing = escrows::owing(&self.db).await?;
         self.metrics.owing(&owing);
         let cap = i64::try_from(self.config.escrow.short_cap_micro).unwrap_or(i64::MAX);
-        if owing.short_micro > cap {
+        if let Some(reason) = self.freshness.too_slow() {
+            self.check.down(reason);
+        } else if owing.short_micro > cap {
             self.check.down(format!(
                 "{} accounts owe {} micro-INFER beyond their escrow; they spend nothing until they deposit it \
                  (`escrow.short_cap_micro` accepts it)",
@@ -281,6 +337,11 @@ impl<L: Link<Port: Clone>> Follower<L> {
         }
         Ok(())
     }
+}
+
+/// A block that the endpoint does not have is no other block: it lags behind what was seen before.
+async fn existing_hash(port: &impl Port, block: u64) -> Result<B256, ChainError> {
+    port.block_hash(block).await?.ok_or_else(|| ChainError::no_block(block))
 }
 
 fn accounts(touched: BTreeSet<crate::chain::Address>) -> BTreeSet<Address> {

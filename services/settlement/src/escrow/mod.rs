@@ -7,7 +7,8 @@
 //! ```
 //!
 //! Only final blocks bring money in. What takes money out counts as soon as it is seen: an announced withdrawal lowers
-//! what may be spent from the newest block on. What was held before the announcement is charged before its delay ends.
+//! what may be spent from the newest block on. What was held before the announcement is charged before its delay ends:
+//! [`Freshness`] admits no request for which that is not certain.
 //!
 //! [`Standing`] decides, [`spend`] holds, [`follow`] reads the chain.
 
@@ -122,17 +123,51 @@ impl Standing {
     }
 }
 
-/// When the chain was last seen; clones share it. What is older than its limit is not spent.
+/// When the chain was last seen, and how long the contract keeps what is announced to be withdrawn; clones share it.
+///
+/// Somebody may have announced a withdrawal right after the last look. So what is held now must be decided and charged
+/// within the delay from then on: a request's deadline and the margin, in which it is settled, posted and taken into a
+/// block, end before that, or its escrow is not spent.
 #[derive(Debug, Clone, Default)]
 pub struct Freshness {
     looked_at_ms: Arc<AtomicI64>,
+    /// The contract's `WITHDRAWAL_DELAY`; below zero: not known yet.
+    delay_ms: Arc<AtomicI64>,
     stale_ms: i64,
+    margin_ms: i64,
 }
 
 impl Freshness {
-    /// Not seen yet; too old after `stale_secs`.
-    pub fn new(stale_secs: u32) -> Self {
-        Self { looked_at_ms: Arc::default(), stale_ms: i64::from(stale_secs) * 1_000 }
+    /// Not seen yet; too old after `stale_secs`. `margin_secs`: what settling, posting and a block take after a request's
+    /// deadline.
+    pub fn new(stale_secs: u32, margin_secs: u32) -> Self {
+        Self {
+            looked_at_ms: Arc::default(),
+            delay_ms: Arc::new((-1).into()),
+            stale_ms: i64::from(stale_secs) * 1_000,
+            margin_ms: i64::from(margin_secs) * 1_000,
+        }
+    }
+
+    /// The contract's withdrawal delay is known.
+    pub fn delayed(&self, delay_secs: u64) {
+        let delay_ms = i64::try_from(delay_secs).unwrap_or(i64::MAX).saturating_mul(1_000);
+        self.delay_ms.store(delay_ms, Ordering::Relaxed);
+    }
+
+    /// Why no escrow of this contract is ever spent with these settings, and what helps.
+    pub fn too_slow(&self) -> Option<String> {
+        let delay_ms = self.delay_ms.load(Ordering::Relaxed);
+        let needed_ms = self.stale_ms.saturating_add(self.margin_ms);
+        (0..=needed_ms).contains(&delay_ms).then(|| {
+            format!(
+                "escrow is not spent: the contract's withdrawal delay of {} s is not longer than `escrow.stale_secs` + \
+                 `escrow.margin_secs` = {} s, so that what is spent could be withdrawn before it is charged; lower these \
+                 two, or deploy the contract with a longer delay",
+                delay_ms / 1_000,
+                needed_ms / 1_000
+            )
+        })
     }
 
     /// The chain was seen.
@@ -140,24 +175,41 @@ impl Freshness {
         self.looked_at_ms.fetch_max(now_ms, Ordering::Relaxed);
     }
 
-    /// Why escrow is not spent now; `None` if the chain was seen lately.
-    pub fn rejection(&self, now_ms: i64) -> Option<Rejection> {
-        let age_ms = now_ms.saturating_sub(self.looked_at_ms.load(Ordering::Relaxed));
-        (age_ms > self.stale_ms).then(|| Rejection {
-            // The gateway answers it with 503, which clients try again.
-            code: "overloaded",
-            message: format!(
+    /// Why escrow is not spent now for a request that may be open until `deadline_ms`; `None` if it is charged in time.
+    pub fn rejection(&self, now_ms: i64, deadline_ms: i64) -> Option<Rejection> {
+        let looked_at_ms = self.looked_at_ms.load(Ordering::Relaxed);
+        let age_ms = now_ms.saturating_sub(looked_at_ms);
+        let delay_ms = self.delay_ms.load(Ordering::Relaxed);
+        let charged_ms = deadline_ms.max(now_ms).saturating_add(self.margin_ms);
+        let message = if age_ms > self.stale_ms {
+            format!(
                 "the chain was not seen for {} s, so escrow is not spent; try again later, prepaid credit is good \
                  meanwhile",
                 age_ms / 1_000
-            ),
-        })
+            )
+        } else if delay_ms < 0 {
+            "the contract's withdrawal delay is not known yet, so escrow is not spent; try again later"
+                .to_owned()
+        } else if let Some(reason) = self.too_slow() {
+            reason
+        } else if charged_ms > looked_at_ms.saturating_add(delay_ms) {
+            format!(
+                "the request may be charged {} s from now, and escrow can be withdrawn before that; use prepaid credit, or \
+                 a shorter deadline (the gateway's `deadline_secs`)",
+                charged_ms.saturating_sub(now_ms) / 1_000
+            )
+        } else {
+            return None;
+        };
+        // The gateway answers it with 503, which clients try again.
+        Some(Rejection { code: "overloaded", message })
     }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::chain::deploy::Deployment;
     use proptest::prelude::*;
 
     fn at(escrow: i64, charged: i64, withdrawal: i64) -> AtBlock {
@@ -226,12 +278,53 @@ mod tests {
 
     #[test]
     fn what_was_not_seen_for_long_is_not_spent() {
-        let freshness = Freshness::new(10);
-        assert!(freshness.rejection(100_000).is_some(), "never seen");
+        let freshness = Freshness::new(10, 5);
+        assert!(freshness.rejection(100_000, 0).is_some(), "never seen");
         freshness.looked(100_000);
-        assert_eq!(freshness.rejection(110_000), None);
-        let rejection = freshness.rejection(111_000).unwrap();
+        let rejection = freshness.rejection(100_000, 0).unwrap();
+        assert!(rejection.message.contains("not known yet"), "{rejection:?}");
+        freshness.delayed(1_000);
+        assert_eq!(freshness.rejection(110_000, 0), None);
+        let rejection = freshness.rejection(111_000, 0).unwrap();
         assert!(rejection.code == "overloaded" && rejection.message.contains("11 s"), "{rejection:?}");
+    }
+
+    #[test]
+    fn what_could_be_withdrawn_before_it_is_charged_is_not_spent() {
+        let freshness = Freshness::new(10, 5);
+        freshness.looked(100_000);
+        freshness.delayed(15);
+        let said = freshness.too_slow().unwrap();
+        for words in ["delay of 15 s", "`escrow.stale_secs`", "`escrow.margin_secs`", "= 15 s"] {
+            assert!(said.contains(words), "{words}: {said}");
+        }
+        assert_eq!(freshness.rejection(100_000, 0).unwrap().message, said);
+        freshness.delayed(60);
+        assert_eq!(freshness.too_slow(), None);
+        // Announced right after the last look, it can be taken at 160 s: 5 s before that is the last deadline.
+        for now_ms in [100_000, 110_000] {
+            assert_eq!(freshness.rejection(now_ms, 155_000), None);
+            let rejection = freshness.rejection(now_ms, 155_001).unwrap();
+            assert_eq!(rejection.code, "overloaded");
+            assert!(rejection.message.contains("`deadline_secs`"), "{rejection:?}");
+        }
+        freshness.looked(110_000);
+        assert_eq!(freshness.rejection(110_000, 165_000), None);
+    }
+
+    /// What `infera up` starts is inside of it, however old the last look may be.
+    #[test]
+    fn the_devnet_as_it_is_shipped_spends_escrow() {
+        let config = crate::Config::load(None).unwrap().escrow;
+        let delay = Deployment::devnet(Default::default(), Default::default()).withdrawal_delay_secs;
+        let gateway = include_str!("../../../gateway/src/gateway.toml");
+        let deadline = gateway.lines().find_map(|line| line.strip_prefix("deadline_secs = ")).unwrap();
+        let deadline_ms = deadline.parse::<i64>().unwrap() * 1_000;
+        let freshness = Freshness::new(config.stale_secs, config.margin_secs);
+        freshness.looked(0);
+        freshness.delayed(delay);
+        let stale_ms = i64::from(config.stale_secs) * 1_000;
+        assert_eq!(freshness.rejection(stale_ms, stale_ms + deadline_ms), None);
     }
 
     #[test]

@@ -44,7 +44,7 @@ pub async fn standing<C: ConnectionTrait>(
     })
 }
 
-/// Holds `micro` for an open request; the inner error is the client's, and nothing was moved then.
+/// Holds `micro` for a request that is open until `deadline_ms`; the inner error is the client's, and nothing was moved then.
 ///
 /// # Errors
 /// [`LedgerError`].
@@ -54,14 +54,17 @@ pub async fn hold(
     account: &str,
     micro: u64,
     freshness: &Freshness,
+    deadline_ms: i64,
     now_ms: i64,
 ) -> Result<Result<(), Rejection>, LedgerError> {
     let hold = match wallet(account) {
         None => micro.into(),
-        Some(address) => match of_wallet(tx, &address, micro, freshness, now_ms).await? {
-            Ok(hold) => hold,
-            Err(rejection) => return Ok(Err(rejection)),
-        },
+        Some(address) => {
+            match of_wallet(tx, &address, micro, freshness.rejection(now_ms, deadline_ms)).await? {
+                Ok(hold) => hold,
+                Err(rejection) => return Ok(Err(rejection)),
+            }
+        }
     };
     match ledger::post(tx, &domain::hold_transfer(request, account, hold)?, now_ms).await {
         Ok(_) if hold.escrow_micro > 0 => {
@@ -81,8 +84,7 @@ async fn of_wallet(
     tx: &DatabaseTransaction,
     address: &Address,
     micro: u64,
-    freshness: &Freshness,
-    now_ms: i64,
+    late: Option<Rejection>,
 ) -> Result<Result<Hold, Rejection>, LedgerError> {
     // First the lock: then nobody else holds for this account.
     let row = escrows::lock(tx, address).await?;
@@ -95,7 +97,7 @@ async fn of_wallet(
     if standing.free() < hold.escrow_micro {
         return Ok(Err(standing.rejection(micro, hold.escrow_micro)));
     }
-    Ok(freshness.rejection(now_ms).map_or(Ok(hold), Err))
+    Ok(late.map_or(Ok(hold), Err))
 }
 
 /// What an open request's hold is made of. Takes the account's escrow first if some of it is held, so that the hold can

@@ -38,15 +38,25 @@ fn micro(column: &'static str, amount: u128) -> Result<i64, DbErr> {
 /// # Errors
 /// The database's.
 pub async fn cursor<C: ConnectionTrait>(db: &C) -> Result<Option<Cursor>, DbErr> {
-    let row = escrow_cursor::Entity::find_by_id(CURSOR).one(db).await?;
-    row.map(|row| {
-        Ok(Cursor {
-            next_block: unsigned("escrow_cursor.next_block", row.next_block)?,
-            hash: hash("escrow_cursor.block_hash", &row.block_hash)?,
-            looked_at_ms: row.looked_at_ms,
-        })
+    escrow_cursor::Entity::find_by_id(CURSOR).one(db).await?.map(as_cursor).transpose()
+}
+
+/// As [`cursor`]; nobody else moves it until the transaction ends. At the beginning there is nothing to hold.
+///
+/// # Errors
+/// The database's.
+pub async fn lock_cursor(tx: &DatabaseTransaction) -> Result<Option<Cursor>, DbErr> {
+    // SQLite has one writer, and ignores it.
+    let row = escrow_cursor::Entity::find_by_id(CURSOR).lock_exclusive().one(tx).await?;
+    row.map(as_cursor).transpose()
+}
+
+fn as_cursor(row: escrow_cursor::Model) -> Result<Cursor, DbErr> {
+    Ok(Cursor {
+        next_block: unsigned("escrow_cursor.next_block", row.next_block)?,
+        hash: hash("escrow_cursor.block_hash", &row.block_hash)?,
+        looked_at_ms: row.looked_at_ms,
     })
-    .transpose()
 }
 
 /// Notes how far the chain was followed.
@@ -251,8 +261,8 @@ pub fn escrow_at_head(row: &EscrowRow) -> i64 {
     row.head_escrow_micro.unwrap_or(row.escrow_micro)
 }
 
-/// Accounts that owe what the chain has not charged and could, at most `limit`: first those that withdraw, then by what
-/// they owe; of the others only those that owe `min_micro`.
+/// Accounts that owe what the chain has not charged and could, by escrow and voucher, at most `limit`: first those that
+/// withdraw, then by what they owe; of the others only those that owe `min_micro`.
 ///
 /// # Errors
 /// The database's.
@@ -266,10 +276,18 @@ pub async fn due<C: ConnectionTrait>(db: &C, limit: u64, min_micro: u64) -> Resu
     let enough = Condition::any()
         .add(owes.clone().gte(signed("escrow.charge_min_micro", min_micro)?))
         .add(withdrawal.clone().gt(0));
+    // Whoever signed for no more takes nobody's place.
+    let voucher = Expr::cust(
+        "(SELECT COALESCE(MAX(cumulative_micro), 0) FROM vouchers WHERE vouchers.address = escrows.address)",
+    );
+    let signed_more = Condition::any()
+        .add(Expr::col(E::AuthorizedMicro).gt(charged.clone()))
+        .add(voucher.gt(charged.clone()));
     escrows::Entity::find()
         .filter(
             Condition::all()
-                .add(Expr::col(E::OwedMicro).gt(charged))
+                .add(Expr::col(E::OwedMicro).gt(charged.clone()))
+                .add(signed_more)
                 .add(Expr::expr(at_head(E::HeadEscrowMicro, E::EscrowMicro)).gt(0))
                 .add(enough),
         )
@@ -297,9 +315,11 @@ pub struct Owing {
 /// # Errors
 /// The database's.
 pub async fn owing<C: ConnectionTrait>(db: &C) -> Result<Owing, DbErr> {
-    let sql = "SELECT CAST((SELECT COALESCE(SUM(owed_micro - charged_micro), 0) FROM escrows) AS BIGINT) AS uncharged, \
-         CAST((SELECT COALESCE(-SUM(amount_micro), 0) FROM balances WHERE account LIKE 'escrow-debt:%') AS BIGINT) \
-         AS short, (SELECT COUNT(*) FROM balances WHERE account LIKE 'escrow-debt:%' AND amount_micro < 0) AS accounts";
+    // By the key of each: names sort in a database's own way, so that no range of them is to be relied on.
+    let sql = "SELECT CAST(COALESCE(SUM(e.owed_micro - e.charged_micro), 0) AS BIGINT) AS uncharged, \
+         CAST(COALESCE(-SUM(b.amount_micro), 0) AS BIGINT) AS short, \
+         COUNT(CASE WHEN b.amount_micro < 0 THEN 1 END) AS accounts \
+         FROM escrows e LEFT JOIN balances b ON b.account = 'escrow-debt:' || e.address";
     let statement = Statement::from_string(db.get_database_backend(), sql);
     let Some(row) = db.query_one_raw(statement).await? else { return Ok(Owing::default()) };
     Ok(Owing {

@@ -23,6 +23,7 @@ impl MigratorTrait for Migrator {
             Box::new(Deadlines),
             Box::new(Variants),
             Box::new(Escrows),
+            Box::new(Times),
         ]
     }
 }
@@ -175,6 +176,32 @@ impl MigrationTrait for Escrows {
             manager.alter_table(Table::alter().table(requests::Entity).add_column(column).take()).await?;
         }
         index(manager, "requests_account", requests::Entity, [R::Account, R::FundedAtMs, R::Id]).await
+    }
+}
+
+/// The time of each entry, so that a statement reads its period only.
+struct Times;
+
+impl MigrationName for Times {
+    fn name(&self) -> &str {
+        "settlement_0005"
+    }
+}
+
+#[async_trait::async_trait]
+impl MigrationTrait for Times {
+    async fn up(&self, manager: &SchemaManager) -> Result<(), DbErr> {
+        use entries::Column as E;
+        let at = ColumnDef::new(E::AtMs).big_integer().not_null().default(0_i64).take();
+        manager.alter_table(Table::alter().table(entries::Entity).add_column(at).take()).await?;
+        let db = manager.get_connection();
+        db.execute_unprepared(
+            "UPDATE entries SET at_ms = (SELECT at_ms FROM transfers WHERE transfers.id = entries.transfer_id)",
+        )
+        .await?;
+        index(manager, "entries_time", entries::Entity, [E::Account, E::AtMs, E::TransferId]).await?;
+        // It began with the same column.
+        manager.drop_index(Index::drop().name("entries_account").table(entries::Entity).to_owned()).await
     }
 }
 

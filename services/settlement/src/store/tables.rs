@@ -33,6 +33,8 @@ pub mod entries {
         #[sea_orm(primary_key, auto_increment = false)]
         pub account: String,
         pub amount_micro: i64,
+        /// Its transfer's.
+        pub at_ms: i64,
     }
 
     #[derive(Copy, Clone, Debug, EnumIter, DeriveRelation)]

@@ -153,24 +153,25 @@ pub struct Moved {
 /// `$1` to `$5`: the ledger's accounts that are this account's money; the last two are held.
 fn parts(account: &str) -> Vec<sea_orm::Value> {
     let name = || account.to_owned();
-    [
+    let parts: [Account; PARTS] = [
         Account::Consumer(name()),
         Account::Escrow(name()),
         Account::EscrowDebt(name()),
         Account::Held(name()),
         Account::EscrowHeld(name()),
-    ]
-    .iter()
-    .map(|of| of.name().into())
-    .collect()
+    ];
+    parts.iter().map(|of| of.name().into()).collect()
 }
 
-const SUMS: &str = "CAST(COALESCE(SUM(CASE WHEN e.account IN ($1, $2, $3) THEN e.amount_micro ELSE 0 END), 0) AS BIGINT) \
-     AS free, CAST(COALESCE(SUM(CASE WHEN e.account IN ($4, $5) THEN e.amount_micro ELSE 0 END), 0) AS BIGINT) AS held";
-const OF: &str =
-    "FROM entries e JOIN transfers t ON t.id = e.transfer_id WHERE e.account IN ($1, $2, $3, $4, $5)";
+/// Which of them count as free, and which as held.
+const FREE: &str = "account IN ($1, $2, $3)";
+const HELD: &str = "account IN ($4, $5)";
+/// How many there are, and how many of them are free.
+const PARTS: usize = 5;
+const FREE_PARTS: usize = 3;
 
-/// Transfers of a period (from, included, to, not), the oldest first, after a place; and where the next page begins.
+/// Transfers of a period (from, included, to, not), the oldest first, after a place; and where the next page begins. Reads
+/// no more of each of the ledger's accounts than the page may hold.
 ///
 /// # Errors
 /// The database's.
@@ -186,13 +187,27 @@ pub async fn moved<C: ConnectionTrait>(
     let mut newer = "";
     if let Some(place) = after {
         values.extend([place.at_ms.into(), place.id.into()]);
-        newer = "AND (t.at_ms > $8 OR (t.at_ms = $8 AND t.id > $9))";
+        newer = "AND (at_ms, transfer_id) > ($8, $9)";
     }
+    // A transfer has one entry of an account at most, so the page's are among the first of each.
+    let most = limit + 1;
+    let of_part = |part: usize| {
+        let held = part >= FREE_PARTS;
+        let columns =
+            if held { "0 AS free, amount_micro AS held" } else { "amount_micro AS free, 0 AS held" };
+        let number = part + 1;
+        format!(
+            "SELECT * FROM (SELECT transfer_id, {columns} FROM entries WHERE account = ${number} AND at_ms >= $6 \
+             AND at_ms < $7 {newer} ORDER BY at_ms, transfer_id LIMIT {most}) AS part{number}"
+        )
+    };
+    let parts: Vec<String> = (0..PARTS).map(of_part).collect();
     let sql = format!(
-        "SELECT t.id AS id, t.kind AS kind, t.request_id AS request, t.at_ms AS at_ms, {SUMS} {OF} \
-         AND t.at_ms >= $6 AND t.at_ms < $7 {newer} GROUP BY t.id, t.kind, t.request_id, t.at_ms \
-         ORDER BY t.at_ms, t.id LIMIT {}",
-        limit + 1
+        "SELECT t.id AS id, t.kind AS kind, t.request_id AS request, t.at_ms AS at_ms, \
+         CAST(SUM(e.free) AS BIGINT) AS free, CAST(SUM(e.held) AS BIGINT) AS held \
+         FROM ({}) AS e JOIN transfers t ON t.id = e.transfer_id GROUP BY t.id, t.kind, t.request_id, t.at_ms \
+         ORDER BY t.at_ms, t.id LIMIT {most}",
+        parts.join(" UNION ALL ")
     );
     let statement = Statement::from_sql_and_values(db.get_database_backend(), sql, values);
     let rows = db.query_all_raw(statement).await?;
@@ -213,7 +228,8 @@ pub async fn moved<C: ConnectionTrait>(
     Ok((moved, next))
 }
 
-/// An account's money before a place, or with it (`through`): all of it, and what of it was held.
+/// An account's money before a place, or with it (`through`): all of it, and what of it was held. What it has now, less
+/// what came since: most ask about what was lately.
 ///
 /// # Errors
 /// The database's.
@@ -225,8 +241,16 @@ pub async fn as_of<C: ConnectionTrait>(
 ) -> Result<(i64, i64), DbErr> {
     let mut values = parts(account);
     values.extend([place.at_ms.into(), place.id.into()]);
-    let last = if through { "<=" } else { "<" };
-    let sql = format!("SELECT {SUMS} {OF} AND (t.at_ms < $6 OR (t.at_ms = $6 AND t.id {last} $7))");
+    let since = if through { ">" } else { ">=" };
+    // In one statement, so that both are of one moment.
+    let before = |which: &str| {
+        format!(
+            "CAST((SELECT COALESCE(SUM(amount_micro), 0) FROM balances WHERE {which}) \
+             - (SELECT COALESCE(SUM(amount_micro), 0) FROM entries WHERE {which} \
+             AND (at_ms, transfer_id) {since} ($6, $7)) AS BIGINT)"
+        )
+    };
+    let sql = format!("SELECT {} AS free, {} AS held", before(FREE), before(HELD));
     let statement = Statement::from_sql_and_values(db.get_database_backend(), sql, values);
     let Some(row) = db.query_one_raw(statement).await? else { return Ok((0, 0)) };
     let (free, held): (i64, i64) = (row.try_get("", "free")?, row.try_get("", "held")?);

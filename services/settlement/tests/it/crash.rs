@@ -182,6 +182,13 @@ impl Wallet {
         let body = serde_json::json!({ "cumulative_micro": 1_000, "signature": signature });
         assert_eq!(service.post("/v1/vouchers", &place.key(&name), &body).await.0, 200);
         service.wait_balance(place, &name, (1_000, 0)).await;
+        // The look is over that found it.
+        eventually(DEADLINE, async || {
+            let (_, body) = service.get("/readyz", None).await;
+            let body: serde_json::Value = serde_json::from_slice(&body).unwrap();
+            if body["checks"]["escrow"] == "up" { Ok(()) } else { Err(body) }
+        })
+        .await;
     }
 }
 
@@ -209,10 +216,14 @@ async fn every_crash_charges_once() {
     let anvil = Anvil::start_with(&["64"]).await;
     // One account is charged along with the batch, the other by itself.
     for point in [
+        "batch.before_sign",
         "batch.in_sign",
         "batch.after_sign",
+        "batch.before_send",
         "batch.after_send",
+        "batch.before_mark",
         "batch.in_mark",
+        "batch.after_mark",
         "charges.before_sign",
         "charges.in_sign",
         "charges.after_sign",

@@ -95,6 +95,32 @@ impl World {
         self.wait("/available_micro", prepaid + i64::try_from(micro).unwrap()).await;
     }
 
+    /// Another wallet with `micro` in escrow and a voucher for as much, both known to the service.
+    async fn other(&self, micro: u64) -> Consumer {
+        let other = Consumer::connect(self.anvil.url(), WALLETS[1], self.contracts).await.unwrap();
+        let treasury = Operator::connect(self.anvil.url(), DEPLOYER, self.contracts).await.unwrap();
+        treasury.transfer(other.address(), micro.into()).await.unwrap();
+        other.deposit(micro.into()).await.unwrap();
+        let signature = other.voucher(micro).unwrap();
+        let body = json!({ "cumulative_micro": micro, "signature": signature });
+        assert_eq!(self.post(&other.account_name(), &body).await.0, 200);
+        let key = self.place.key(&other.account_name());
+        eventually(DEADLINE, async || {
+            self.service.json("/v1/balance", Some(&key)).await["available_micro"] == micro
+        })
+        .await;
+        other
+    }
+
+    /// Waits until the chain has charged an account so much in all.
+    async fn charged(&self, of: infera_settlement::chain::Address, expected: u128) {
+        eventually(DEADLINE, async || {
+            let charged = self.consumer.account(of).await.unwrap().charged;
+            if charged == expected { Ok(()) } else { Err(charged) }
+        })
+        .await;
+    }
+
     /// A request of the wallet, funded or rejected; its id.
     fn ask(&self) -> infera_wire::convert::Submitted {
         let submitted = self.place.network.submitted(&self.name());
@@ -185,7 +211,7 @@ async fn a_deposit_is_spent_by_voucher_and_charged(column: Column) {
     // What is left is withdrawn, and the books know.
     world.consumer.request_withdrawal(1_640).await.unwrap();
     world.wait("/available_micro", 0).await;
-    world.pass(31).await;
+    world.pass(301).await;
     world.consumer.withdraw().await.unwrap();
     world.audit(|audit| audit["deposits_micro"] == -360 && audit["escrow_micro"] == 0).await;
     assert_eq!(world.consumer.tokens(world.consumer.address()).await.unwrap(), 100_000 - 360);
@@ -287,13 +313,49 @@ async fn what_is_held_is_paid_although_a_withdrawal_runs() {
         if charged == 120 { Ok(()) } else { Err(charged) }
     })
     .await;
-    world.pass(31).await;
+    world.pass(301).await;
     world.consumer.withdraw().await.unwrap();
     let left = world.consumer.account(world.consumer.address()).await.unwrap();
     assert_eq!((left.escrow, left.charged), (0, 120));
     assert_eq!(world.consumer.tokens(world.consumer.address()).await.unwrap(), 100_000 - 120);
     let audit = world.audit(|audit| audit["deposits_micro"] == -120).await;
     assert_eq!((&audit["escrow_debt_micro"], &audit["operators_micro"]), (&json!(0), &json!(120)));
+    world.service.stop().await;
+}
+
+#[tokio::test]
+async fn what_could_be_withdrawn_before_it_is_charged_is_not_spent() {
+    let world = World::new(Column::Embedded).await;
+    world.ready(2_000).await;
+    let mut rejected = world.place.listen("gateway.rejected").await;
+    let within = |secs: i64| {
+        let mut submitted = world.place.network.submitted(&world.name());
+        submitted.deadline_ms = infera_runtime::clock::now_ms() + secs * 1_000;
+        world.place.submit(&submitted);
+    };
+    // The delay is 300 s, and charging may take 60.
+    within(250);
+    let refused: v1::RequestRejected = rejected.next().await;
+    assert_eq!(refused.code, "overloaded");
+    assert!(refused.message.contains("escrow can be withdrawn before that"), "{}", refused.message);
+    within(120);
+    world.wait("/held_micro", HOLD).await;
+    drop(rejected);
+
+    // The same contract, and a service that would rely on a view of the chain that is as old as the delay.
+    let World { anvil, contracts, mut place, service, consumer } = world;
+    service.stop().await;
+    place.config.escrow.stale_secs = 240;
+    let service = place.start().await;
+    let world = World { anvil, contracts, place, service, consumer };
+    let said = eventually(DEADLINE, async || {
+        let said = world.check("escrow").await;
+        if said.contains("withdrawal delay of 300 s") { Ok(said) } else { Err(said) }
+    })
+    .await;
+    assert!(said.contains("`escrow.stale_secs`") && said.contains("longer delay"), "{said}");
+    let refused = world.rejected().await;
+    assert_eq!((refused.code.as_str(), refused.message), ("overloaded", said));
     world.service.stop().await;
 }
 
@@ -312,7 +374,7 @@ async fn what_was_withdrawn_before_it_was_charged_stays_owed() {
     world.wait("/escrow/charged_micro", CHARGE).await;
     // No batch was posted in the whole delay, so nothing was charged.
     world.consumer.request_withdrawal(1_000).await.unwrap();
-    world.pass(31).await;
+    world.pass(301).await;
     world.consumer.withdraw().await.unwrap();
     let balance = world.wait("/escrow/escrow_leaves_micro", -CHARGE).await;
     assert_eq!(balance["available_micro"], 0);
@@ -405,31 +467,50 @@ async fn a_settler_takes_no_more_than_was_signed_and_no_charge_counts_twice() {
 }
 
 #[tokio::test]
+async fn who_owes_more_than_was_signed_stops_nobody_elses_charge() {
+    let world = World::with(Column::Embedded, |place| place.config.rewards.queue = false).await;
+    world.consumer.deposit(2_000).await.unwrap();
+    world.allow(1_000).await;
+    world.wait("/available_micro", 1_000).await;
+    let other = world.other(1_000).await;
+    world.decide(&world.ask());
+    world.wait("/escrow/charged_on_chain_micro", CHARGE).await;
+    // While a request is open, somebody with the settler's key takes all that was signed for.
+    let open = world.ask();
+    world.wait("/held_micro", HOLD).await;
+    let settler = Settler::connect(world.anvil.url(), SETTLER, world.contracts.settlement).await.unwrap();
+    let sequence = settler.head().await.unwrap().sequence;
+    let charges = vec![Charge { account: world.consumer.address(), cumulative: 1_000, voucher: None }];
+    let (nonce, fees) = (settler.next_nonce().await.unwrap(), settler.fees().await.unwrap());
+    let stolen = settler.sign(&[Call::Charge { sequence, charges }], nonce, fees).await.unwrap();
+    settler.send_raw(&stolen.raw).await.unwrap();
+    world.wait("/escrow/charged_on_chain_micro", 1_000).await;
+    // What the request costs is beyond the voucher. It waits, and nobody else does.
+    world.decide(&open);
+    world.wait("/escrow/charged_micro", 1_000 + CHARGE).await;
+    let submitted = world.place.network.submitted(&other.account_name());
+    world.place.submit(&submitted);
+    world.decide(&submitted);
+    world.charged(other.address(), 120).await;
+    world.charged(world.consumer.address(), 1_000).await;
+    // It is taken once its owner signs for it.
+    world.allow(2_000).await;
+    world.charged(world.consumer.address(), 1_120).await;
+    world.audit(|audit| audit["escrow_charged_micro"] == 1_240).await;
+    world.service.stop().await;
+}
+
+#[tokio::test]
 async fn more_accounts_than_a_transaction_takes_are_charged_all_the_same() {
     let world = World::with(Column::Embedded, |place| place.config.escrow.charges = 1).await;
     world.ready(1_000).await;
-    let other = Consumer::connect(world.anvil.url(), WALLETS[1], world.contracts).await.unwrap();
-    let treasury = Operator::connect(world.anvil.url(), DEPLOYER, world.contracts).await.unwrap();
-    treasury.transfer(other.address(), 1_000).await.unwrap();
-    other.deposit(1_000).await.unwrap();
-    let signature = other.voucher(1_000).unwrap();
-    let body = json!({ "cumulative_micro": 1_000, "signature": signature });
-    assert_eq!(world.post(&other.account_name(), &body).await.0, 200);
-    let key = world.place.key(&other.account_name());
-    eventually(DEADLINE, async || {
-        world.service.json("/v1/balance", Some(&key)).await["available_micro"] == 1_000
-    })
-    .await;
+    let other = world.other(1_000).await;
     world.decide(&world.ask());
     let submitted = world.place.network.submitted(&other.account_name());
     world.place.submit(&submitted);
     world.decide(&submitted);
     for of in [world.consumer.address(), other.address()] {
-        eventually(DEADLINE, async || {
-            let charged = other.account(of).await.unwrap().charged;
-            if charged == 120 { Ok(()) } else { Err(charged) }
-        })
-        .await;
+        world.charged(of, 120).await;
     }
     world.audit(|audit| audit["escrow_charged_micro"] == 240 && audit["escrow_owed_micro"] == 240).await;
     world.service.stop().await;
@@ -437,7 +518,11 @@ async fn more_accounts_than_a_transaction_takes_are_charged_all_the_same() {
 
 #[tokio::test]
 async fn small_sums_wait_unless_they_would_leave() {
-    let world = World::with(Column::Embedded, |place| place.config.escrow.charge_min_micro = 200).await;
+    let world = World::with(Column::Embedded, |place| {
+        place.config.escrow.charge_min_micro = 200;
+        place.config.exposure.check_ms = 20;
+    })
+    .await;
     world.ready(2_000).await;
     let charged = async || world.consumer.account(world.consumer.address()).await.unwrap().charged;
     let settle = async |sum: i64| {
@@ -451,8 +536,19 @@ async fn small_sums_wait_unless_they_would_leave() {
     };
     settle(120).await;
     assert_eq!(charged().await, 0, "its batch is final, and it was not charged");
+    let exposed = async |micro: i64| {
+        let line = format!("infera_settlement_exposure_micro {micro}\n");
+        eventually(DEADLINE, async || {
+            let (_, metrics) = world.service.get("/metrics", None).await;
+            let metrics = String::from_utf8(metrics).unwrap();
+            if metrics.contains(&line) { Ok(()) } else { Err(metrics) }
+        })
+        .await;
+    };
+    exposed(120).await;
     settle(240).await;
     world.wait("/escrow/charged_on_chain_micro", 240).await;
+    exposed(0).await;
     settle(360).await;
     assert_eq!(charged().await, 240);
     world.consumer.request_withdrawal(2_000 - 240).await.unwrap();
@@ -473,8 +569,9 @@ async fn a_new_database_goes_on_from_what_the_chain_has_charged() {
     place.config.chain.poll_ms = 20;
     let service = place.start().await;
     let world = World { anvil, contracts, place, service, consumer };
-    // What was signed before stands on the chain.
+    // What was signed before stands on the chain. The first look is over when the check says so.
     world.wait("/available_micro", 880).await;
+    eventually(DEADLINE, async || world.check("escrow").await == "up").await;
     world.decide(&world.ask());
     world.wait("/escrow/charged_on_chain_micro", 2 * CHARGE).await;
     world.wait("/available_micro", 760).await;

@@ -2,8 +2,8 @@
 
 use infera_protocol::document::Status;
 use infera_runtime::config::Secret;
-use infera_settlement::chain::{ChainReader, operator::Operator};
-use infera_testkit::eventually;
+use infera_settlement::chain::{Address, ChainReader, operator::Operator};
+use infera_testkit::{anvil::Anvil, eventually};
 use infera_wire::v1;
 use serde_json::json;
 use uuid::Uuid;
@@ -11,8 +11,8 @@ use uuid::Uuid;
 use crate::{
     anvil_world::{Chain, rpc},
     batches::{decided, document},
-    chain::{SETTLER, SETTLER_ADDRESS},
-    proxy::Mode,
+    chain::{DEPLOYER, SETTLER, SETTLER_ADDRESS},
+    proxy::{Mode, Proxy},
     service::{Column, DEADLINE, Place, Service},
 };
 
@@ -345,4 +345,19 @@ async fn a_vetoed_root_comes_back_with_the_next_batch() {
     finish(&chain, &service, &place, &more).await;
     agree(&chain, &service, &[ids, more].concat()).await;
     service.stop().await;
+}
+
+#[tokio::test]
+async fn what_was_sent_is_looked_for_although_an_answer_is_lost() {
+    let anvil = Anvil::start().await;
+    let contracts = crate::chain::contracts(anvil.url()).await;
+    let proxy = Proxy::start(anvil.url()).await;
+    let to = Address::repeat_byte(9);
+    for (n, method) in (1_u128..).zip(["eth_sendRawTransaction", "eth_getTransactionReceipt"]) {
+        let treasury = Operator::connect(&proxy.url, DEPLOYER, contracts).await.unwrap();
+        proxy.lose_answer_to(method);
+        treasury.transfer(to, 5).await.unwrap();
+        assert!(proxy.has_lost(), "{method}");
+        assert_eq!(treasury.tokens(to).await.unwrap(), 5 * n, "once");
+    }
 }

@@ -5,24 +5,42 @@ use infera_protocol::{
     governed::{ModelTerms, end_tokens_hash, registry},
     registry::Model,
 };
-use infera_settlement::chain::{
-    Contracts,
-    governance::{Action, GovernanceError, Proposal, RegistryCall, State, Support, Voter},
-};
-use infera_testkit::anvil::{Anvil, DEV_KEYS};
+use std::time::Duration;
 
-use crate::{chain::DEPLOYER, network::Network};
+use infera_settlement::{
+    chain::{
+        Contracts,
+        governance::{
+            Action, Governance, GovernanceError, Proposal, ProposalLog, RegistryCall, State, Support, Voter,
+        },
+        port::Finality,
+    },
+    governance_http::Decisions,
+};
+use infera_testkit::{
+    anvil::{Anvil, DEV_KEYS},
+    eventually,
+};
+use serde_json::json;
+
+use crate::{
+    anvil_world::rpc,
+    chain::DEPLOYER,
+    network::Network,
+    proxy::{Mode, Proxy},
+    service::DEADLINE,
+};
 
 pub struct World {
     pub anvil: Anvil,
     pub contracts: Contracts,
     /// Has nearly the whole supply.
-    treasury: Voter,
+    pub treasury: Voter,
 }
 
 impl World {
     async fn new() -> Self {
-        let anvil = Anvil::start().await;
+        let anvil = Anvil::start_with(&["64"]).await;
         let contracts = crate::chain::contracts(anvil.url()).await;
         let treasury = Voter::connect(anvil.url(), DEPLOYER, contracts).await.unwrap();
         Self { anvil, contracts, treasury }
@@ -48,13 +66,13 @@ impl World {
         self.treasury.governance().proposal(&proposal.id.to_string(), 0).await.unwrap()
     }
 
-    async fn propose(&self, title: &str, change: &RegistryCall, entry: Option<&Model>) -> Proposal {
+    pub async fn propose(&self, title: &str, change: &RegistryCall, entry: Option<&Model>) -> Proposal {
         let (id, _) = self.treasury.propose(title, change, entry).await.unwrap();
         self.treasury.governance().proposal(&id.to_string(), 0).await.unwrap()
     }
 
     /// Past the vote, with the treasury's votes.
-    async fn voted(&self, proposal: &Proposal, support: Support) -> Proposal {
+    pub async fn voted(&self, proposal: &Proposal, support: Support) -> Proposal {
         self.pass(2).await;
         self.treasury.vote(&self.find(proposal).await, support).await.unwrap();
         self.pass(31).await;
@@ -272,4 +290,64 @@ async fn an_entry_that_is_not_its_calls_is_not_proposed_and_unknown_ids_are_said
     let shared = all.iter().find(|a| all.iter().filter(|b| first(a) == first(b)).count() > 1).unwrap();
     let several = governance.proposal(&first(shared), 0).await.unwrap_err();
     assert!(matches!(several, GovernanceError::Ambiguous { .. }), "{several}");
+}
+
+fn calibrate(n: u8) -> RegistryCall {
+    RegistryCall::SetCalibration { hash: Hash32([n; 32]) }
+}
+
+#[tokio::test]
+async fn what_is_kept_of_the_log_is_final_and_the_rest_is_read_again() {
+    let world = World::delegated().await;
+    let governance = Governance::connect(world.anvil.url(), world.contracts).await.unwrap();
+    let mut log = ProposalLog::new(0, Finality::Depth, 3);
+    let mut titles = async |most: usize| -> Vec<String> {
+        let proposals = governance.newest(&mut log, most).await.unwrap();
+        proposals.iter().map(|proposal| proposal.title().to_owned()).collect()
+    };
+    assert!(titles(9).await.is_empty());
+    world.propose("one", &calibrate(1), None).await;
+    assert_eq!(titles(9).await, ["one"], "in a block that is not final");
+    rpc(world.anvil.url(), "anvil_reorg", json!([1, []])).await;
+    assert!(titles(9).await.is_empty(), "its block is gone");
+    world.propose("two", &calibrate(2), None).await;
+    world.propose("three", &calibrate(3), None).await;
+    rpc(world.anvil.url(), "anvil_mine", json!(["0x5"])).await;
+    assert_eq!(titles(9).await, ["three", "two"]);
+    let third = world.propose("four", &calibrate(4), None).await;
+    assert_eq!(titles(2).await, ["four", "three"], "the newest");
+    let now = governance.newest(&mut ProposalLog::new(0, Finality::Depth, 3), 1).await.unwrap();
+    assert_eq!(now, [third]);
+    // Deeper than what counts as final: nothing of it is kept.
+    rpc(world.anvil.url(), "anvil_reorg", json!([7, []])).await;
+    let mut titles = async || {
+        let proposals = governance.newest(&mut log, 9).await.unwrap();
+        proposals.iter().map(|proposal| proposal.title().to_owned()).collect::<Vec<_>>()
+    };
+    assert_eq!(titles().await, ["two"]);
+}
+
+#[tokio::test]
+async fn decisions_are_read_by_themselves_and_the_former_answer_is_given_meanwhile() {
+    let world = World::delegated().await;
+    let proxy = Proxy::start(world.anvil.url()).await;
+    let log = ProposalLog::new(0, Finality::Depth, 1);
+    let decisions = Decisions::new(proxy.url.clone(), world.contracts, log, Duration::ZERO);
+    // Who asked first is gone at once: it is read all the same.
+    assert!(tokio::time::timeout(Duration::ZERO, decisions.read()).await.is_err());
+    let before = decisions.read().await.unwrap();
+    assert!(before.contains("\"proposals\":[]"), "{before}");
+    proxy.set(Mode::Hang);
+    world.propose("Calibrate once more", &calibrate(1), None).await;
+    for _ in 0..3 {
+        // A reading that hangs takes 10 s to fail.
+        let said = tokio::time::timeout(Duration::from_secs(5), decisions.read()).await;
+        assert_eq!(said.expect("an answer").unwrap(), before);
+    }
+    proxy.set(Mode::Pass);
+    eventually(DEADLINE, async || {
+        let said = decisions.read().await.unwrap();
+        if said.contains("Calibrate once more") { Ok(()) } else { Err(said) }
+    })
+    .await;
 }

@@ -2,10 +2,16 @@
 
 use std::{path::PathBuf, time::Duration};
 
-use infera_protocol::registry::Registry;
-use infera_runtime::{CancellationToken, network::Live};
+use infera_protocol::registry::{Model, Registry};
+use infera_runtime::{
+    CancellationToken,
+    network::{self, Live},
+};
 use infera_settlement::{
-    chain::{governance::RegistryCall, port::Finality},
+    chain::{
+        governance::{RegistryCall, Support},
+        port::Finality,
+    },
     keeper::Keeper,
 };
 use infera_testkit::{TempDir, eventually};
@@ -105,6 +111,66 @@ async fn votes_change_what_is_served_without_a_restart() {
     // A keeper that starts anew finds everything as it is.
     let (again, stop) = deployment.start(&world);
     assert_eq!(models(&again), models(&live));
+    stop.cancel();
+}
+
+#[tokio::test]
+async fn a_price_is_that_of_the_entry_that_was_voted_for() {
+    let world = World::delegated().await;
+    let deployment = Deployment::new();
+    // Proposed first, and nobody votes for it.
+    let cheap = Model { price_micro: 3, weights_bytes: 5, created_secs: 9, ..second() };
+    let lost = world.propose("Serve it for nearly nothing", &admit(&cheap), Some(&cheap)).await;
+    world.voted(&lost, Support::Against).await;
+    let model = Model { price_micro: 7, ..second() };
+    world.carry_out(&admit(&model), Some(&model)).await;
+    let (live, stop) = deployment.start(&world);
+    let in_force = async |wanted: &Model| {
+        eventually(PATIENCE, async || {
+            let roots = live.now();
+            let found = roots.registries.current().by_id(&wanted.id).cloned();
+            if found.as_ref() == Some(wanted) { Ok(()) } else { Err(found) }
+        })
+        .await;
+    };
+    in_force(&model).await;
+    // A cap that is lowered and raised again, of a voted model and of one that the network began with.
+    let first = live.now().registries.current().by_id(MODEL).unwrap().clone();
+    for listed in [&model, &first] {
+        let threshold = listed.similarity_threshold_millionths;
+        for (price_cap_micro, price_micro) in [(1, 1), (20, listed.price_micro)] {
+            let change = RegistryCall::SetTerms {
+                id: listed.id.clone(),
+                similarity_threshold_millionths: threshold,
+                price_cap_micro,
+            };
+            world.carry_out(&change, None).await;
+            in_force(&Model { price_micro, ..listed.clone() }).await;
+        }
+    }
+    // Admitted anew, for more and with its true size.
+    let again = Model { price_micro: 11, weights_bytes: 99, ..model.clone() };
+    world.carry_out(&admit(&again), Some(&again)).await;
+    in_force(&again).await;
+    stop.cancel();
+}
+
+#[tokio::test]
+async fn what_could_not_be_followed_is_followed_once_it_can() {
+    let world = World::delegated().await;
+    let deployment = Deployment::new();
+    let mut registry = Network::offline().registry;
+    registry.calibration.pairs.pop();
+    world.carry_out(&RegistryCall::SetCalibration { hash: registry.calibration.hash() }, None).await;
+    let (_, stop) = deployment.start(&world);
+    eventually(PATIENCE, async || deployment.unmet.get() == 1).await;
+    // The operator brings it.
+    let registry = network::replace(&deployment.path("models.json"), &registry, 1).unwrap();
+    let mut manifest = Network::offline().manifest;
+    manifest.registry_hash = registry.hash().unwrap();
+    network::write_json(&deployment.path("network.json"), &manifest).unwrap();
+    eventually(PATIENCE, async || deployment.unmet.get() == 0).await;
+    assert_eq!(deployment.live().now().registries.current(), &registry, "it stays");
     stop.cancel();
 }
 

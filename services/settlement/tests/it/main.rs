@@ -10,6 +10,7 @@ mod contracts;
 mod crash;
 mod escrow;
 mod faults;
+mod followers;
 mod governance;
 mod keeper;
 mod ledger;

@@ -186,8 +186,9 @@ impl Network {
         let key = self.nodes.iter().find(|key| node_id(key) == next.node).unwrap();
         let asked: Vec<Hash32> = evidence.answers().iter().map(|(hash, ..)| *hash).collect();
         let print = Fingerprint::new(vec![Entry { token: 1, logprob: 0 }]).unwrap();
+        let expected: Vec<u32> = (100..119).chain(self.registry.models[0].end_tokens.clone()).collect();
         let report = |output: Output| {
-            let honest = output.tokens == (100..120).collect::<Vec<_>>();
+            let honest = output.tokens == expected;
             let margin_micro = if honest { 0 } else { u32::MAX };
             let score = TokenScore { margin_micro, fingerprint: print.clone() };
             let scores = Report { scores: vec![score; output.tokens.len()] }.encode();

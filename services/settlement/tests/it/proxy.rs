@@ -1,7 +1,7 @@
 //! A TCP proxy on loopback between settlement and a chain: outages, answers that never arrive, calls that hang.
 
 use std::sync::{
-    Arc,
+    Arc, Mutex,
     atomic::{AtomicU8, Ordering},
 };
 
@@ -25,10 +25,15 @@ pub enum Mode {
     Hang = 3,
 }
 
+/// A method of JSON-RPC.
+type Lost = Arc<Mutex<Option<&'static str>>>;
+
 /// Ends with the test.
 pub struct Proxy {
     pub url: String,
     mode: Arc<AtomicU8>,
+    /// Whose next answer is lost.
+    lost: Lost,
     task: JoinHandle<()>,
 }
 
@@ -40,16 +45,28 @@ impl Proxy {
         let url = format!("http://{}", listener.local_addr().unwrap());
         let mode = Arc::new(AtomicU8::new(Mode::Pass as u8));
         let modes = mode.clone();
+        let lost = Lost::default();
+        let losing = lost.clone();
         let task = tokio::spawn(async move {
             while let Ok((client, _)) = listener.accept().await {
-                tokio::spawn(pass(client, target.clone(), modes.clone()));
+                tokio::spawn(pass(client, target.clone(), modes.clone(), losing.clone()));
             }
         });
-        Self { url, mode, task }
+        Self { url, mode, lost, task }
     }
 
     pub fn set(&self, mode: Mode) {
         self.mode.store(mode as u8, Ordering::SeqCst);
+    }
+
+    /// Passes the next call of `method` on, and closes the connection instead of its answer.
+    pub fn lose_answer_to(&self, method: &'static str) {
+        *self.lost.lock().unwrap() = Some(method);
+    }
+
+    /// Whether that answer was lost.
+    pub fn has_lost(&self) -> bool {
+        self.lost.lock().unwrap().is_none()
     }
 }
 
@@ -60,7 +77,7 @@ impl Drop for Proxy {
 }
 
 /// One connection. The mode counts whenever something arrives.
-async fn pass(mut client: TcpStream, target: String, mode: Arc<AtomicU8>) -> std::io::Result<()> {
+async fn pass(mut client: TcpStream, target: String, mode: Arc<AtomicU8>, lost: Lost) -> std::io::Result<()> {
     let is = |wanted: Mode| mode.load(Ordering::SeqCst) == wanted as u8;
     if is(Mode::Refuse) {
         return Ok(());
@@ -69,6 +86,7 @@ async fn pass(mut client: TcpStream, target: String, mode: Arc<AtomicU8>) -> std
     server.set_nodelay(true)?;
     client.set_nodelay(true)?;
     let (mut asked, mut answered) = (vec![0; 65_536], vec![0; 65_536]);
+    let mut lose = false;
     loop {
         tokio::select! {
             read = client.read(&mut asked) => {
@@ -76,11 +94,13 @@ async fn pass(mut client: TcpStream, target: String, mode: Arc<AtomicU8>) -> std
                 if read == 0 || is(Mode::Refuse) {
                     return Ok(());
                 }
+                let text = String::from_utf8_lossy(&asked[..read]);
+                lose |= lost.lock().unwrap().take_if(|method| text.contains(*method)).is_some();
                 server.write_all(&asked[..read]).await?;
             }
             read = server.read(&mut answered) => {
                 let read = read?;
-                if read == 0 || is(Mode::Refuse) || is(Mode::LoseAnswers) {
+                if read == 0 || lose || is(Mode::Refuse) || is(Mode::LoseAnswers) {
                     return Ok(());
                 }
                 if !is(Mode::Hang) {

@@ -185,7 +185,7 @@ impl<W: World> Parts<W> {
         let health = Health::new("schedule");
         let metrics = Metrics::register(&health).unwrap();
         let written = Arc::new(tokio::sync::Notify::new());
-        let freshness = Freshness::new(config.escrow.stale_secs);
+        let freshness = Freshness::new(config.escrow.stale_secs, config.escrow.margin_secs);
         let follower = Follower {
             db: db.clone(),
             config: config.clone(),

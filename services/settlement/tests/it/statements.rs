@@ -1,9 +1,18 @@
 //! Usage and statements, as their owner reads them.
 
+use infera_runtime::db;
+use infera_settlement::{
+    accounts::Place,
+    ledger::{self, Account, Kind, Transfer},
+    store::{Migrator, usage},
+};
+use infera_testkit::{TempDir, cluster, sqlite_url, unique};
+use sea_orm::{ConnectionTrait, DatabaseConnection, Statement, TransactionTrait};
+use sea_orm_migration::MigratorTrait;
 use serde_json::{Value, json};
 use uuid::Uuid;
 
-use crate::escrow::World;
+use crate::{escrow::World, random::Random};
 
 /// What the wallet reads of it, in JSON and as CSV.
 pub async fn statements(world: &World, ids: &[Uuid]) {
@@ -20,7 +29,7 @@ pub async fn statements(world: &World, ids: &[Uuid]) {
     );
     let all = usage["data"].as_array().unwrap().clone();
     assert_eq!(all[0]["state"], "rejected", "the newest first");
-    assert_eq!(all[0]["code"], "insufficient_quota");
+    assert_eq!((&all[0]["code"], &all[0]["held_micro"]), (&json!("insufficient_quota"), &json!(0)));
     for one in &all[1..] {
         assert!(ids.iter().any(|id| one["receipt_id"] == json!(id)), "{one}");
         assert_eq!((&one["held_micro"], &one["charged_micro"]), (&json!(600), &json!(120)));
@@ -79,6 +88,118 @@ pub async fn statements(world: &World, ids: &[Uuid]) {
     }
     let others = world.service.json("/v1/usage", Some(&world.place.key("alice"))).await;
     assert_eq!(others["totals"]["requests"], 0, "nobody sees another's");
+}
+
+/// Some hundred transfers of two accounts at few moments, many at the same.
+async fn fill(db: &DatabaseConnection, account: &str) {
+    let mut random = Random::new(7);
+    let of = |account: &str| {
+        let name = || account.to_owned();
+        [
+            Account::Consumer(name()),
+            Account::Escrow(name()),
+            Account::EscrowDebt(name()),
+            Account::Held(name()),
+            Account::EscrowHeld(name()),
+        ]
+    };
+    for n in 0..150_u64 {
+        let name = if n % 5 == 0 { "bob" } else { account };
+        let mut transfer = Transfer::new(
+            Uuid::from_u128((u128::from(random.below(1 << 40)) << 64) | u128::from(n)),
+            Kind::Deposit,
+            None,
+        );
+        for part in of(name).iter().filter(|part| !matches!(part, Account::EscrowDebt(_))) {
+            let amount = i64::try_from(random.below(3) * 10).unwrap();
+            transfer = transfer.moving(&Account::Issuance, part, amount);
+        }
+        let tx = db.begin().await.unwrap();
+        ledger::post(&tx, &transfer, i64::try_from(random.below(12)).unwrap() * 100).await.unwrap();
+        tx.commit().await.unwrap();
+    }
+}
+
+/// Page by page, whatever the pages' size, it is what the whole is, and every page opens with what was there before it.
+async fn pages_are_the_whole(db: DatabaseConnection) {
+    db::migrate::<Migrator>(&db).await.unwrap();
+    let account = crate::wallets::address(0).to_string();
+    fill(&db, &account).await;
+    let period = (200, 1_000);
+    let (all, none) = usage::moved(&db, &account, period, None, 1_000).await.unwrap();
+    assert!(none.is_none() && all.len() > 60, "{}", all.len());
+    assert!(all.is_sorted_by_key(|one| (one.at_ms, one.id)));
+    for limit in [1, 3, 7, 1_000] {
+        let (mut paged, mut after) = (Vec::new(), None);
+        loop {
+            let (page, next) = usage::moved(&db, &account, period, after, limit).await.unwrap();
+            paged.extend(page);
+            if next.is_none() {
+                break;
+            }
+            after = next;
+        }
+        assert_eq!(paged, all, "{limit} at a time");
+    }
+    // The sums of its own entries, by another way.
+    let number = async |sql: &str| -> i64 { crate::agreement::number(&db, sql).await };
+    let first = Place { at_ms: period.0, id: Uuid::nil() };
+    let (mut balance, mut held) = usage::as_of(&db, &account, first, false).await.unwrap();
+    let before = format!(
+        "SELECT CAST(SUM(amount_micro) AS BIGINT) AS value FROM entries JOIN transfers ON transfers.id = transfer_id \
+         WHERE account LIKE '%:{account}' AND transfers.at_ms < 200"
+    );
+    assert_eq!(balance, number(&before).await);
+    for one in &all {
+        balance += one.free_micro + one.held_micro;
+        held += one.held_micro;
+        let place = Place { at_ms: one.at_ms, id: one.id };
+        assert_eq!(usage::as_of(&db, &account, place, true).await.unwrap(), (balance, held));
+    }
+    assert_eq!(
+        number(
+            "SELECT COUNT(*) AS value FROM entries JOIN transfers ON transfers.id = transfer_id \
+             WHERE entries.at_ms <> transfers.at_ms"
+        )
+        .await,
+        0
+    );
+}
+
+#[tokio::test]
+async fn pages_of_a_statement_are_the_whole_sqlite() {
+    let dir = TempDir::new().unwrap();
+    pages_are_the_whole(db::connect(&sqlite_url(&dir), None).await.unwrap()).await;
+}
+
+#[tokio::test]
+async fn pages_of_a_statement_are_the_whole_postgres() {
+    pages_are_the_whole(db::connect(&cluster().pg_url, Some(&unique("statements"))).await.unwrap()).await;
+}
+
+/// Entries that were written before they had a time have their transfer's, and what is asked about them is found by it.
+#[tokio::test]
+async fn older_entries_get_the_time_of_their_transfer() {
+    let dir = TempDir::new().unwrap();
+    let db = db::connect(&sqlite_url(&dir), None).await.unwrap();
+    let last = u32::try_from(Migrator::migrations().len()).unwrap();
+    Migrator::up(&db, Some(last - 1)).await.unwrap();
+    let id = "x'00000000000000000000000000000007'";
+    db.execute_unprepared(&format!(
+        "INSERT INTO transfers (id, kind, request_id, at_ms) VALUES ({id}, 'credit', NULL, 500); \
+         INSERT INTO entries (transfer_id, account, amount_micro) VALUES ({id}, 'consumer:alice', 9); \
+         INSERT INTO balances (account, amount_micro) VALUES ('consumer:alice', 9)"
+    ))
+    .await
+    .unwrap();
+    db::migrate::<Migrator>(&db).await.unwrap();
+    let (moved, _) = usage::moved(&db, "alice", (500, 501), None, 10).await.unwrap();
+    assert_eq!((moved.len(), moved[0].at_ms, moved[0].free_micro), (1, 500, 9));
+    let plan = "EXPLAIN QUERY PLAN SELECT amount_micro FROM entries WHERE account = 'a' AND at_ms >= 1 AND at_ms < 2 \
+                AND (at_ms, transfer_id) > (1, x'00') ORDER BY at_ms, transfer_id LIMIT 3";
+    let rows = db.query_all_raw(Statement::from_string(db.get_database_backend(), plan)).await.unwrap();
+    let plan: Vec<String> = rows.iter().map(|row| row.try_get("", "detail").unwrap()).collect();
+    assert!(plan.len() == 1 && plan[0].contains("INDEX entries_time (account=? AND at_ms>"), "{plan:?}");
 }
 
 fn last_of(lines: &[Value]) -> Value {

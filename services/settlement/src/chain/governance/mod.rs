@@ -5,6 +5,7 @@
 
 mod call;
 mod entry;
+mod log;
 mod proposal;
 mod state;
 
@@ -23,7 +24,8 @@ use proposal::micro;
 
 pub use call::{Action, RegistryCall};
 pub use entry::{EntryError, MAX_ENTRY_BYTES, MAX_TITLE_BYTES, describe, entry};
-pub use proposal::{LOG_RANGE, Place, Proposal, ProposalId, State, Tally};
+pub use log::{Executed, LOG_RANGE, ProposalLog};
+pub use proposal::{Place, Proposal, ProposalId, State, Tally};
 pub use state::RegistryState;
 
 /// Why something about votes cannot be done. Times in seconds of the chain's clock.

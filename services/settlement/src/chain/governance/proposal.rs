@@ -1,25 +1,20 @@
-//! Proposals as the chain's log and the governor tell them.
+//! Proposals as the chain's log ([`super::log`]) and the governor tell them.
 
-use std::collections::BTreeMap;
-
-use alloy::{
-    primitives::{Address, B256, U256},
-    providers::Provider,
-    rpc::types::{Filter, Log},
-    sol_types::SolEvent,
-};
+use alloy::primitives::{Address, B256, U256};
+use futures::{StreamExt, TryStreamExt, stream};
 use infera_protocol::registry::Model;
 use serde::{Serialize, Serializer};
 
 use super::{
-    super::{ChainError, InferaGovernor, call},
+    super::{ChainError, call},
     Governance, GovernanceError,
     call::{Action, RawCall, RegistryCall},
     entry::{self, EntryError},
+    log::Logged,
 };
 
-/// Blocks that one look into the log covers: endpoints limit it, many to 10,000.
-pub const LOG_RANGE: u64 = 5_000;
+/// Proposals that the governor is asked about at a time.
+const AT_A_TIME: usize = 16;
 
 /// A proposal's id. Shown as 0x and 64 hex digits.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -102,6 +97,9 @@ pub struct Tally {
 pub struct Place {
     pub block: u64,
     pub tx: B256,
+    /// The log entry's place in the block.
+    #[serde(skip)]
+    pub(super) index: u64,
 }
 
 /// A proposal and where it stands. Times in seconds since 1970.
@@ -137,21 +135,20 @@ impl Proposal {
 
     /// The registry entries of the models that this admits, each checked against its call.
     pub fn entries(&self) -> Vec<(&str, Result<Model, EntryError>)> {
-        let admitted = self.actions.iter().filter_map(|action| match action {
-            Action::Registry(RegistryCall::AdmitModel { id, terms }) => Some((id, terms)),
-            _ => None,
-        });
-        admitted.map(|(id, terms)| (id.as_str(), entry::entry(&self.description, id, terms))).collect()
+        entries(&self.actions, &self.description)
     }
 }
 
-/// What the log says of a proposal, before the governor is asked.
-struct Logged {
-    created: InferaGovernor::ProposalCreated,
-    proposed: Place,
-    queued: Option<Place>,
-    executed: Option<Place>,
-    canceled: Option<Place>,
+/// The registry entries of the models that `actions` admit, each checked against its call.
+pub(super) fn entries<'a>(
+    actions: &'a [Action],
+    description: &str,
+) -> Vec<(&'a str, Result<Model, EntryError>)> {
+    let admitted = actions.iter().filter_map(|action| match action {
+        Action::Registry(RegistryCall::AdmitModel { id, terms }) => Some((id, terms)),
+        _ => None,
+    });
+    admitted.map(|(id, terms)| (id.as_str(), entry::entry(description, id, terms))).collect()
 }
 
 impl Governance {
@@ -160,13 +157,9 @@ impl Governance {
     /// # Errors
     /// [`GovernanceError::Chain`].
     pub async fn proposals(&self, from_block: u64) -> Result<Vec<Proposal>, GovernanceError> {
-        let logged = self.logged(from_block).await?;
-        let mut proposals = Vec::with_capacity(logged.len());
-        for one in logged.into_values() {
-            proposals.push(self.complete(one).await?);
-        }
-        proposals.sort_by_key(|proposal| (proposal.proposed.block, proposal.snapshot_secs, proposal.id));
-        Ok(proposals)
+        let mut logged: Vec<Logged> = self.logged(from_block).await?.into_values().collect();
+        logged.sort_by_key(Logged::order);
+        self.complete_all(logged).await
     }
 
     /// One proposal, by its id (decimal, or hex with 0x) or by the first digits of its hex id if no other begins so.
@@ -190,39 +183,22 @@ impl Governance {
         match matching.as_slice() {
             [] => Err(GovernanceError::NoProposal(text.to_owned())),
             [id] => match logged.remove(id) {
-                Some(one) => self.complete(one).await,
+                Some(one) => self.complete(one, self.reader.time().await?).await,
                 None => Err(GovernanceError::NoProposal(text.to_owned())),
             },
             many => Err(GovernanceError::Ambiguous { text: text.to_owned(), count: many.len() }),
         }
     }
 
-    async fn logged(&self, from_block: u64) -> Result<BTreeMap<U256, Logged>, ChainError> {
-        let newest = self.reader.block_number().await?;
-        let mut found = BTreeMap::new();
-        let mut from = from_block;
-        while from <= newest {
-            let to = from.saturating_add(LOG_RANGE - 1).min(newest);
-            let filter = Filter::new()
-                .address(self.contracts.governor)
-                .event_signature(vec![
-                    InferaGovernor::ProposalCreated::SIGNATURE_HASH,
-                    InferaGovernor::ProposalQueued::SIGNATURE_HASH,
-                    InferaGovernor::ProposalExecuted::SIGNATURE_HASH,
-                    InferaGovernor::ProposalCanceled::SIGNATURE_HASH,
-                ])
-                .from_block(from)
-                .to_block(to);
-            let logs = call("eth_getLogs", async { self.reader.provider().get_logs(&filter).await }).await?;
-            for log in logs.iter().filter(|log| !log.removed) {
-                note(&mut found, log)?;
-            }
-            from = to + 1;
-        }
-        Ok(found)
+    /// What the governor says of them now, in their order; some calls at a time.
+    pub(super) async fn complete_all(&self, logged: Vec<Logged>) -> Result<Vec<Proposal>, GovernanceError> {
+        let now_secs = self.reader.time().await?;
+        let completing = logged.into_iter().map(|one| self.complete(one, now_secs));
+        stream::iter(completing).buffered(AT_A_TIME).try_collect().await
     }
 
-    async fn complete(&self, logged: Logged) -> Result<Proposal, GovernanceError> {
+    async fn complete(&self, logged: Logged, now_secs: u64) -> Result<Proposal, GovernanceError> {
+        let calls = logged.calls();
         let Logged { created, proposed, queued, executed, canceled } = logged;
         let governor = self.governor();
         let id = created.proposalId;
@@ -233,18 +209,10 @@ impl Governance {
         })?;
         let votes = call("proposalVotes", async { governor.proposalVotes(id).call().await }).await?;
         let eta = call("proposalEta", async { governor.proposalEta(id).call().await }).await?;
-        let now_secs = self.reader.time().await?;
         let snapshot_secs = secs(created.voteStart);
         // The contract answers for the past only.
         let at = U256::from(snapshot_secs.min(now_secs.saturating_sub(1)));
         let quorum = call("quorum", async { governor.quorum(at).call().await }).await?;
-        let calls: Vec<RawCall> = created
-            .targets
-            .iter()
-            .zip(&created.values)
-            .zip(&created.calldatas)
-            .map(|((target, value), data)| RawCall { target: *target, value: *value, data: data.clone() })
-            .collect();
         Ok(Proposal {
             id: ProposalId(id),
             state,
@@ -267,30 +235,6 @@ impl Governance {
             calls,
         })
     }
-}
-
-fn note(found: &mut BTreeMap<U256, Logged>, log: &Log) -> Result<(), ChainError> {
-    let (Some(block), Some(tx), Some(topic)) = (log.block_number, log.transaction_hash, log.topic0()) else {
-        return Ok(());
-    };
-    let place = Place { block, tx };
-    let bad =
-        |e: alloy::sol_types::Error| ChainError::Refused { what: "eth_getLogs", message: e.to_string() };
-    if *topic == InferaGovernor::ProposalCreated::SIGNATURE_HASH {
-        let created = InferaGovernor::ProposalCreated::decode_log(&log.inner).map_err(bad)?.data;
-        let logged = Logged { proposed: place, created, queued: None, executed: None, canceled: None };
-        found.insert(logged.created.proposalId, logged);
-    } else if *topic == InferaGovernor::ProposalQueued::SIGNATURE_HASH {
-        let id = InferaGovernor::ProposalQueued::decode_log(&log.inner).map_err(bad)?.proposalId;
-        found.entry(id).and_modify(|logged| logged.queued = Some(place));
-    } else if *topic == InferaGovernor::ProposalExecuted::SIGNATURE_HASH {
-        let id = InferaGovernor::ProposalExecuted::decode_log(&log.inner).map_err(bad)?.proposalId;
-        found.entry(id).and_modify(|logged| logged.executed = Some(place));
-    } else {
-        let id = InferaGovernor::ProposalCanceled::decode_log(&log.inner).map_err(bad)?.proposalId;
-        found.entry(id).and_modify(|logged| logged.canceled = Some(place));
-    }
-    Ok(())
 }
 
 fn secs(value: U256) -> u64 {

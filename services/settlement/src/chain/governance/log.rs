@@ -1,0 +1,201 @@
+//! The governor's log: which proposals there are, and what became of them.
+
+use std::collections::BTreeMap;
+
+use alloy::{
+    primitives::{B256, U256},
+    providers::Provider,
+    rpc::types::{Filter, Log},
+    sol_types::SolEvent,
+};
+use infera_protocol::registry::Model;
+
+use super::{
+    super::{ChainError, InferaGovernor, call},
+    Governance, GovernanceError,
+    call::{Action, RawCall},
+    entry::EntryError,
+    proposal::{Place, Proposal, entries},
+};
+use crate::chain::port::Finality;
+
+/// Blocks that one look into the log covers: endpoints limit it, many to 10,000.
+pub const LOG_RANGE: u64 = 5_000;
+
+/// What the log says of a proposal, before the governor is asked.
+#[derive(Clone)]
+pub(super) struct Logged {
+    pub created: InferaGovernor::ProposalCreated,
+    pub proposed: Place,
+    pub queued: Option<Place>,
+    pub executed: Option<Place>,
+    pub canceled: Option<Place>,
+}
+
+impl Logged {
+    /// Older proposals first.
+    pub fn order(&self) -> (u64, u64, U256) {
+        (self.proposed.block, self.proposed.index, self.created.proposalId)
+    }
+
+    pub fn calls(&self) -> Vec<RawCall> {
+        let created = &self.created;
+        created
+            .targets
+            .iter()
+            .zip(&created.values)
+            .zip(&created.calldatas)
+            .map(|((target, value), data)| RawCall { target: *target, value: *value, data: data.clone() })
+            .collect()
+    }
+}
+
+/// A proposal that was carried out.
+#[derive(Debug, Clone)]
+pub struct Executed {
+    pub actions: Vec<Action>,
+    pub description: String,
+}
+
+impl Executed {
+    /// The registry entries of the models that this admitted, each checked against its call.
+    pub fn entries(&self) -> Vec<(&str, Result<Model, EntryError>)> {
+        entries(&self.actions, &self.description)
+    }
+}
+
+/// What the log's final blocks say, kept between readings: each block is read once. Should the chain be reorganised
+/// beyond them, all of it is read again.
+pub struct ProposalLog {
+    from_block: u64,
+    finality: Finality,
+    confirmations: u64,
+    /// The last block that was read.
+    last: Option<(u64, B256)>,
+    found: BTreeMap<U256, Logged>,
+}
+
+impl ProposalLog {
+    /// Nothing is read yet. `from_block`: where the governor was deployed; the rest says which blocks are final.
+    pub fn new(from_block: u64, finality: Finality, confirmations: u64) -> Self {
+        Self { from_block, finality, confirmations, last: None, found: BTreeMap::new() }
+    }
+
+    /// The next block to be read.
+    fn next_block(&self) -> u64 {
+        self.last.map_or(self.from_block, |(block, _)| block + 1)
+    }
+
+    /// Reads on up to the final block `until`. What was read stays, also if it fails in the middle.
+    async fn read(&mut self, governance: &Governance, until: u64) -> Result<(), ChainError> {
+        if let Some((block, hash)) = self.last
+            && governance.reader.existing_hash(block).await? != hash
+        {
+            tracing::warn!(block, "the chain was reorganised beyond finality: proposals are read again");
+            (self.last, self.found) = (None, BTreeMap::new());
+        }
+        while self.next_block() <= until {
+            let from = self.next_block();
+            let to = from.saturating_add(LOG_RANGE - 1).min(until);
+            // Before the log: should the blocks be replaced in between, the next reading finds out.
+            let hash = governance.reader.existing_hash(to).await?;
+            governance.scan(from, to, &mut self.found).await?;
+            self.last = Some((to, hash));
+        }
+        Ok(())
+    }
+}
+
+impl Governance {
+    /// The newest proposals, at most `most`, the newest first; those in blocks that are not final too.
+    ///
+    /// # Errors
+    /// [`GovernanceError::Chain`].
+    pub async fn newest(&self, log: &mut ProposalLog, most: usize) -> Result<Vec<Proposal>, GovernanceError> {
+        let last_final = self.final_block(log.finality, log.confirmations).await?;
+        log.read(self, last_final).await?;
+        let mut found = log.found.clone();
+        let newest = self.reader.block_number().await?;
+        self.scan(log.next_block(), newest, &mut found).await?;
+        let mut logged: Vec<Logged> = found.into_values().collect();
+        logged.sort_by_key(|one| std::cmp::Reverse(one.order()));
+        logged.truncate(most);
+        self.complete_all(logged).await
+    }
+
+    /// What was carried out up to the final block `last`, the newest first.
+    ///
+    /// # Errors
+    /// [`ChainError`].
+    pub async fn executed(&self, log: &mut ProposalLog, last: u64) -> Result<Vec<Executed>, ChainError> {
+        log.read(self, last).await?;
+        let executed = |one: &Logged| one.executed.filter(|place| place.block <= last);
+        let mut logged: Vec<(Place, &Logged)> =
+            log.found.values().filter_map(|one| Some((executed(one)?, one))).collect();
+        logged.sort_by_key(|(place, _)| std::cmp::Reverse((place.block, place.index)));
+        let carried = logged.into_iter().map(|(_, one)| Executed {
+            actions: one.calls().iter().map(|call| Action::of(self.contracts.registry, call)).collect(),
+            description: one.created.description.clone(),
+        });
+        Ok(carried.collect())
+    }
+
+    /// Everything from block `from_block` on.
+    pub(super) async fn logged(&self, from_block: u64) -> Result<BTreeMap<U256, Logged>, ChainError> {
+        let mut found = BTreeMap::new();
+        self.scan(from_block, self.reader.block_number().await?, &mut found).await?;
+        Ok(found)
+    }
+
+    /// Notes what these blocks say, both ends included.
+    async fn scan(
+        &self,
+        mut from: u64,
+        until: u64,
+        found: &mut BTreeMap<U256, Logged>,
+    ) -> Result<(), ChainError> {
+        while from <= until {
+            let to = from.saturating_add(LOG_RANGE - 1).min(until);
+            let filter = Filter::new()
+                .address(self.contracts.governor)
+                .event_signature(vec![
+                    InferaGovernor::ProposalCreated::SIGNATURE_HASH,
+                    InferaGovernor::ProposalQueued::SIGNATURE_HASH,
+                    InferaGovernor::ProposalExecuted::SIGNATURE_HASH,
+                    InferaGovernor::ProposalCanceled::SIGNATURE_HASH,
+                ])
+                .from_block(from)
+                .to_block(to);
+            let logs = call("eth_getLogs", async { self.reader.provider().get_logs(&filter).await }).await?;
+            for log in logs.iter().filter(|log| !log.removed) {
+                note(found, log)?;
+            }
+            from = to + 1;
+        }
+        Ok(())
+    }
+}
+
+fn note(found: &mut BTreeMap<U256, Logged>, log: &Log) -> Result<(), ChainError> {
+    let (Some(block), Some(tx), Some(topic)) = (log.block_number, log.transaction_hash, log.topic0()) else {
+        return Ok(());
+    };
+    let place = Place { block, tx, index: log.log_index.unwrap_or(0) };
+    let bad =
+        |e: alloy::sol_types::Error| ChainError::Refused { what: "eth_getLogs", message: e.to_string() };
+    if *topic == InferaGovernor::ProposalCreated::SIGNATURE_HASH {
+        let created = InferaGovernor::ProposalCreated::decode_log(&log.inner).map_err(bad)?.data;
+        let logged = Logged { proposed: place, created, queued: None, executed: None, canceled: None };
+        found.insert(logged.created.proposalId, logged);
+    } else if *topic == InferaGovernor::ProposalQueued::SIGNATURE_HASH {
+        let id = InferaGovernor::ProposalQueued::decode_log(&log.inner).map_err(bad)?.proposalId;
+        found.entry(id).and_modify(|logged| logged.queued = Some(place));
+    } else if *topic == InferaGovernor::ProposalExecuted::SIGNATURE_HASH {
+        let id = InferaGovernor::ProposalExecuted::decode_log(&log.inner).map_err(bad)?.proposalId;
+        found.entry(id).and_modify(|logged| logged.executed = Some(place));
+    } else {
+        let id = InferaGovernor::ProposalCanceled::decode_log(&log.inner).map_err(bad)?.proposalId;
+        found.entry(id).and_modify(|logged| logged.canceled = Some(place));
+    }
+    Ok(())
+}
