@@ -11,7 +11,7 @@
 //! | `GET /v1/keys`, `POST /v1/keys` | key with scope `keys`: one of a sign-in | the account's keys; a new one |
 //! | `DELETE /v1/keys/{jti}` | the same, or the key itself | revokes it |
 //! | `GET /v1/balance`, `/v1/usage`, `/v1/statement`, `POST /v1/vouchers` | key | what settlement answers |
-//! | `GET /v1/receipts/{id}` | with a key of the account also the evidence | what settlement answers |
+//! | `GET /v1/receipts/{id}` | with a key of the account, with scope `receipts`, also the evidence | what settlement answers |
 //! | `GET /v1/governance` | | what settlement answers: proposals and the registry on the chain |
 //! | `/livez`, `/readyz`, `/metrics` | | |
 

@@ -3,6 +3,7 @@
 
 use infera_runtime::clock;
 use infera_runtime::jwt::Claims;
+pub use infera_runtime::jwt::SCOPE_RECEIPTS;
 use sea_orm::sea_query::{OnConflict, Query, SelectStatement};
 use sea_orm::{
     ColumnTrait, ConnectionTrait, DatabaseConnection, DbErr, EntityTrait, PaginatorTrait, QueryFilter,
@@ -15,8 +16,6 @@ use crate::store::{api_key, key_owner, revoked};
 pub const AUDIENCE: &str = "infera";
 /// The scope that asking for answers needs.
 pub const SCOPE_CHAT: &str = "chat";
-/// The scope for reading receipts with their evidence.
-pub const SCOPE_RECEIPTS: &str = "receipts";
 /// The scope that making and revoking keys needs: only a sign-in has it, so that a key cannot make another.
 pub const SCOPE_KEYS: &str = "keys";
 /// What keys that people make may have.

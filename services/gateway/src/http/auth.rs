@@ -10,7 +10,7 @@ use infera_runtime::jwt::Claims;
 
 use crate::app::App;
 use crate::error::database;
-use crate::keys::{self, AUDIENCE, MAX_ACCOUNT, SCOPE_CHAT, SCOPE_KEYS};
+use crate::keys::{self, AUDIENCE, MAX_ACCOUNT, SCOPE_CHAT, SCOPE_KEYS, SCOPE_RECEIPTS};
 
 /// How one gets the scope that managing keys needs.
 pub(super) const SIGN_IN: &str = "only the key of a sign-in has it: sign in with the account's wallet";
@@ -53,6 +53,13 @@ pub(crate) async fn keys_caller(app: &App, request: &HttpRequest) -> Result<Clai
 pub(crate) async fn account_caller(app: &App, request: &HttpRequest) -> Result<Claims, ApiError> {
     let claims = caller(app, request).await?;
     quota(app, &claims, 1).await?;
+    Ok(claims)
+}
+
+/// [`account_caller`], with the scope that a receipt's evidence needs.
+pub(crate) async fn receipts_caller(app: &App, request: &HttpRequest) -> Result<Claims, ApiError> {
+    let claims = account_caller(app, request).await?;
+    need(&claims, SCOPE_RECEIPTS, "create one that has it, or ask without a key for the receipt alone")?;
     Ok(claims)
 }
 

@@ -37,7 +37,7 @@ pub(super) async fn voucher(
     Ok(private(settlement.ask(ask, &app.metrics).await?))
 }
 
-/// Receipts are everybody's; a key that is sent must be good, because it brings the evidence.
+/// Receipts are everybody's; a key that is sent must be good for it, because it brings the evidence.
 pub(super) async fn receipt(
     app: Data<App>,
     request: HttpRequest,
@@ -49,7 +49,7 @@ pub(super) async fn receipt(
         ApiError::bad_request("id", message).with_code("invalid_value")
     })?;
     if request.headers().contains_key(AUTHORIZATION) {
-        auth::account_caller(&app, &request).await?;
+        auth::receipts_caller(&app, &request).await?;
     }
     let (route, path) = ("/v1/receipts/{id}", format!("/v1/receipts/{id}"));
     let ask = Ask { method: Method::GET, route, path, client: &request, body: None };

@@ -1,6 +1,7 @@
 //! What settlement answers, at the gateway's address.
 
 use infera_gateway::keys;
+use infera_runtime::jwt::Claims;
 use serde_json::json;
 use tokio::io::AsyncWriteExt;
 use tokio::sync::Notify;
@@ -169,6 +170,13 @@ async fn receipts_are_everybodys(column: Column) {
     }
     assert_eq!(world.get(&format!("/v1/receipts/{id}"), &world.key).await.status(), 200);
     assert!(books.heard()[0].headers.contains_key("authorization"), "the account gets the evidence");
+    let claims = Claims::new("alice", keys::AUDIENCE, &["chat"], 600);
+    let refused = world.get(&format!("/v1/receipts/{id}"), &world.files.signer.issue(&claims).unwrap()).await;
+    assert_eq!(refused.status(), 403);
+    let refused = json_of(refused).await;
+    assert_eq!(refused["error"]["code"], "insufficient_scope");
+    assert!(refused["error"]["message"].as_str().unwrap().contains("`receipts`"), "{refused}");
+    assert!(books.heard().is_empty(), "a key for something else brings no evidence");
     for bad in ["nothing", "..%2Fbalance", "%2e%2e", "chatcmpl-"] {
         let response = world.client.get(world.url(&format!("/v1/receipts/{bad}"))).send().await.unwrap();
         assert!([400, 404].contains(&response.status().as_u16()), "{bad}");
