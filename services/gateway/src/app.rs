@@ -14,11 +14,11 @@ use infera_protocol::request::{MAX_TOKENS, Request, choice_seed};
 use infera_runtime::http::ApiError;
 use infera_runtime::jwt::Verifier;
 use infera_runtime::kv::Kv;
-use infera_runtime::{CancellationToken, clock, planned};
+use infera_runtime::{CancellationToken, clock, db, planned};
 use infera_wire::convert::{Submitted, submitted_to_wire};
 use infera_wire::topology::keys;
 use infera_wire::v1;
-use sea_orm::{DatabaseConnection, DbErr, TransactionTrait};
+use sea_orm::{DatabaseConnection, DbErr};
 use tokio::sync::Semaphore;
 use tokio::time::Instant;
 use uuid::Uuid;
@@ -267,7 +267,7 @@ impl App {
 
     /// One transaction: the rows and the messages. `false`: the key is taken, nothing was written.
     async fn store(&self, fixed: &[Fixed]) -> Result<bool, DbErr> {
-        let tx = self.db.begin().await?;
+        let tx = db::begin(&self.db).await?;
         for one in fixed {
             if !store::insert(&tx, &one.new).await? {
                 tx.rollback().await?;
@@ -364,7 +364,7 @@ impl App {
     /// Asks the mempool to close the request as cancelled. Repeating it changes nothing.
     pub(crate) async fn cancel(&self, id: Uuid, account: &str) -> Result<(), DbErr> {
         let message = v1::CancelRequested { request_id: id.as_bytes().to_vec(), account: account.to_owned() };
-        let tx = self.db.begin().await?;
+        let tx = db::begin(&self.db).await?;
         outbox::enqueue(&tx, keys::CANCEL_REQUESTED, message_id("cancel.requested", id, 0), &message).await?;
         tx.commit().await?;
         self.relay.wake();

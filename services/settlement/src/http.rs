@@ -212,13 +212,7 @@ async fn audit(state: web::Data<State>) -> Result<HttpResponse, ApiError> {
         tracing::trace!(age_ms = at.elapsed().as_millis(), "audit said again");
         return Ok(HttpResponse::Ok().json(audit));
     }
-    // On its own, because a client that leaves ends its handler: a BEGIN that is dropped half way (sqlx 0.9) would leave
-    // the pool a connection within a transaction.
-    let db = state.db.clone();
-    let audit = actix_web::rt::spawn(async move { ledger::audit(&db).await })
-        .await
-        .map_err(ApiError::internal)?
-        .map_err(ApiError::internal)?;
+    let audit = ledger::audit(&state.db).await.map_err(ApiError::internal)?;
     let response = HttpResponse::Ok().json(&audit);
     *kept = Some((Instant::now(), audit));
     Ok(response)
