@@ -13,6 +13,8 @@
 //! | `GET /v1/balance`, `/v1/usage`, `/v1/statement`, `POST /v1/vouchers` | key | what settlement answers |
 //! | `GET /v1/receipts/{id}` | with a key of the account, with scope `receipts`, also the evidence | what settlement answers |
 //! | `GET /v1/governance` | | what settlement answers: proposals and the registry on the chain |
+//! | `GET /v1/batches/{sequence}`, and below it `/receipts` and `/rewards` | | what settlement answers: what stands behind a root |
+//! | `GET /v1/operators/{address}`, and below it `/rewards/{sequence}` | | what settlement answers: what an operator earned |
 //! | `/livez`, `/readyz`, `/metrics` | | |
 
 mod auth;
@@ -58,6 +60,11 @@ pub(crate) fn routes(app: web::Data<App>, health: Health) -> impl Fn(&mut Servic
             .route("/v1/vouchers", web::post().to(forward::voucher))
             .route("/v1/receipts/{id}", web::get().to(forward::receipt))
             .route("/v1/governance", web::get().to(forward::governance))
+            .route("/v1/batches/{sequence}", web::get().to(forward::batch))
+            .route("/v1/batches/{sequence}/receipts", web::get().to(forward::batch_receipts))
+            .route("/v1/batches/{sequence}/rewards", web::get().to(forward::batch_rewards))
+            .route("/v1/operators/{address}", web::get().to(forward::operator))
+            .route("/v1/operators/{address}/rewards/{sequence}", web::get().to(forward::operator_reward))
             .route("/v1/models", web::get().to(models::list))
             .route("/v1/models/{id:.+}", web::get().to(models::get))
             .route("/v1/requests/{id}", web::get().to(requests::get))

@@ -18,6 +18,8 @@ both!(
     only_what_belongs_to_the_request_is_passed_on,
     keys_are_checked_first,
     receipts_are_everybodys,
+    what_stands_behind_the_chain_is_everybodys,
+    strangers_are_limited_by_address,
     a_long_answer_comes_as_it_is_made,
     without_settlement,
     a_slow_settlement,
@@ -182,6 +184,71 @@ async fn receipts_are_everybodys(column: Column) {
         assert!([400, 404].contains(&response.status().as_u16()), "{bad}");
     }
     assert!(books.heard().is_empty());
+}
+
+/// What `infera verify --batches` and `infera operator` ask settlement for.
+async fn what_stands_behind_the_chain_is_everybodys(column: Column) {
+    let mut books = Books::saying(JSON, r#"{"sequence":7}"#).await;
+    let world = with(column, &books).await;
+    let operator = format!("0x{}", "ab".repeat(20));
+    let paths = [
+        "/v1/governance".to_owned(),
+        "/v1/batches/7".to_owned(),
+        "/v1/batches/7/receipts?from=500".to_owned(),
+        "/v1/batches/7/rewards".to_owned(),
+        format!("/v1/operators/{operator}"),
+        format!("/v1/operators/{operator}/rewards/7"),
+    ];
+    for path in &paths {
+        let response = world.client.get(world.url(path)).send().await.unwrap();
+        assert_eq!(response.status(), 200, "{path}");
+        assert_eq!(json_of(response).await, json!({ "sequence": 7 }));
+        let heard = books.heard().remove(0);
+        assert_eq!(heard.line, format!("GET {path}"));
+        assert_eq!(world.get(path, &world.key).await.status(), 200, "with a key as well");
+        assert_eq!(books.heard().len(), 1);
+        assert_eq!(world.get(path, "sk-nonsense").await.status(), 401, "a key that is sent is a good one");
+    }
+    for (bad, field) in [
+        ("/v1/batches/x", "sequence"),
+        ("/v1/batches/-1/receipts", "sequence"),
+        ("/v1/batches/99999999999999999999/rewards", "sequence"),
+        ("/v1/operators/0xab", "address"),
+        ("/v1/operators/..%2Fbalance", "address"),
+        (&format!("/v1/operators/{operator}/rewards/..%2F..%2Fbalance"), "sequence"),
+    ] {
+        let response = world.client.get(world.url(bad)).send().await.unwrap();
+        assert_eq!(response.status(), 400, "{bad}");
+        assert_eq!(json_of(response).await["error"]["param"], field, "{bad}");
+    }
+    assert!(books.heard().is_empty());
+}
+
+async fn strangers_are_limited_by_address(column: Column) {
+    let books = Books::saying(JSON, "{}").await;
+    let url = books.url.clone();
+    let world = World::with(column, |config| {
+        config.settlement_url = url;
+        config.public_per_minute = 3;
+        config.trust_forwarded_for = true;
+    })
+    .await;
+    let [a, b] = [rand::random::<u32>(), rand::random::<u32>()]
+        .map(|bits| std::net::Ipv6Addr::from(u128::from(bits) << 64).to_string());
+    let get = async |from: &str, path: &str| {
+        let request = world.client.get(world.url(path)).header("x-forwarded-for", from);
+        request.send().await.unwrap()
+    };
+    let receipt = format!("/v1/receipts/{}", Uuid::now_v7());
+    let mut limited = None;
+    // A minute may end in between.
+    for path in ["/v1/governance", &receipt, "/v1/batches/1"].into_iter().cycle().take(7) {
+        let response = get(&a, path).await;
+        limited = limited.or((response.status() == 429).then_some(response));
+    }
+    assert!(limited.expect("an address is limited").headers().contains_key("retry-after"));
+    assert_eq!(get(&b, "/v1/governance").await.status(), 200, "others are not");
+    assert_eq!(world.get(&receipt, &world.key).await.status(), 200, "a key counts for itself");
 }
 
 async fn a_long_answer_comes_as_it_is_made(column: Column) {
