@@ -122,7 +122,7 @@ impl<'a> Sources<'a> {
             None => {
                 let up = Layout::existing(&args.data.data).and_then(|layout| UpFile::read(&layout));
                 up.map_err(|e| {
-                    format!("{e}; or name a settlement service with --settlement http://HOST:PORT")
+                    format!("{e}; or name a gateway with --settlement http://HOST:PORT")
                 })?
                 .settlement_url
             }

@@ -66,7 +66,7 @@ impl Session {
             }
         };
         let layout = Layout::existing(folder).ok();
-        let settlement = who.settlement.clone().or_else(|| {
+        let settlement = who.settlement.as_ref().map(|url| url.trim_end_matches('/').to_owned()).or_else(|| {
             layout.as_ref().and_then(|layout| UpFile::read(layout).ok()).map(|up| up.settlement_url)
         });
         let key_path = key_path(who);
@@ -90,7 +90,7 @@ impl Session {
 
     async fn ask<T: DeserializeOwned>(&self, path: &str) -> Result<T, String> {
         let base = self.settlement.as_ref().ok_or(
-            "no network runs on the data folder: name the settlement service with --settlement http://HOST:PORT",
+            "no network runs on the data folder: name a gateway with --settlement http://HOST:PORT",
         )?;
         let json = get(&format!("{base}/v1/operators/{}{path}", self.address()), &[]).await?;
         serde_json::from_value(json)
