@@ -2,6 +2,7 @@
 
 use infera_gateway::keys;
 use infera_runtime::jwt::Claims;
+use infera_testkit::eventually;
 use serde_json::json;
 use tokio::io::AsyncWriteExt;
 use tokio::sync::Notify;
@@ -24,6 +25,7 @@ both!(
     without_settlement,
     a_slow_settlement,
     a_huge_answer,
+    who_stops_reading_keeps_nobody_out,
     answers_that_are_none,
     a_gateway_without_settlement,
 );
@@ -369,6 +371,40 @@ async fn a_huge_answer(column: Column) {
     let endless = world.get("/v1/usage", &world.key).await;
     assert_eq!(endless.status(), 200);
     assert!(endless.bytes().await.is_err(), "it is cut");
+}
+
+async fn who_stops_reading_keeps_nobody_out(column: Column) {
+    let books = Books::answering(|mut socket, heard| {
+        Box::pin(async move {
+            if !heard.line.contains("endless") {
+                return drop(socket.write_all(b"HTTP/1.1 200 OK\r\ncontent-length: 2\r\n\r\n{}").await);
+            }
+            let head = "HTTP/1.1 200 OK\r\ncontent-type: text/csv\r\ntransfer-encoding: chunked\r\n\r\n";
+            let mut written = socket.write_all(head.as_bytes()).await;
+            let block = format!("{:x}\r\n{}\r\n", 64 * 1024, "x".repeat(64 * 1024));
+            while written.is_ok() {
+                written = socket.write_all(block.as_bytes()).await;
+            }
+        })
+    })
+    .await;
+    let url = books.url.clone();
+    let world = World::with(column, move |config| {
+        config.settlement_url = url;
+        config.settlement_timeout_secs = 1;
+        config.settlement_max_open = 1;
+    })
+    .await;
+    // More than what sockets hold, and nobody reads it.
+    let unread = world.get("/v1/usage?endless", &world.key).await;
+    assert_eq!(unread.status(), 200);
+    assert_eq!(world.get("/v1/balance", &world.key).await.status(), 503, "one may be open");
+    eventually(DEADLINE, async || {
+        let status = world.get("/v1/balance", &world.key).await.status();
+        (status == 200).then_some(()).ok_or(status)
+    })
+    .await;
+    assert!(unread.bytes().await.is_err(), "it is cut, and does not look whole");
 }
 
 async fn answers_that_are_none(column: Column) {
