@@ -16,6 +16,9 @@ mod args;
 mod escrow;
 mod session;
 mod show;
+#[cfg(test)]
+#[path = "account/tests.rs"]
+mod tests_without_a_network;
 
 pub use args::AccountArgs;
 use args::{AccountCommand, AccountKeysCommand, AccountWho, Period};

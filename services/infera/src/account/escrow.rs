@@ -2,9 +2,8 @@
 
 use std::{fs, path::Path};
 
-use alloy::primitives::U256;
 use infera_protocol::{identity::Domain, voucher::Voucher};
-use infera_settlement::chain::{Contracts, Escrow, consumer::Consumer, operator::Operator};
+use infera_settlement::chain::{Escrow, consumer::Consumer};
 use reqwest::Method;
 use serde_json::json;
 
@@ -15,61 +14,34 @@ use super::{
 };
 use crate::{
     client::infer,
+    contracts::Place,
     layout::write_secret,
-    operator::{DEVNET, DEVNET_WEI, amount, read_json, shown},
+    operator::{amount, shown},
     say,
 };
 
 /// A wallet at a network's contracts.
 struct Wallet {
     consumer: Consumer,
-    rpc: String,
-    contracts: Contracts,
+    place: Place,
     session: Session,
 }
 
 impl Wallet {
     async fn open(who: &AccountWho, chain: &ChainWho) -> Result<Self, String> {
         let session = Session::open(who)?;
-        let path = chain.contracts.clone().unwrap_or_else(|| session.data().join("contracts.json"));
-        let contracts: Contracts = read_json(&path).map_err(|e| {
-            format!("{e}; name the contracts with --contracts, or the network's folder with --data")
-        })?;
-        let rpc = match &chain.rpc {
-            Some(rpc) => rpc.clone(),
-            None => session.manifest()?.ok_or("name the chain's endpoint with --rpc")?.rpc_url,
-        };
-        let consumer =
-            Consumer::connect(&rpc, &session.wallet_key()?, contracts).await.map_err(|e| e.to_string())?;
-        let wallet = Self { consumer, rpc, contracts, session };
-        if contracts.chain_id == DEVNET {
-            wallet.devnet().await?;
-        }
-        Ok(wallet)
-    }
-
-    /// On a devnet: its time goes on, and there is money for gas.
-    async fn devnet(&self) -> Result<(), String> {
-        let me = self.consumer.address();
-        let devnet = self.with_key(&self.session.wallet_key()?).await?;
-        devnet.devnet_pass(0).await.map_err(|e| e.to_string())?;
-        if devnet.gas_money(me).await.map_err(|e| e.to_string())?.is_zero() {
-            devnet.devnet_gas(me, U256::from(DEVNET_WEI)).await.map_err(|e| e.to_string())?;
+        let place = Place::find(session.data(), chain.contracts.as_deref(), chain.rpc.as_deref())?;
+        let key = session.wallet_key()?;
+        if place.gas(&place.connect(&key).await?).await? {
             say("the devnet gave money for gas");
         }
-        Ok(())
-    }
-
-    async fn with_key(&self, key: &str) -> Result<Operator, String> {
-        Operator::connect(&self.rpc, key, self.contracts).await.map_err(|e| e.to_string())
+        let consumer =
+            Consumer::connect(&place.rpc, &key, place.contracts).await.map_err(|e| e.to_string())?;
+        Ok(Self { consumer, place, session })
     }
 
     async fn take_from_treasury(&self, missing: u128) -> Result<(), String> {
-        let path = self.session.data().join("keys/treasury.key");
-        let key = fs::read_to_string(&path)
-            .map_err(|e| format!("there is no treasury here ({}: {e})", path.display()))?;
-        let treasury = self.with_key(&key).await?;
-        treasury.transfer(self.consumer.address(), missing).await.map_err(|e| e.to_string())?;
+        self.place.from_treasury(self.session.data(), self.consumer.address(), missing).await?;
         say(format_args!("the devnet's treasury gave {}", shown(missing)));
         Ok(())
     }

@@ -17,13 +17,12 @@ use serde_json::Value;
 use super::args::AccountWho;
 use crate::{
     client::UpFile,
+    contracts::secret,
     layout::{Layout, write_secret},
 };
 
 /// Overrides the API key of the sign-in: for accounts without a wallet.
 const API_KEY: &str = "INFERA_API_KEY";
-/// A key file has 67 bytes.
-const MAX_KEY_BYTES: u64 = 1024;
 
 /// What a sign-in leaves in the account's folder.
 #[derive(Debug, Clone, Serialize, Deserialize)]
@@ -82,21 +81,8 @@ impl Session {
 
     /// Its key as the file has it.
     pub fn wallet_key(&self) -> Result<String, String> {
-        let path = self.key_path();
-        let unreadable = |e: std::io::Error| {
-            format!(
-                "cannot read the wallet's key {}: {e}; name it with --key, or make one with `infera account login --new`",
-                path.display()
-            )
-        };
-        let meta = fs::metadata(&path).map_err(unreadable)?;
-        if std::os::unix::fs::PermissionsExt::mode(&meta.permissions()) & 0o077 != 0 {
-            return Err(format!("the key {} can be read by others: run chmod 600 on it", path.display()));
-        }
-        if meta.len() > MAX_KEY_BYTES {
-            return Err(format!("{} is too large for a key: write 0x and 64 hex digits", path.display()));
-        }
-        fs::read_to_string(&path).map_err(unreadable)
+        let remedy = "name it with --key, or make one with `infera account login --new`";
+        secret("the wallet's key", &self.key_path(), remedy)
     }
 
     /// The manifest in the data folder, if there is one.

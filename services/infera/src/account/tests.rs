@@ -1,0 +1,149 @@
+//! What the commands do without a network: a folder, and a gateway in the test's hands.
+
+use std::{
+    fs,
+    io::{Read, Write},
+    net::TcpListener,
+    os::unix::fs::PermissionsExt,
+    path::{Path, PathBuf},
+    sync::mpsc,
+};
+
+use clap::Parser;
+use infera_protocol::{
+    bytes::{Address, Hash32},
+    identity::Domain,
+    registry::Manifest,
+};
+use infera_runtime::{clock, network};
+use infera_testkit::TempDir;
+
+use super::session::SignIn;
+use crate::cli::Cli;
+
+/// A data folder and an account's folder in it.
+struct Place(TempDir);
+
+impl Place {
+    fn new() -> Self {
+        let place = Self(TempDir::new().unwrap());
+        let manifest = Manifest {
+            network: "infera-test".into(),
+            domain: Domain { chain_id: 31_337, contract: Address([1; 20]) },
+            rpc_url: "http://127.0.0.1:1".into(),
+            dispatchers: vec![],
+            registry_hash: Hash32([2; 32]),
+        };
+        network::write_json(&place.path("network.json"), &manifest).unwrap();
+        let contracts: serde_json::Map<_, _> =
+            ["token", "timelock", "governor", "settlement", "staking", "registry"]
+                .into_iter()
+                .map(|name| (name.to_owned(), format!("0x{}", "11".repeat(20)).into()))
+                .chain([("chain_id".to_owned(), 31_337.into())])
+                .collect();
+        network::write_json(&place.path("contracts.json"), &contracts).unwrap();
+        place.key("wallet.key", 0o600);
+        place
+    }
+
+    fn path(&self, name: &str) -> PathBuf {
+        self.0.path().join(name)
+    }
+
+    fn key(&self, name: &str, mode: u32) -> PathBuf {
+        let path = self.path(name);
+        fs::write(&path, format!("0x{}\n", "07".repeat(32))).unwrap();
+        fs::set_permissions(&path, fs::Permissions::from_mode(mode)).unwrap();
+        path
+    }
+
+    fn sign_in(&self, gateway: &str, expires_at: i64) {
+        let (account, api_key) = ("0xabc".to_owned(), "the-key".to_owned());
+        let known =
+            SignIn { gateway: gateway.to_owned(), account, api_key, jti: "the-jti".into(), expires_at };
+        network::write_json(&self.path("sign-in.json"), &known).unwrap();
+    }
+
+    /// `infera account ...` with this folder.
+    fn run(&self, arguments: &[&str]) -> Result<(), String> {
+        let folder = self.0.path().to_str().unwrap();
+        let all = ["infera", "account"].iter().chain(arguments).copied();
+        run(all.chain(["--account", folder, "--data", folder]))
+    }
+
+    /// What was signed, in 10^-6 INFER.
+    fn signed(&self) -> Option<u64> {
+        let mut files = fs::read_dir(self.0.path()).unwrap().map(|entry| entry.unwrap().path());
+        let name = |path: &PathBuf| path.file_name().unwrap().to_str().unwrap().starts_with("voucher-");
+        files.find(name).map(|path| fs::read_to_string(path).unwrap().parse().unwrap())
+    }
+}
+
+fn run<'a>(arguments: impl Iterator<Item = &'a str>) -> Result<(), String> {
+    crate::run(Cli::try_parse_from(arguments).unwrap().command).map(drop)
+}
+
+/// A gateway that gives these answers (status line and body), and what it heard.
+fn gateway(answers: &[(&str, &str)]) -> (String, mpsc::Receiver<String>) {
+    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+    let url = format!("http://{}", listener.local_addr().unwrap());
+    let (sender, heard) = mpsc::channel();
+    let answers: Vec<String> = answers
+        .iter()
+        .map(|(status, body)| {
+            format!("HTTP/1.1 {status}\r\nconnection: close\r\ncontent-length: {}\r\n\r\n{body}", body.len())
+        })
+        .collect();
+    std::thread::spawn(move || {
+        for answer in answers {
+            let (mut socket, _) = listener.accept().unwrap();
+            let mut bytes = vec![0; 16 * 1024];
+            let read = socket.read(&mut bytes).unwrap();
+            sender.send(String::from_utf8_lossy(&bytes[..read]).into_owned()).unwrap();
+            socket.write_all(answer.as_bytes()).unwrap();
+        }
+    });
+    (url, heard)
+}
+
+fn later() -> i64 {
+    clock::now_secs() + 3_600
+}
+
+#[test]
+fn a_key_that_others_can_read_is_refused_everywhere() {
+    let place = Place::new();
+    let folder = place.0.path().to_str().unwrap();
+    let (open, closed) = (place.key("open.key", 0o640), place.key("closed.key", 0o600));
+    fs::write(place.path("long.key"), "0".repeat(2_000)).unwrap();
+    fs::set_permissions(place.path("long.key"), fs::Permissions::from_mode(0o600)).unwrap();
+    let commands = |key: &Path| {
+        let key = key.to_str().unwrap().to_owned();
+        [
+            &["operator", "stake", "1"][..],
+            &["operator", "claim"],
+            &["govern", "delegate"],
+            &["govern", "vote", "0x1", "for"],
+            &["account", "deposit", "1"],
+            &["account", "withdraw"],
+        ]
+        .map(|command| {
+            let gateway = ["--gateway", "http://127.0.0.1:1"];
+            let more: &[&str] = if command[0] == "account" { &gateway } else { &[] };
+            let all = [&["infera"], command, &["--data", folder, "--key", &key], more].concat();
+            run(all.into_iter()).unwrap_err()
+        })
+    };
+    for error in commands(&open) {
+        assert!(error.contains("open.key can be read by others: run chmod 600"), "{error}");
+    }
+    for error in commands(&place.path("long.key")) {
+        assert!(error.contains("long.key is too large for a key"), "{error}");
+    }
+    for error in commands(&place.path("none.key")) {
+        assert!(error.contains("none.key") && error.contains("--key"), "{error}");
+    }
+    for error in commands(&closed) {
+        assert!(error.contains("http://127.0.0.1:1"), "only the chain is missing: {error}");
+    }
+}
