@@ -3,9 +3,12 @@
 use std::{fs, path::Path};
 
 use infera_protocol::{identity::Domain, voucher::Voucher};
-use infera_settlement::chain::{Escrow, consumer::Consumer};
+use infera_settlement::{
+    chain::{Escrow, consumer::Consumer},
+    ledger::MAX_MICRO,
+};
 use reqwest::Method;
-use serde_json::json;
+use serde_json::{Value, json};
 
 use super::{
     args::{AccountWho, ChainWho},
@@ -119,6 +122,8 @@ pub async fn withdraw(
 /// could otherwise have more signed than anybody meant.
 pub async fn voucher(who: &AccountWho, text: &str, more: bool) -> Result<(), String> {
     let session = Session::open(who)?;
+    // Nothing is signed that could not be brought.
+    session.api_key()?;
     let wanted = u64::try_from(amount(text)?).map_err(|_| format!("the amount `{text}` is too large"))?;
     let wallet = session.wallet()?;
     let account = of(wallet.address());
@@ -138,17 +143,35 @@ pub async fn voucher(who: &AccountWho, text: &str, more: bool) -> Result<(), Str
     write_secret(&path, cumulative_micro.to_string().as_bytes())
         .map_err(|e| format!("cannot write {}: {e}", path.display()))?;
     let body = json!({ "cumulative_micro": cumulative_micro.to_string(), "signature": signature });
-    session.ask(Method::POST, "/v1/vouchers", Some(&body)).await?;
-    say(format_args!("{} may be charged in all to {account} on chain {chain_id}", infer(cumulative_micro)));
+    let answer = session.ask(Method::POST, "/v1/vouchers", Some(&body)).await.map_err(|e| {
+        let amount = infer(cumulative_micro);
+        let amount = amount.trim_end_matches(" INFER");
+        format!(
+            "{e}; the voucher counts as signed: bring it again with `infera account voucher {amount}`, without --more"
+        )
+    })?;
+    let kept = kept(&answer, cumulative_micro)?;
+    say(format_args!("{} may be charged in all to {account} on chain {chain_id}", infer(kept)));
     Ok(())
+}
+
+/// The highest voucher that the network has: `signed`, or one that was brought before.
+pub(super) fn kept(answer: &Value, signed: u64) -> Result<u64, String> {
+    let kept = answer.get("voucher_micro").and_then(Value::as_u64);
+    match kept.ok_or("the gateway's answer has no `voucher_micro`")? {
+        kept if kept >= signed => Ok(kept),
+        kept => Err(format!(
+            "the gateway says that it has a voucher of {}, {} was brought: bring it again",
+            infer(kept),
+            infer(signed)
+        )),
+    }
 }
 
 /// What the voucher says, after one of `last`.
 fn total(last: Option<u64>, wanted: u64, more: bool) -> Result<u64, String> {
-    match (more, last) {
-        (true, Some(last)) => {
-            last.checked_add(wanted).ok_or_else(|| "that is more than a voucher can say".to_owned())
-        }
+    let total = match (more, last) {
+        (true, Some(last)) => Ok(last.saturating_add(wanted)),
         (true, None) => {
             Err("no voucher was signed in this folder yet: give the whole amount, without --more".into())
         }
@@ -157,7 +180,11 @@ fn total(last: Option<u64>, wanted: u64, more: bool) -> Result<u64, String> {
             infer(last)
         )),
         (false, _) => Ok(wanted),
+    }?;
+    if total > MAX_MICRO.unsigned_abs() {
+        return Err(format!("a voucher may say {} at most", infer(MAX_MICRO.unsigned_abs())));
     }
+    Ok(total)
 }
 
 fn last(path: &Path) -> Result<Option<u64>, String> {
@@ -180,6 +207,12 @@ mod tests {
         assert_eq!(total(Some(5), 7, true), Ok(12));
         assert!(total(Some(5), 4, false).unwrap_err().contains("0.000005 INFER"));
         assert!(total(None, 4, true).unwrap_err().contains("--more"));
-        assert!(total(Some(u64::MAX), 1, true).is_err());
+        let most = MAX_MICRO.unsigned_abs();
+        assert_eq!(total(Some(most - 1), 1, true), Ok(most));
+        for (last, wanted, more) in
+            [(Some(most), 1, true), (Some(u64::MAX), 1, true), (None, most + 1, false)]
+        {
+            assert!(total(last, wanted, more).unwrap_err().contains("1000000000000.000000 INFER at most"));
+        }
     }
 }

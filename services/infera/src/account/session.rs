@@ -120,7 +120,8 @@ impl Session {
         fs::remove_file(&path).map_err(|e| format!("cannot remove {}: {e}", path.display()))
     }
 
-    fn api_key(&self) -> Result<String, String> {
+    /// The key that requests are sent with.
+    pub fn api_key(&self) -> Result<String, String> {
         match std::env::var(API_KEY) {
             Ok(key) if !key.is_empty() => Ok(key),
             _ => self.sign_in().map(|known| known.api_key),

@@ -147,3 +147,43 @@ fn a_key_that_others_can_read_is_refused_everywhere() {
         assert!(error.contains("http://127.0.0.1:1"), "only the chain is missing: {error}");
     }
 }
+#[test]
+fn a_voucher_that_cannot_be_brought_is_not_signed() {
+    let place = Place::new();
+    let error = place.run(&["voucher", "1.5", "--gateway", "http://127.0.0.1:1"]).unwrap_err();
+    assert!(error.contains("infera account login"), "{error}");
+    assert_eq!(place.signed(), None, "nobody is signed in");
+
+    place.sign_in("http://127.0.0.1:1", later());
+    let error = place.run(&["voucher", "1000000000001"]).unwrap_err();
+    assert!(error.contains("1000000000000.000000 INFER"), "{error}");
+    assert_eq!(place.signed(), None, "settlement takes no such amount");
+}
+
+#[test]
+fn a_voucher_that_may_not_have_arrived_counts_as_signed() {
+    let place = Place::new();
+    let (url, _heard) = gateway(&[("503 Service Unavailable", r#"{"error":{"message":"come again"}}"#)]);
+    place.sign_in(&url, later());
+    let error = place.run(&["voucher", "1.5"]).unwrap_err();
+    assert!(error.contains("come again"), "{error}");
+    assert!(error.contains("counts as signed") && error.contains("infera account voucher 1.500000"), "{error}");
+    assert!(error.contains("without --more"), "{error}");
+    assert_eq!(place.signed(), Some(1_500_000));
+}
+
+#[test]
+fn a_voucher_is_what_the_gateway_kept() {
+    let place = Place::new();
+    let kept = r#"{"account":"0xabc","voucher_micro":2000000}"#;
+    let (url, heard) = gateway(&[("200 OK", kept), ("200 OK", "{}")]);
+    place.sign_in(&url, later());
+    place.run(&["voucher", "1.5"]).unwrap();
+    assert!(heard.recv().unwrap().contains(r#""cumulative_micro":"1500000""#));
+    let error = place.run(&["voucher", "1.5"]).unwrap_err();
+    assert!(error.contains("`voucher_micro`"), "{error}");
+    let kept = |micro: u64| super::escrow::kept(&serde_json::json!({ "voucher_micro": micro }), 1_500_000);
+    assert_eq!(kept(2_000_000), Ok(2_000_000), "a higher one was brought before");
+    assert!(kept(1_000_000).unwrap_err().contains("1.000000 INFER"), "less than was asked is no success");
+}
+
