@@ -16,7 +16,7 @@ use serde_json::Value;
 
 use super::args::AccountWho;
 use crate::{
-    client::UpFile,
+    client::{UpFile, without_tls},
     contracts::secret,
     layout::{Layout, write_secret},
 };
@@ -53,6 +53,7 @@ impl Session {
             "no gateway is known: name one with --gateway http://HOST:PORT, or a running network's folder with --data",
         )?;
         let gateway = gateway.trim_end_matches('/').trim_end_matches("/v1").to_owned();
+        without_tls(&gateway)?;
         let http = reqwest::Client::builder().no_proxy().build().map_err(|e| e.to_string())?;
         Ok(Self { who: who.clone(), gateway, http })
     }

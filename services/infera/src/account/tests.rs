@@ -187,3 +187,14 @@ fn a_voucher_is_what_the_gateway_kept() {
     assert!(kept(1_000_000).unwrap_err().contains("1.000000 INFER"), "less than was asked is no success");
 }
 
+#[test]
+fn a_gateway_behind_tls_is_named_by_its_proxy() {
+    let place = Place::new();
+    for arguments in [&["login"][..], &["balance"], &["voucher", "1"]] {
+        let with = [arguments, &["--gateway", "https://gateway.example.org/v1"]].concat();
+        let error = place.run(&with).unwrap_err();
+        assert!(error.contains("TLS") && error.contains("http://127.0.0.1:PORT"), "{error}");
+    }
+    assert_eq!(place.signed(), None);
+}
+
