@@ -81,7 +81,8 @@ async fn login(who: &AccountWho, new: bool, origin: Option<&str>) -> Result<(), 
     let wallet = session.wallet()?;
     let nonce = session.open_ask(Method::POST, "/v1/auth/nonce", &json!({})).await?;
     let chain_id = session.manifest()?.map(|manifest| manifest.domain.chain_id);
-    let text = message(&nonce, origin.unwrap_or(session.gateway()), chain_id, of(wallet.address()))?.to_string();
+    let text =
+        message(&nonce, origin.unwrap_or(session.gateway()), chain_id, of(wallet.address()))?.to_string();
     let signature = siwe::sign(&text, wallet.credential()).map_err(|e| e.to_string())?;
     let body = json!({ "message": text, "signature": signature });
     let answer = session.open_ask(Method::POST, "/v1/auth/login", &body).await?;
@@ -143,10 +144,7 @@ fn message(nonce: &Value, gateway: &str, chain_id: Option<u64>, address: Address
 }
 
 async fn logout(who: &AccountWho) -> Result<(), String> {
-    let session = Session::open(who)?;
-    let known = session.sign_in()?;
-    session.ask(Method::DELETE, &format!("/v1/keys/{}", known.jti), None).await?;
-    session.forget()?;
+    let known = Session::open(who)?.sign_out().await?;
     say(format_args!("signed out of {}", known.gateway));
     Ok(())
 }

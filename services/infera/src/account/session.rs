@@ -10,7 +10,7 @@ use alloy::signers::local::PrivateKeySigner;
 use infera_protocol::registry::Manifest;
 use infera_runtime::{clock, network};
 use infera_settlement::chain::parse_key;
-use reqwest::{Method, Response};
+use reqwest::{Method, Response, StatusCode};
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
@@ -33,6 +33,12 @@ pub struct SignIn {
     pub jti: String,
     /// Seconds since the Unix epoch.
     pub expires_at: i64,
+}
+
+impl SignIn {
+    fn is_over(&self) -> bool {
+        self.expires_at <= clock::now_secs()
+    }
 }
 
 /// A folder and a gateway.
@@ -95,7 +101,17 @@ impl Session {
         network::manifest(&path).map(Some).map_err(|e| e.to_string())
     }
 
+    /// The sign-in, if it is good still.
     pub fn sign_in(&self) -> Result<SignIn, String> {
+        let known = self.known()?;
+        if known.is_over() {
+            return Err("the sign-in has expired: `infera account login` makes a new one".into());
+        }
+        Ok(known)
+    }
+
+    /// The sign-in at this gateway, expired or not.
+    fn known(&self) -> Result<SignIn, String> {
         let known = read_sign_in(&sign_in_path(&self.who.account))?;
         if known.gateway != self.gateway {
             return Err(format!(
@@ -103,9 +119,21 @@ impl Session {
                 known.gateway, self.gateway, self.gateway
             ));
         }
-        if known.expires_at <= clock::now_secs() {
-            return Err("the sign-in has expired: `infera account login` makes a new one".into());
+        Ok(known)
+    }
+
+    /// Revokes the sign-in's key and forgets it. One that has expired, or that the gateway takes no more, is over already.
+    pub async fn sign_out(&self) -> Result<SignIn, String> {
+        let known = self.known()?;
+        if !known.is_over() {
+            let path = format!("/v1/keys/{}", known.jti);
+            let response = self.send(Method::DELETE, &path, Some(&known.api_key), None).await?;
+            if response.status() != StatusCode::UNAUTHORIZED {
+                json_of(response).await?;
+            }
         }
+        let path = sign_in_path(&self.who.account);
+        fs::remove_file(&path).map_err(|e| format!("cannot remove {}: {e}", path.display()))?;
         Ok(known)
     }
 
@@ -114,11 +142,6 @@ impl Session {
         let bytes = serde_json::to_vec_pretty(sign_in).map_err(|e| e.to_string())?;
         write_secret(&path, &bytes).map_err(|e| format!("cannot write {}: {e}", path.display()))?;
         Ok(path)
-    }
-
-    pub fn forget(&self) -> Result<(), String> {
-        let path = sign_in_path(&self.who.account);
-        fs::remove_file(&path).map_err(|e| format!("cannot remove {}: {e}", path.display()))
     }
 
     /// The key that requests are sent with.

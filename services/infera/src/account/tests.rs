@@ -167,7 +167,10 @@ fn a_voucher_that_may_not_have_arrived_counts_as_signed() {
     place.sign_in(&url, later());
     let error = place.run(&["voucher", "1.5"]).unwrap_err();
     assert!(error.contains("come again"), "{error}");
-    assert!(error.contains("counts as signed") && error.contains("infera account voucher 1.500000"), "{error}");
+    assert!(
+        error.contains("counts as signed") && error.contains("infera account voucher 1.500000"),
+        "{error}"
+    );
     assert!(error.contains("without --more"), "{error}");
     assert_eq!(place.signed(), Some(1_500_000));
 }
@@ -198,3 +201,29 @@ fn a_gateway_behind_tls_is_named_by_its_proxy() {
     assert_eq!(place.signed(), None);
 }
 
+#[test]
+fn who_signs_out_is_signed_out() {
+    let place = Place::new();
+    let is_known = || place.path("sign-in.json").exists();
+    let (url, heard) = gateway(&[
+        ("200 OK", "{}"),
+        ("401 Unauthorized", r#"{"error":{"message":"the api key was revoked"}}"#),
+        ("503 Service Unavailable", r#"{"error":{"message":"come again"}}"#),
+    ]);
+    for _ in 0..2 {
+        place.sign_in(&url, later());
+        place.run(&["logout"]).unwrap();
+        let asked = heard.recv().unwrap().to_lowercase();
+        assert!(asked.starts_with("delete /v1/keys/the-jti ") && asked.contains("bearer the-key"), "{asked}");
+        assert!(!is_known(), "revoked now, or before");
+    }
+    place.sign_in(&url, later());
+    assert_eq!(place.run(&["logout"]), Err("come again".to_owned()));
+    assert!(is_known(), "the key is good still");
+    // Nobody needs to be asked about what has expired.
+    place.sign_in("http://127.0.0.1:1", clock::now_secs() - 1);
+    place.run(&["logout"]).unwrap();
+    assert!(!is_known());
+    let error = place.run(&["logout", "--gateway", &url]).unwrap_err();
+    assert!(error.contains("nobody is signed in"), "{error}");
+}
