@@ -37,6 +37,9 @@ use crate::sign_in::SignIn;
 use crate::store::{self, NewRequest, request};
 use crate::wait::Waiter;
 
+/// Seconds after which a client that found the gateway busy should come back.
+const RETRY_SECS: u64 = 2;
+
 pub(crate) struct App {
     pub config: Config,
     /// This replica's word in routing keys.
@@ -54,6 +57,8 @@ pub(crate) struct App {
     pub settlement: Option<Settlement>,
     /// Prompts that may be rendered at a time.
     pub renders: Arc<Semaphore>,
+    /// Prompts that may be rendered or wait for it.
+    pub render_queue: Arc<Semaphore>,
     /// Cancelled when waiting clients must be sent away.
     pub drained: CancellationToken,
 }
@@ -148,6 +153,7 @@ impl App {
         let bytes: usize = chat.messages.iter().map(|message| message.content.len()).sum();
         fit(None, 1, bytes / served.longest_token, served)?;
         known_tokens(chat, served)?;
+        let _place = self.render_queue.try_acquire().map_err(|_| busy())?;
         self.admit_form(served, chat).await?;
         let prompt = self.render(served.clone(), chat).await?;
         let max_tokens = fit(chat.max_tokens, self.config.default_max_tokens, prompt.len(), served)?;
@@ -370,6 +376,11 @@ impl App {
         self.relay.wake();
         Ok(())
     }
+}
+
+fn busy() -> ApiError {
+    let message = "too many prompts wait to be read now; try again";
+    ApiError::unavailable(message).with_code("overloaded").retry_after(RETRY_SECS)
 }
 
 fn mode(chat: &ChatRequest, k: u32) -> Option<Mode> {

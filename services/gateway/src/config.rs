@@ -40,6 +40,7 @@ pub struct Config {
     pub deadline_grace_secs: u64,
     pub default_max_tokens: u32,
     pub requests_per_minute: u64,
+    pub max_prompts: usize,
     pub max_waiting: usize,
     pub heartbeat_secs: u64,
     pub poll_ms: u64,
@@ -77,6 +78,7 @@ impl Config {
         within("drain_secs", self.drain_secs, 0, 8)?;
         within("keep_hours", self.keep_hours, 1, 24 * 365)?;
         within("prefetch", self.prefetch.into(), 1, 4096)?;
+        within("max_prompts", self.max_prompts as u64, 1, 65_536)?;
         within("max_waiting", self.max_waiting as u64, 1, 1_000_000)?;
         if self.common.database_url.is_empty() {
             return bad("`database_url` must be set to sqlite://... or postgres://...".into());

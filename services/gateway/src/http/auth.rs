@@ -4,6 +4,7 @@ use std::time::Duration;
 
 use actix_web::HttpRequest;
 use actix_web::http::header::AUTHORIZATION;
+use infera_protocol::bytes::Address;
 use infera_runtime::clock;
 use infera_runtime::http::ApiError;
 use infera_runtime::jwt::Claims;
@@ -84,17 +85,20 @@ fn bearer(header: &str) -> Option<&str> {
     (scheme.eq_ignore_ascii_case("bearer") && !token.is_empty()).then_some(token)
 }
 
-/// Counts requests in the key's current minute: one for each answer that is asked for.
+/// Counts requests in the current minute: one for each answer that is asked for. A wallet's account makes keys as it
+/// likes, so they count together; other keys come from the operator, and each counts for itself.
 pub(crate) async fn quota(app: &App, claims: &Claims, requests: u64) -> Result<(), ApiError> {
     let limit = app.config.requests_per_minute;
     if limit == 0 || requests == 0 {
         return Ok(());
     }
     let now = clock::now_secs();
-    let counter = format!("gateway.rpm.{}.{}", claims.jti, now / 60);
+    let wallet = claims.sub.parse::<Address>().is_ok();
+    let (who, what) = if wallet { (&claims.sub, "account") } else { (&claims.jti, "api key") };
+    let counter = format!("gateway.rpm.{who}.{}", now / 60);
     match app.kv.incr(&counter, requests, Duration::from_secs(90)).await {
         Ok(count) if count > limit => {
-            let message = format!("this api key may send {limit} requests a minute; wait for the next one");
+            let message = format!("this {what} may send {limit} requests a minute; wait for the next one");
             let wait = u64::try_from(60 - now.rem_euclid(60)).unwrap_or(60);
             Err(ApiError::rate_limited(message).retry_after(wait))
         }
