@@ -50,7 +50,7 @@ bench-sim: ## a network of thousands with cheaters -> target/reports/bench-sim.j
 bench-settlement: ## receipts, ledger postings and gas -> target/reports/bench-settlement.json
 	@exec deploy/bench-settlement
 
-demo-chain: ## the way of money on a devnet of its own: deposit, ask, settle, claim, slash a cheat, vote a model in
+demo-chain: ## the way of money on a devnet of its own: deposit, ask, settle, claim, slash a cheat, vote a model in and ask it
 	@exec deploy/demo-chain
 
 docs: ## build docs/book with mdBook, which it installs on first use

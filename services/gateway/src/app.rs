@@ -14,11 +14,11 @@ use infera_protocol::request::{MAX_TOKENS, Request, choice_seed};
 use infera_runtime::http::ApiError;
 use infera_runtime::jwt::Verifier;
 use infera_runtime::kv::Kv;
-use infera_runtime::{CancellationToken, clock, planned};
+use infera_runtime::{CancellationToken, clock, db, planned};
 use infera_wire::convert::{Submitted, submitted_to_wire};
 use infera_wire::topology::keys;
 use infera_wire::v1;
-use sea_orm::{DatabaseConnection, DbErr, TransactionTrait};
+use sea_orm::{DatabaseConnection, DbErr};
 use tokio::sync::Semaphore;
 use tokio::time::Instant;
 use uuid::Uuid;
@@ -37,6 +37,9 @@ use crate::sign_in::SignIn;
 use crate::store::{self, NewRequest, request};
 use crate::wait::Waiter;
 
+/// Seconds after which a client that found the gateway busy should come back.
+const RETRY_SECS: u64 = 2;
+
 pub(crate) struct App {
     pub config: Config,
     /// This replica's word in routing keys.
@@ -54,6 +57,8 @@ pub(crate) struct App {
     pub settlement: Option<Settlement>,
     /// Prompts that may be rendered at a time.
     pub renders: Arc<Semaphore>,
+    /// Prompts that may be rendered or wait for it.
+    pub render_queue: Arc<Semaphore>,
     /// Cancelled when waiting clients must be sent away.
     pub drained: CancellationToken,
 }
@@ -148,6 +153,7 @@ impl App {
         let bytes: usize = chat.messages.iter().map(|message| message.content.len()).sum();
         fit(None, 1, bytes / served.longest_token, served)?;
         known_tokens(chat, served)?;
+        let _place = self.render_queue.try_acquire().map_err(|_| busy())?;
         self.admit_form(served, chat).await?;
         let prompt = self.render(served.clone(), chat).await?;
         let max_tokens = fit(chat.max_tokens, self.config.default_max_tokens, prompt.len(), served)?;
@@ -267,7 +273,7 @@ impl App {
 
     /// One transaction: the rows and the messages. `false`: the key is taken, nothing was written.
     async fn store(&self, fixed: &[Fixed]) -> Result<bool, DbErr> {
-        let tx = self.db.begin().await?;
+        let tx = db::begin(&self.db).await?;
         for one in fixed {
             if !store::insert(&tx, &one.new).await? {
                 tx.rollback().await?;
@@ -364,12 +370,17 @@ impl App {
     /// Asks the mempool to close the request as cancelled. Repeating it changes nothing.
     pub(crate) async fn cancel(&self, id: Uuid, account: &str) -> Result<(), DbErr> {
         let message = v1::CancelRequested { request_id: id.as_bytes().to_vec(), account: account.to_owned() };
-        let tx = self.db.begin().await?;
+        let tx = db::begin(&self.db).await?;
         outbox::enqueue(&tx, keys::CANCEL_REQUESTED, message_id("cancel.requested", id, 0), &message).await?;
         tx.commit().await?;
         self.relay.wake();
         Ok(())
     }
+}
+
+fn busy() -> ApiError {
+    let message = "too many prompts wait to be read now; try again";
+    ApiError::unavailable(message).with_code("overloaded").retry_after(RETRY_SECS)
 }
 
 fn mode(chat: &ChatRequest, k: u32) -> Option<Mode> {

@@ -1,7 +1,7 @@
 //! The models that this gateway serves: what the registry says of them, and their tokenizers.
 
 use std::collections::BTreeMap;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::sync::Arc;
 
 use infera_grammar::Vocabulary;
@@ -9,6 +9,7 @@ use infera_prompt::Prompt;
 use infera_protocol::bytes::Hash32;
 use infera_protocol::registry::{Model, Registry};
 use infera_runtime::CancellationToken;
+use infera_runtime::models::{ModelFiles, Seen};
 use infera_runtime::network::{self, Live};
 use parking_lot::RwLock;
 use tokio::task::spawn_blocking;
@@ -31,8 +32,7 @@ pub struct Served {
 /// its file is here.
 #[derive(Debug, Clone)]
 pub struct Catalog {
-    files: Arc<BTreeMap<String, PathBuf>>,
-    folder: Option<PathBuf>,
+    files: Arc<ModelFiles>,
     /// `None`: the registry's file alone was given, and is not followed.
     live: Option<Live>,
     models: Arc<RwLock<BTreeMap<String, Arc<Served>>>>,
@@ -47,8 +47,7 @@ impl Catalog {
     pub fn load(config: &Config) -> Result<Self, Error> {
         let common = &config.common;
         let mut catalog = Self {
-            files: Arc::new(config.models.clone()),
-            folder: config.model_folder.clone(),
+            files: Arc::new(ModelFiles::new(config.models.clone(), config.model_folder.clone())),
             live: None,
             models: Arc::default(),
         };
@@ -77,24 +76,43 @@ impl Catalog {
         self.models.read().values().cloned().collect()
     }
 
-    /// Serves what every registry lists that comes into force, until `stop`. What was asked before is finished.
+    /// Serves what every registry lists that comes into force, until `stop`. What was asked before is finished. While a
+    /// listed model can't be served, its file is looked for.
     pub async fn follow(&self, stop: CancellationToken) {
         let Some(live) = &self.live else { return stop.cancelled().await };
         let taken_over = async {
             let mut changes = live.watch();
             // It may have changed since it was loaded.
             changes.mark_changed();
-            while changes.changed().await.is_ok() {
+            let mut lacking = None;
+            loop {
+                tokio::select! {
+                    changed = changes.changed() => if changed.is_err() { return },
+                    () = self.file_comes(lacking.as_ref()) => {}
+                }
                 let (catalog, roots) = (self.clone(), changes.borrow_and_update().clone());
+                let registry = roots.registries.current().clone();
+                let seen = self.files.seen(&registry);
                 let updated = spawn_blocking(move || catalog.update(roots.registries.current())).await;
-                if let Err(error) = updated.map_err(|e| Error::Models(e.to_string())).flatten() {
+                let updated = updated.map_err(|error| Error::Models(error.to_string())).flatten();
+                if let Err(error) = &updated {
                     tracing::error!(%error, "a model of the registry can't be served here");
                 }
+                let all = registry.models.iter().all(|model| self.get(&model.id).is_some());
+                lacking = (!all).then_some((registry, seen));
             }
         };
         tokio::select! {
             () = live.follow(stop.clone()) => {}
             () = taken_over => {}
+        }
+    }
+
+    /// Waits for the file of a model that could not be served; for ever if all were.
+    async fn file_comes(&self, lacking: Option<&(Registry, Seen)>) {
+        match lacking {
+            Some((registry, seen)) => self.files.changed(registry, seen).await,
+            None => std::future::pending().await,
         }
     }
 
@@ -104,9 +122,7 @@ impl Catalog {
         for model in &registry.models {
             let id = &model.id;
             let known = self.get(id).filter(|known| known.model == *model);
-            let in_folder =
-                || Some(self.folder.as_ref()?.join(format!("{id}.gguf"))).filter(|path| path.is_file());
-            let served = match (known, self.files.get(id).cloned().or_else(in_folder)) {
+            let served = match (known, self.files.of(id)) {
                 (Some(known), _) => Ok(known),
                 (None, Some(path)) => served(model, &path).map(Arc::new),
                 (None, None) => {
@@ -122,7 +138,7 @@ impl Catalog {
                 Err(error) => failed = failed.and(Err(error)),
             }
         }
-        for id in self.files.keys().filter(|id| registry.by_id(id).is_none()) {
+        for id in self.files.named().filter(|id| registry.by_id(id).is_none()) {
             tracing::warn!(
                 model = id,
                 "`models.{id}` is not in the registry: not served until the holders admit it"

@@ -26,6 +26,7 @@ pub struct Config {
     pub settlement_timeout_secs: u64,
     pub settlement_max_mib: u64,
     pub settlement_max_open: usize,
+    pub public_per_minute: u64,
     pub signing_key_path: PathBuf,
     pub sign_in_origins: Vec<String>,
     pub sign_ins_per_minute: u64,
@@ -39,6 +40,7 @@ pub struct Config {
     pub deadline_grace_secs: u64,
     pub default_max_tokens: u32,
     pub requests_per_minute: u64,
+    pub max_prompts: usize,
     pub max_waiting: usize,
     pub heartbeat_secs: u64,
     pub poll_ms: u64,
@@ -76,6 +78,7 @@ impl Config {
         within("drain_secs", self.drain_secs, 0, 8)?;
         within("keep_hours", self.keep_hours, 1, 24 * 365)?;
         within("prefetch", self.prefetch.into(), 1, 4096)?;
+        within("max_prompts", self.max_prompts as u64, 1, 65_536)?;
         within("max_waiting", self.max_waiting as u64, 1, 1_000_000)?;
         if self.common.database_url.is_empty() {
             return bad("`database_url` must be set to sqlite://... or postgres://...".into());
@@ -118,6 +121,7 @@ impl Config {
         within("settlement_timeout_secs", self.settlement_timeout_secs, 1, 300)?;
         within("settlement_max_mib", self.settlement_max_mib, 1, 65_536)?;
         within("settlement_max_open", self.settlement_max_open as u64, 1, 65_536)?;
+        within("public_per_minute", self.public_per_minute, 1, 1_000_000)?;
         within("sign_ins_per_minute", self.sign_ins_per_minute, 1, 1_000_000)?;
         within("nonce_secs", self.nonce_secs, 10, 3_600)?;
         within("session_hours", self.session_hours, 1, 24 * 90)?;

@@ -11,9 +11,13 @@
 //! | `GET /v1/keys`, `POST /v1/keys` | key with scope `keys`: one of a sign-in | the account's keys; a new one |
 //! | `DELETE /v1/keys/{jti}` | the same, or the key itself | revokes it |
 //! | `GET /v1/balance`, `/v1/usage`, `/v1/statement`, `POST /v1/vouchers` | key | what settlement answers |
-//! | `GET /v1/receipts/{id}` | with a key of the account also the evidence | what settlement answers |
+//! | `GET /v1/receipts/{id}` | with a key of the account, with scope `receipts`, also the evidence | what settlement answers |
 //! | `GET /v1/governance` | | what settlement answers: proposals and the registry on the chain |
+//! | `GET /v1/batches/{sequence}`, and below it `/receipts` and `/rewards` | | what settlement answers: what stands behind a root |
+//! | `GET /v1/operators/{address}`, and below it `/rewards/{sequence}` | | what settlement answers: what an operator earned |
 //! | `/livez`, `/readyz`, `/metrics` | | |
+//!
+//! Pages of `sign_in_origins` may read what those routes answer that are about an account ([`pages`]).
 
 mod auth;
 mod body;
@@ -24,11 +28,14 @@ mod keys;
 mod leave;
 mod login;
 mod models;
+mod pages;
 mod quote;
 mod requests;
 mod sse;
 
-use actix_web::web::{self, ServiceConfig};
+use actix_web::Resource;
+use actix_web::middleware::from_fn;
+use actix_web::web::{self, ServiceConfig, delete, get, post, resource};
 use infera_runtime::health::{self, Health};
 use infera_runtime::http::defaults;
 
@@ -41,26 +48,35 @@ pub const MAX_BODY: usize = 1024 * 1024;
 
 pub(crate) fn routes(app: web::Data<App>, health: Health) -> impl Fn(&mut ServiceConfig) + Clone + Send {
     move |config| {
+        // What a page needs on which people sign in.
+        let for_pages = |resource: Resource| resource.wrap(from_fn(pages::allow));
+        config
+            .service(for_pages(resource("/v1/auth/nonce").route(post().to(login::nonce))))
+            .service(for_pages(resource("/v1/auth/login").route(post().to(login::login))))
+            .service(for_pages(
+                resource("/v1/keys").route(get().to(keys::list)).route(post().to(keys::create)),
+            ))
+            .service(for_pages(resource("/v1/keys/{jti}").route(delete().to(keys::revoke))))
+            .service(for_pages(resource("/v1/balance").route(get().to(forward::balance))))
+            .service(for_pages(resource("/v1/usage").route(get().to(forward::usage))))
+            .service(for_pages(resource("/v1/statement").route(get().to(forward::statement))))
+            .service(for_pages(resource("/v1/vouchers").route(post().to(forward::voucher))))
+            .service(for_pages(resource("/v1/receipts/{id}").route(get().to(forward::receipt))));
         config
             .configure(health::routes(health.clone()))
             .configure(defaults(MAX_BODY))
             .app_data(app.clone())
-            .route("/v1/chat/completions", web::post().to(chat::create))
-            .route("/v1/quote", web::post().to(quote::quote))
-            .route("/v1/auth/nonce", web::post().to(login::nonce))
-            .route("/v1/auth/login", web::post().to(login::login))
-            .route("/v1/keys", web::get().to(keys::list))
-            .route("/v1/keys", web::post().to(keys::create))
-            .route("/v1/keys/{jti}", web::delete().to(keys::revoke))
-            .route("/v1/balance", web::get().to(forward::balance))
-            .route("/v1/usage", web::get().to(forward::usage))
-            .route("/v1/statement", web::get().to(forward::statement))
-            .route("/v1/vouchers", web::post().to(forward::voucher))
-            .route("/v1/receipts/{id}", web::get().to(forward::receipt))
-            .route("/v1/governance", web::get().to(forward::governance))
-            .route("/v1/models", web::get().to(models::list))
-            .route("/v1/models/{id:.+}", web::get().to(models::get))
-            .route("/v1/requests/{id}", web::get().to(requests::get))
-            .route("/v1/requests/{id}", web::delete().to(requests::cancel));
+            .route("/v1/chat/completions", post().to(chat::create))
+            .route("/v1/quote", post().to(quote::quote))
+            .route("/v1/governance", get().to(forward::governance))
+            .route("/v1/batches/{sequence}", get().to(forward::batch))
+            .route("/v1/batches/{sequence}/receipts", get().to(forward::batch_receipts))
+            .route("/v1/batches/{sequence}/rewards", get().to(forward::batch_rewards))
+            .route("/v1/operators/{address}", get().to(forward::operator))
+            .route("/v1/operators/{address}/rewards/{sequence}", get().to(forward::operator_reward))
+            .route("/v1/models", get().to(models::list))
+            .route("/v1/models/{id:.+}", get().to(models::get))
+            .route("/v1/requests/{id}", get().to(requests::get))
+            .route("/v1/requests/{id}", delete().to(requests::cancel));
     }
 }

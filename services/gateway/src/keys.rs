@@ -2,11 +2,13 @@
 //! and of those that people made for themselves what they are for; never the key.
 
 use infera_runtime::clock;
+use infera_runtime::db::begin;
 use infera_runtime::jwt::Claims;
+pub use infera_runtime::jwt::SCOPE_RECEIPTS;
 use sea_orm::sea_query::{OnConflict, Query, SelectStatement};
 use sea_orm::{
     ColumnTrait, ConnectionTrait, DatabaseConnection, DbErr, EntityTrait, PaginatorTrait, QueryFilter,
-    QueryOrder, QueryTrait, Select, Set, TransactionTrait,
+    QueryOrder, QueryTrait, Select, Set,
 };
 
 use crate::store::{api_key, key_owner, revoked};
@@ -15,8 +17,6 @@ use crate::store::{api_key, key_owner, revoked};
 pub const AUDIENCE: &str = "infera";
 /// The scope that asking for answers needs.
 pub const SCOPE_CHAT: &str = "chat";
-/// The scope for reading receipts with their evidence.
-pub const SCOPE_RECEIPTS: &str = "receipts";
 /// The scope that making and revoking keys needs: only a sign-in has it, so that a key cannot make another.
 pub const SCOPE_KEYS: &str = "keys";
 /// What keys that people make may have.
@@ -54,7 +54,7 @@ pub enum Added {
 pub async fn add(db: &DatabaseConnection, new: &NewKey<'_>, max_keys: u64) -> Result<Added, DbErr> {
     let claims = new.claims;
     let now_ms = clock::now_ms();
-    let tx = db.begin().await?;
+    let tx = begin(db).await?;
     own(&tx, &claims.sub, now_ms).await?;
     let same = living(&claims.sub, now_ms).filter(api_key::Column::Session.eq(new.session));
     if new.session {

@@ -127,7 +127,7 @@ pub async fn run(config: Config, deps: Deps, shutdown: CancellationToken) -> Res
     ));
 
     tracing::info!(replica, models = config.models.len(), "gateway starts");
-    let bind = config.common.http_bind.clone();
+    let (bind, max_prompts) = (config.common.http_bind.clone(), config.max_prompts);
     let app = App {
         config,
         replica,
@@ -143,6 +143,7 @@ pub async fn run(config: Config, deps: Deps, shutdown: CancellationToken) -> Res
         renders: Arc::new(Semaphore::new(
             std::thread::available_parallelism().map_or(1, usize::from).div_ceil(2),
         )),
+        render_queue: Arc::new(Semaphore::new(max_prompts)),
         drained: drained.clone(),
     };
     let routes = http::routes(Data::new(app), health);

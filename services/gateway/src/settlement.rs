@@ -16,7 +16,7 @@ use actix_web::{HttpMessage, HttpRequest, HttpResponse, HttpResponseBuilder};
 use futures::{Stream, StreamExt};
 use infera_runtime::http::{ApiError, REQUEST_ID, RequestId};
 use infera_runtime::trace;
-use tokio::sync::{OwnedSemaphorePermit, Semaphore};
+use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc};
 use tokio::time::timeout;
 use tracing::{Instrument, Span, field::Empty};
 
@@ -28,6 +28,8 @@ use crate::metrics::Metrics;
 const CONNECT: Duration = Duration::from_secs(2);
 /// Seconds after which a client that found settlement away, or busy, should come back.
 const RETRY_SECS: u64 = 5;
+/// Parts of an answer that wait for the client.
+const PIECES: usize = 2;
 /// Longest query string, bytes.
 const MAX_QUERY: usize = 2048;
 const MIB: u64 = 1024 * 1024;
@@ -42,7 +44,7 @@ const RESPONSE_HEADERS: [HeaderName; 7] =
 pub(crate) struct Settlement {
     client: reqwest::Client,
     base: String,
-    /// Without a byte for so long, it counts as away.
+    /// Without a byte for so long, it counts as away; a client that takes none for so long is cut.
     patience: Duration,
     max_bytes: u64,
     open: Arc<Semaphore>,
@@ -178,28 +180,76 @@ impl Settlement {
     }
 
     /// The bytes as they come. A stream that stops, or that is too long, ends with an error, which cuts the client's
-    /// connection: half an answer must not look like a whole one.
+    /// connection: half an answer must not look like a whole one. They are taken from settlement by a task of its own,
+    /// so that a client that stops reading keeps neither `permit` nor settlement's connection.
     fn body(
         &self,
         response: reqwest::Response,
         permit: OwnedSemaphorePermit,
         cut: Cut,
     ) -> impl Stream<Item = Result<Bytes, io::Error>> + use<> {
-        let (patience, left) = (self.patience, self.max_bytes);
-        let bytes = Box::pin(response.bytes_stream());
-        futures::stream::unfold(Some((bytes, left, permit, cut)), move |state| async move {
-            let (mut bytes, left, permit, cut) = state?;
-            let chunk = match timeout(patience, bytes.next()).await {
-                Ok(None) => return None,
-                Ok(Some(Ok(chunk))) => chunk,
-                Ok(Some(Err(error))) => return Some((Err(cut.off(&error.without_url())), None)),
-                Err(_) => return Some((Err(cut.off(&"nothing came in time")), None)),
-            };
-            match left.checked_sub(chunk.len() as u64) {
-                Some(left) => Some((Ok(chunk), Some((bytes, left, permit, cut)))),
-                None => Some((Err(cut.off(&"it is too large")), None)),
+        let (sender, receiver) = mpsc::channel(PIECES);
+        let pump = Pump { pieces: sender, patience: self.patience, left: self.max_bytes };
+        tokio::spawn(async move {
+            if let Err(reason) = pump.run(response).await {
+                cut.count(&reason);
+            }
+            drop(permit);
+        });
+        futures::stream::unfold(Some(receiver), |receiver| async move {
+            let mut receiver = receiver?;
+            match receiver.recv().await {
+                Some(Piece::Bytes(bytes)) => Some((Ok(bytes), Some(receiver))),
+                Some(Piece::End) => None,
+                None => {
+                    let error = io::Error::other("the answer of the settlement service broke off");
+                    Some((Err(error), None))
+                }
             }
         })
+    }
+}
+
+/// A part of an answer on its way to the client. A channel that closes without an end was cut.
+enum Piece {
+    Bytes(Bytes),
+    End,
+}
+
+/// Takes an answer from settlement as fast as the client takes it.
+struct Pump {
+    pieces: mpsc::Sender<Piece>,
+    patience: Duration,
+    left: u64,
+}
+
+impl Pump {
+    /// To the end of the answer, or until the client leaves.
+    ///
+    /// # Errors
+    /// Why it was cut.
+    async fn run(mut self, response: reqwest::Response) -> Result<(), String> {
+        let mut bytes = std::pin::pin!(response.bytes_stream());
+        loop {
+            let chunk = match timeout(self.patience, bytes.next()).await {
+                Ok(None) => return self.pass(Piece::End).await.map(drop),
+                Ok(Some(Ok(chunk))) => chunk,
+                Ok(Some(Err(error))) => return Err(error.without_url().to_string()),
+                Err(_) => return Err("nothing came in time".to_owned()),
+            };
+            self.left = self.left.checked_sub(chunk.len() as u64).ok_or("it is too large")?;
+            if !self.pass(Piece::Bytes(chunk)).await? {
+                return Ok(());
+            }
+        }
+    }
+
+    /// False where nobody reads any more.
+    async fn pass(&self, piece: Piece) -> Result<bool, String> {
+        match timeout(self.patience, self.pieces.send(piece)).await {
+            Ok(sent) => Ok(sent.is_ok()),
+            Err(_) => Err("the client does not read it".to_owned()),
+        }
     }
 }
 
@@ -210,10 +260,9 @@ struct Cut {
 }
 
 impl Cut {
-    fn off(&self, reason: &dyn std::fmt::Display) -> io::Error {
-        tracing::warn!(%reason, route = self.route, "an answer of settlement breaks off");
+    fn count(&self, reason: &str) {
+        tracing::warn!(reason, route = self.route, "an answer of settlement breaks off");
         self.metrics.forward(self.route, "cut");
-        io::Error::other("the answer of the settlement service broke off")
     }
 }
 

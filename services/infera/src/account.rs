@@ -16,6 +16,9 @@ mod args;
 mod escrow;
 mod session;
 mod show;
+#[cfg(test)]
+#[path = "account/tests.rs"]
+mod tests_without_a_network;
 
 pub use args::AccountArgs;
 use args::{AccountCommand, AccountKeysCommand, AccountWho, Period};
@@ -34,7 +37,7 @@ pub fn account(args: &AccountArgs) -> Result<ExitCode, String> {
 
 async fn run(command: &AccountCommand) -> Result<(), String> {
     match command {
-        AccountCommand::Login { who, new } => login(who, *new).await,
+        AccountCommand::Login { who, new, origin } => login(who, *new, origin.as_deref()).await,
         AccountCommand::Logout { who } => logout(who).await,
         AccountCommand::Keys { command } => keys(command).await,
         AccountCommand::Balance { who, json } => {
@@ -64,7 +67,7 @@ async fn run(command: &AccountCommand) -> Result<(), String> {
     }
 }
 
-async fn login(who: &AccountWho, new: bool) -> Result<(), String> {
+async fn login(who: &AccountWho, new: bool, origin: Option<&str>) -> Result<(), String> {
     let session = Session::open(who)?;
     fs::create_dir_all(session.folder())
         .map_err(|e| format!("cannot make the folder {}: {e}", session.folder().display()))?;
@@ -78,7 +81,8 @@ async fn login(who: &AccountWho, new: bool) -> Result<(), String> {
     let wallet = session.wallet()?;
     let nonce = session.open_ask(Method::POST, "/v1/auth/nonce", &json!({})).await?;
     let chain_id = session.manifest()?.map(|manifest| manifest.domain.chain_id);
-    let text = message(&nonce, session.gateway(), chain_id, of(wallet.address()))?.to_string();
+    let text =
+        message(&nonce, origin.unwrap_or(session.gateway()), chain_id, of(wallet.address()))?.to_string();
     let signature = siwe::sign(&text, wallet.credential()).map_err(|e| e.to_string())?;
     let body = json!({ "message": text, "signature": signature });
     let answer = session.open_ask(Method::POST, "/v1/auth/login", &body).await?;
@@ -107,7 +111,7 @@ fn message(nonce: &Value, gateway: &str, chain_id: Option<u64>, address: Address
     if domain != origin.domain() || Origin::of(uri).as_ref() != Some(&origin) {
         return Err(format!(
             "{gateway} asks for a sign-in to {uri}, which is not itself: name the gateway with --gateway as it names \
-             itself, or do not trust it"
+             itself, behind a proxy of yours with --origin, or do not trust it"
         ));
     }
     let named = nonce.get("chain_id").and_then(Value::as_u64).ok_or("the gateway names no chain")?;
@@ -140,10 +144,7 @@ fn message(nonce: &Value, gateway: &str, chain_id: Option<u64>, address: Address
 }
 
 async fn logout(who: &AccountWho) -> Result<(), String> {
-    let session = Session::open(who)?;
-    let known = session.sign_in()?;
-    session.ask(Method::DELETE, &format!("/v1/keys/{}", known.jti), None).await?;
-    session.forget()?;
+    let known = Session::open(who)?.sign_out().await?;
     say(format_args!("signed out of {}", known.gateway));
     Ok(())
 }

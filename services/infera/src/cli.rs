@@ -161,7 +161,7 @@ pub struct VerifyArgs {
     /// Check whole batches instead, from public data and the chain alone: 1..20, 5.. to the newest, or 7
     #[arg(long, visible_alias = "epoch", value_name = "FIRST..LAST", conflicts_with_all = ["receipt", "allocation"])]
     pub batches: Option<crate::epoch::Range>,
-    /// Address of a settlement service, for --batches; default: the one that runs on the data folder
+    /// Address of a gateway, or of a settlement service, for --batches; default: what runs on the data folder
     #[arg(long, requires = "batches")]
     pub settlement: Option<String>,
     /// The block of the contract's deployment, for --batches: the log is read from there on
@@ -327,7 +327,7 @@ pub struct OperatorWho {
     /// Addresses of the contracts; default: contracts.json in the data folder
     #[arg(long)]
     pub contracts: Option<PathBuf>,
-    /// Address of the settlement service; default: the one that runs on the data folder
+    /// Address of a gateway, or of the settlement service; default: what runs on the data folder
     #[arg(long)]
     pub settlement: Option<String>,
 }

@@ -121,10 +121,8 @@ impl<'a> Sources<'a> {
             Some(url) => url.trim_end_matches('/').to_owned(),
             None => {
                 let up = Layout::existing(&args.data.data).and_then(|layout| UpFile::read(&layout));
-                up.map_err(|e| {
-                    format!("{e}; or name a settlement service with --settlement http://HOST:PORT")
-                })?
-                .settlement_url
+                up.map_err(|e| format!("{e}; or name a gateway with --settlement http://HOST:PORT"))?
+                    .settlement_url
             }
         };
         let rpc = args.rpc.as_deref().unwrap_or(&manifest.rpc_url);

@@ -2,6 +2,7 @@
 
 use std::process::ExitCode;
 
+use infera_gateway::keys::{AUDIENCE, KEY_SCOPES, MAX_ACCOUNT};
 use infera_runtime::{
     db,
     jwt::{Claims, Signer, Verifier},
@@ -13,10 +14,6 @@ use crate::{
     say,
 };
 
-/// Whom API keys are for.
-pub const AUDIENCE: &str = "infera";
-/// What an API key allows: asking, and reading one's receipts with their evidence.
-pub const SCOPES: [&str; 2] = ["chat", "receipts"];
 /// File name of the signing key.
 pub const SIGNER: &str = "api.pem";
 const DAY_SECS: i64 = 86_400;
@@ -40,10 +37,10 @@ pub fn keys(args: KeysArgs) -> Result<ExitCode, String> {
 
 /// A new key of `account` for so many days.
 pub fn create(signer: &Signer, account: &str, days: i64) -> Result<String, String> {
-    if account.is_empty() || account.len() > infera_wire::convert::MAX_NAME_BYTES {
-        return Err(format!("--account must have 1 to {} bytes", infera_wire::convert::MAX_NAME_BYTES));
+    if account.is_empty() || account.len() > MAX_ACCOUNT {
+        return Err(format!("--account must have 1 to {} bytes", MAX_ACCOUNT));
     }
-    signer.issue(&Claims::new(account, AUDIENCE, &SCOPES, days * DAY_SECS)).map_err(|e| e.to_string())
+    signer.issue(&Claims::new(account, AUDIENCE, &KEY_SCOPES, days * DAY_SECS)).map_err(|e| e.to_string())
 }
 
 fn jti_of(layout: &Layout, key: &str) -> Result<String, String> {

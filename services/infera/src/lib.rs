@@ -19,6 +19,7 @@ use clap::Parser;
 mod account;
 mod cli;
 mod client;
+mod contracts;
 mod dead;
 mod epoch;
 mod govern;
@@ -42,10 +43,22 @@ const FAILURE: u8 = 1;
 /// Parses the command line and runs the command.
 pub fn main() -> ExitCode {
     infera_runtime::shutdown::end_with_supervisor();
-    let outcome = match Cli::parse().command {
+    let outcome = run(Cli::parse().command);
+    match outcome {
+        Ok(code) => code,
+        Err(message) => {
+            eprintln!("infera: {message}");
+            ExitCode::from(FAILURE)
+        }
+    }
+}
+
+/// Runs one command.
+fn run(command: Command) -> Result<ExitCode, String> {
+    match command {
         Command::Up(args) => up::up(args),
         Command::Down(args) => up::down(&args),
-        Command::Node(args) => return infera_node::main(args),
+        Command::Node(args) => Ok(infera_node::main(args)),
         Command::Pause(args) => node(infera_node::pause(&args.data)),
         Command::Resume(args) => node(infera_node::resume(&args.data)),
         Command::Keys(args) => keys::keys(args),
@@ -60,13 +73,6 @@ pub fn main() -> ExitCode {
         Command::Govern(args) => govern::govern(&args),
         Command::Config(args) => services::dump(&args),
         Command::Network(args) => network::network(&args),
-    };
-    match outcome {
-        Ok(code) => code,
-        Err(message) => {
-            eprintln!("infera: {message}");
-            ExitCode::from(FAILURE)
-        }
     }
 }
 

@@ -1,16 +1,10 @@
 //! `infera operator`: what a node's operator earned, from the books and the chain together, and its stake.
 
-use std::{
-    fs,
-    path::{Path, PathBuf},
-    process::ExitCode,
-};
+use std::{path::PathBuf, process::ExitCode};
 
-use alloy::primitives::U256;
 use infera_protocol::bytes::Address;
-use infera_runtime::network;
 use infera_settlement::{
-    chain::{Contracts, operator::Operator, port::Rewards, reader::RewardRoot},
+    chain::{operator::Operator, port::Rewards, reader::RewardRoot},
     operators::{Earned, Reward, Standing},
 };
 use serde::{Serialize, de::DeserializeOwned};
@@ -18,14 +12,11 @@ use serde::{Serialize, de::DeserializeOwned};
 use crate::{
     cli::{OperatorArgs, OperatorCommand, OperatorWho},
     client::{UpFile, get, infer},
+    contracts::{Place, secret},
     layout::Layout,
     say,
 };
 
-/// Gas money that an operator gets on a devnet, where nobody can buy any.
-pub(crate) const DEVNET_WEI: u128 = 10 * 10_u128.pow(18);
-/// anvil's chain id: a devnet.
-pub(crate) const DEVNET: u64 = 31_337;
 /// 10^-6 INFER in an INFER.
 const MICRO: u128 = 1_000_000;
 
@@ -45,43 +36,24 @@ pub fn operator(args: &OperatorArgs) -> Result<ExitCode, String> {
 /// An operator at its network.
 pub(crate) struct Session {
     pub(crate) chain: Operator,
-    pub(crate) contracts: Contracts,
+    pub(crate) place: Place,
     settlement: Option<String>,
-    treasury: PathBuf,
+    /// The data folder.
+    folder: PathBuf,
 }
 
 impl Session {
     pub(crate) async fn open(who: &OperatorWho) -> Result<Self, String> {
         let folder = &who.data.data;
-        let contracts_path = who.contracts.clone().unwrap_or_else(|| folder.join("contracts.json"));
-        let contracts: Contracts = read_json(&contracts_path).map_err(|e| {
-            format!("{e}; name it with --contracts, or start a network anew (`make clean-data`, `make up`)")
-        })?;
-        let rpc = match &who.rpc {
-            Some(rpc) => rpc.clone(),
-            None => {
-                network::manifest(&folder.join("network.json"))
-                    .map_err(|e| format!("{e}; name the chain's endpoint with --rpc"))?
-                    .rpc_url
-            }
-        };
+        let place = Place::find(folder, who.contracts.as_deref(), who.rpc.as_deref())?;
         let layout = Layout::existing(folder).ok();
-        let settlement = who.settlement.clone().or_else(|| {
-            layout.as_ref().and_then(|layout| UpFile::read(layout).ok()).map(|up| up.settlement_url)
-        });
-        let key_path = key_path(who);
-        let key = fs::read_to_string(&key_path).map_err(|e| {
-            format!(
-                "cannot read the operator's key {}: {e}; name it with --key or --node",
-                key_path.display()
-            )
-        })?;
-        let chain = Operator::connect(&rpc, &key, contracts).await.map_err(|e| e.to_string())?;
-        let treasury = folder.join("keys/treasury.key");
-        if contracts.chain_id == DEVNET {
-            chain.devnet_pass(0).await.map_err(|e| e.to_string())?;
-        }
-        Ok(Self { chain, contracts, settlement, treasury })
+        let settlement =
+            who.settlement.as_ref().map(|url| url.trim_end_matches('/').to_owned()).or_else(|| {
+                layout.as_ref().and_then(|layout| UpFile::read(layout).ok()).map(|up| up.settlement_url)
+            });
+        let key = secret("the operator's key", &key_path(who), "name it with --key or --node")?;
+        let chain = place.connect(&key).await?;
+        Ok(Self { chain, place, settlement, folder: folder.clone() })
     }
 
     fn address(&self) -> Address {
@@ -89,9 +61,10 @@ impl Session {
     }
 
     async fn ask<T: DeserializeOwned>(&self, path: &str) -> Result<T, String> {
-        let base = self.settlement.as_ref().ok_or(
-            "no network runs on the data folder: name the settlement service with --settlement http://HOST:PORT",
-        )?;
+        let base = self
+            .settlement
+            .as_ref()
+            .ok_or("no network runs on the data folder: name a gateway with --settlement http://HOST:PORT")?;
         let json = get(&format!("{base}/v1/operators/{}{path}", self.address()), &[]).await?;
         serde_json::from_value(json)
             .map_err(|e| format!("the settlement service answers something else: {e}"))
@@ -123,11 +96,7 @@ impl Session {
 
     /// On a devnet: money for gas, where there is none.
     pub(crate) async fn gas(&self) -> Result<(), String> {
-        let me = self.chain.address();
-        if self.contracts.chain_id == DEVNET
-            && self.chain.gas_money(me).await.map_err(|e| e.to_string())?.is_zero()
-        {
-            self.chain.devnet_gas(me, U256::from(DEVNET_WEI)).await.map_err(|e| e.to_string())?;
+        if self.place.gas(&self.chain).await? {
             say("the devnet gave money for gas");
         }
         Ok(())
@@ -140,11 +109,6 @@ fn key_path(who: &OperatorWho) -> PathBuf {
         (None, Some(node)) => who.data.data.join("nodes").join(node.to_string()).join("operator.key"),
         (None, None) => PathBuf::from(".infera-node/operator.key"),
     }
-}
-
-pub(crate) fn read_json<T: DeserializeOwned>(path: &Path) -> Result<T, String> {
-    let bytes = fs::read(path).map_err(|e| format!("cannot read {}: {e}", path.display()))?;
-    serde_json::from_slice(&bytes).map_err(|e| format!("{} is damaged: {e}", path.display()))
 }
 
 /// INFER with up to six decimals, as 10^-6 INFER.
@@ -264,22 +228,15 @@ async fn stake(who: &OperatorWho, text: &str, faucet: bool) -> Result<(), String
                 shown(amount)
             ));
         }
-        from_treasury(&session, who, amount - has).await?;
+        from_treasury(&session, amount - has).await?;
     }
     let tx = session.chain.stake(amount).await.map_err(|e| e.to_string())?;
     say(format_args!("staked {}, transaction {tx}", shown(amount)));
     say_stake(&session).await
 }
 
-async fn from_treasury(session: &Session, who: &OperatorWho, missing: u128) -> Result<(), String> {
-    let key = fs::read_to_string(&session.treasury)
-        .map_err(|e| format!("there is no treasury here ({}: {e})", session.treasury.display()))?;
-    let rpc = match &who.rpc {
-        Some(rpc) => rpc.clone(),
-        None => network::manifest(&who.data.data.join("network.json")).map_err(|e| e.to_string())?.rpc_url,
-    };
-    let treasury = Operator::connect(&rpc, &key, session.contracts).await.map_err(|e| e.to_string())?;
-    treasury.transfer(session.chain.address(), missing).await.map_err(|e| e.to_string())?;
+async fn from_treasury(session: &Session, missing: u128) -> Result<(), String> {
+    session.place.from_treasury(&session.folder, session.chain.address(), missing).await?;
     say(format_args!("the devnet's treasury gave {}", shown(missing)));
     Ok(())
 }

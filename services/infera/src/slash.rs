@@ -29,8 +29,8 @@ pub async fn slash(who: &OperatorWho, file: &Path) -> Result<(), String> {
     let evidence: Contradiction = serde_json::from_slice(&text)
         .map_err(|e| format!("{} is no evidence of a contradiction: {e}", file.display()))?;
     let session = Session::open(who).await?;
-    let contract = Address(session.contracts.settlement.into());
-    let domain = Domain { chain_id: session.contracts.chain_id, contract };
+    let contract = Address(session.place.contracts.settlement.into());
+    let domain = Domain { chain_id: session.place.contracts.chain_id, contract };
     evidence.operator(&domain).map_err(|e| format!("{} proves nothing: {e}", file.display()))?;
     session.gas().await?;
     let slashed = session.chain.slash(&evidence).await.map_err(|e| e.to_string())?;

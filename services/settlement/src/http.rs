@@ -2,7 +2,7 @@
 //!
 //! | route | who | answer |
 //! |---|---|---|
-//! | `GET /v1/receipts/{id}` | everybody; with an API key of the account also the evidence | the receipt document in its canonical encoding |
+//! | `GET /v1/receipts/{id}` | everybody; with an API key of the account, with the scope `receipts`, also the evidence | the receipt document in its canonical encoding |
 //! | `GET /v1/balance`, `/v1/usage`, `/v1/statement`, `POST /v1/vouchers` | an API key | see [`crate::accounts`] |
 //! | `GET /v1/ledger/audit` | everybody | the sums that prove the ledger's invariants, at most 2 s old; 429 while they are computed |
 //! | `GET /v1/batches/...` | everybody | see [`crate::batches_http`] |
@@ -29,7 +29,11 @@ use infera_protocol::{
     merkle::MerkleTree,
     receipt::Receipt,
 };
-use infera_runtime::{health, http::ApiError, http::defaults, jwt::Claims, jwt::Verifier};
+use infera_runtime::{
+    health,
+    http::{ApiError, defaults},
+    jwt::{Claims, SCOPE_RECEIPTS, Verifier},
+};
 use sea_orm::{DatabaseConnection, DbErr};
 use tokio::sync::Mutex;
 use uuid::Uuid;
@@ -121,6 +125,13 @@ async fn receipt(
         ApiError::bad_request("id", "`id` must be a request's id, such as the receipt's in an answer")
     })?;
     let claims = claims(&state, &request)?;
+    if claims.as_ref().is_some_and(|claims| !claims.allows(SCOPE_RECEIPTS)) {
+        let message = format!(
+            "the api key lacks the scope `{SCOPE_RECEIPTS}`; create one that has it, or ask without a key for the \
+             receipt alone"
+        );
+        return Err(ApiError::forbidden(message).with_code("insufficient_scope"));
+    }
     let Some(row) = requests::receipt(&state.db, id).await.map_err(ApiError::internal)? else {
         let known = requests::find(&state.db, id).await.map_err(ApiError::internal)?.is_some();
         return Err(no_receipt(known));
@@ -201,13 +212,7 @@ async fn audit(state: web::Data<State>) -> Result<HttpResponse, ApiError> {
         tracing::trace!(age_ms = at.elapsed().as_millis(), "audit said again");
         return Ok(HttpResponse::Ok().json(audit));
     }
-    // On its own, because a client that leaves ends its handler: a BEGIN that is dropped half way (sqlx 0.9) would leave
-    // the pool a connection within a transaction.
-    let db = state.db.clone();
-    let audit = actix_web::rt::spawn(async move { ledger::audit(&db).await })
-        .await
-        .map_err(ApiError::internal)?
-        .map_err(ApiError::internal)?;
+    let audit = ledger::audit(&state.db).await.map_err(ApiError::internal)?;
     let response = HttpResponse::Ok().json(&audit);
     *kept = Some((Instant::now(), audit));
     Ok(response)

@@ -12,9 +12,10 @@
 use std::collections::BTreeMap;
 
 use infera_protocol::bytes::Address;
+use infera_runtime::db::begin_snapshot;
 use sea_orm::{
-    ColumnTrait, ConnectionTrait, DatabaseConnection, DatabaseTransaction, DbBackend, DbErr, EntityTrait,
-    IsolationLevel, QueryFilter, QueryTrait, Set, Statement, TransactionTrait,
+    ColumnTrait, ConnectionTrait, DatabaseConnection, DatabaseTransaction, DbErr, EntityTrait, QueryFilter,
+    QueryTrait, Set, Statement,
     sea_query::{Expr, ExprTrait, OnConflict},
 };
 use serde::Serialize;
@@ -335,10 +336,7 @@ pub struct Audit {
 /// # Errors
 /// The database's.
 pub async fn audit(db: &DatabaseConnection) -> Result<Audit, DbErr> {
-    // SQLite's transactions always see one moment.
-    let isolation =
-        (db.get_database_backend() == DbBackend::Postgres).then_some(IsolationLevel::RepeatableRead);
-    let tx = db.begin_with_config(isolation, None).await?;
+    let tx = begin_snapshot(db).await?;
     let sum = async |table: &str, condition: &str| {
         value(
             &tx,

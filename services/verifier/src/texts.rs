@@ -1,7 +1,7 @@
 //! What texts need of each model: its tokenizer, and its tokens prepared for grammars. A model that the holders admit is
 //! loaded when its registry comes into force; one that they withdraw stays, for what is still open.
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::HashMap;
 use std::path::PathBuf;
 use std::sync::Arc;
 
@@ -10,6 +10,7 @@ use infera_prompt::Prompt;
 use infera_protocol::bytes::Hash32;
 use infera_protocol::registry::{Model, Registry};
 use infera_runtime::CancellationToken;
+use infera_runtime::models::ModelFiles;
 use infera_runtime::network::Roots;
 use parking_lot::RwLock;
 use tokio::sync::watch;
@@ -27,8 +28,7 @@ pub(crate) struct Text {
 /// All models'; clones share them.
 #[derive(Clone)]
 pub(crate) struct Texts {
-    files: Arc<BTreeMap<String, PathBuf>>,
-    folder: Option<PathBuf>,
+    files: Arc<ModelFiles>,
     loaded: Arc<RwLock<HashMap<Hash32, Arc<Text>>>>,
 }
 
@@ -39,8 +39,7 @@ impl Texts {
     /// The first file that is another one than the registry's; no model has its file here.
     pub async fn load(config: &Config, registry: &Registry) -> Result<Self, Error> {
         let texts = Self {
-            files: Arc::new(config.models.clone()),
-            folder: config.model_folder.clone(),
+            files: Arc::new(ModelFiles::new(config.models.clone(), config.model_folder.clone())),
             loaded: Arc::default(),
         };
         let missing = texts.add(registry).await?;
@@ -55,20 +54,22 @@ impl Texts {
         self.loaded.read().get(model_root).cloned()
     }
 
-    /// Loads the models of every registry that comes into force, until `stop`. While one has no file here, the log says so and
-    /// what concerns it waits.
+    /// Loads the models of every registry that comes into force, until `stop`. While one has no file here, the log says so,
+    /// the file is looked for, and what concerns the model waits.
     pub async fn follow(self, mut changes: watch::Receiver<Arc<Roots>>, stop: CancellationToken) {
         loop {
             let roots = changes.borrow_and_update().clone();
-            let added = self.add(roots.registries.current()).await;
-            match added.map(|missing| missing.into_iter().next()) {
-                Ok(None) => {}
+            let registry = roots.registries.current();
+            let seen = self.files.seen(registry);
+            let all = match self.add(registry).await.map(|missing| missing.into_iter().next()) {
+                Ok(None) => true,
                 Ok(Some(model)) => lacks(&Error::NoModelFile { model }),
                 Err(error) => lacks(&error),
-            }
+            };
             tokio::select! {
                 () = stop.cancelled() => return,
                 changed = changes.changed() => if changed.is_err() { return },
+                () = self.files.changed(registry, &seen), if !all => {}
             }
         }
     }
@@ -77,7 +78,7 @@ impl Texts {
     async fn add(&self, registry: &Registry) -> Result<Vec<String>, Error> {
         let mut missing = Vec::new();
         for model in registry.models.iter().filter(|model| self.get(&model.weights_root).is_none()) {
-            match self.file(&model.id) {
+            match self.files.of(&model.id) {
                 Some(path) => {
                     let text = read(model, path).await?;
                     self.loaded.write().insert(model.weights_root, Arc::new(text));
@@ -87,16 +88,12 @@ impl Texts {
         }
         Ok(missing)
     }
-
-    fn file(&self, id: &str) -> Option<PathBuf> {
-        let in_folder =
-            || Some(self.folder.as_ref()?.join(format!("{id}.gguf"))).filter(|path| path.is_file());
-        self.files.get(id).cloned().or_else(in_folder)
-    }
 }
 
-fn lacks(error: &Error) {
+/// Says so; false, because not all are there.
+fn lacks(error: &Error) -> bool {
     tracing::error!(%error, "a model of the registry can't be verified here");
+    false
 }
 
 async fn read(model: &Model, path: PathBuf) -> Result<Text, Error> {

@@ -6,7 +6,8 @@ use std::time::Duration;
 use sea_orm::sqlx::sqlite::{SqliteJournalMode, SqliteSynchronous};
 use sea_orm::sqlx::{AssertSqlSafe, Connection, Executor, PgConnection};
 use sea_orm::{
-    ConnectOptions, ConnectionTrait, Database, DatabaseConnection, DbBackend, DbErr, TransactionTrait,
+    ConnectOptions, ConnectionTrait, Database, DatabaseConnection, DatabaseTransaction, DbBackend, DbErr,
+    IsolationLevel, TransactionTrait,
 };
 use sea_orm_migration::MigratorTrait;
 
@@ -100,6 +101,37 @@ async fn in_turn<M: MigratorTrait>(db: &DatabaseConnection) -> Result<(), DbErr>
     let result = M::up(db, None).await;
     turn.commit().await?;
     result
+}
+
+/// Begins a transaction for a task that may be dropped at any await, as an HTTP handler is whose client leaves.
+///
+/// sqlx 0.9 rolls back only what it counted as begun: a `BEGIN` whose answer nobody waited for leaves the pool a PostgreSQL
+/// connection within a transaction, and what is written over that connection afterwards nobody else ever sees. So the
+/// `BEGIN` runs to its end on a task of its own. Once begun, a transaction may be dropped: it is rolled back.
+///
+/// # Errors
+/// The database's.
+pub async fn begin(db: &DatabaseConnection) -> Result<DatabaseTransaction, DbErr> {
+    begun(db, None).await
+}
+
+/// [`begin`], for reads that must all see one moment. SQLite's transactions always do.
+///
+/// # Errors
+/// The database's.
+pub async fn begin_snapshot(db: &DatabaseConnection) -> Result<DatabaseTransaction, DbErr> {
+    let postgres = db.get_database_backend() == DbBackend::Postgres;
+    begun(db, postgres.then_some(IsolationLevel::RepeatableRead)).await
+}
+
+async fn begun(
+    db: &DatabaseConnection,
+    isolation: Option<IsolationLevel>,
+) -> Result<DatabaseTransaction, DbErr> {
+    let db = db.clone();
+    tokio::spawn(async move { db.begin_with_config(isolation, None).await })
+        .await
+        .map_err(|error| DbErr::Custom(format!("a transaction was not begun: {error}")))?
 }
 
 /// True when `error` says that the disk is full: SQLite's code 13, PostgreSQL's class 53100.

@@ -25,6 +25,7 @@ pub mod health;
 pub mod http;
 pub mod jwt;
 pub mod kv;
+pub mod models;
 pub mod network;
 pub mod planned;
 pub mod shutdown;

@@ -4,13 +4,14 @@ use std::time::Duration;
 
 use actix_web::HttpRequest;
 use actix_web::http::header::AUTHORIZATION;
+use infera_protocol::bytes::Address;
 use infera_runtime::clock;
 use infera_runtime::http::ApiError;
 use infera_runtime::jwt::Claims;
 
 use crate::app::App;
 use crate::error::database;
-use crate::keys::{self, AUDIENCE, MAX_ACCOUNT, SCOPE_CHAT, SCOPE_KEYS};
+use crate::keys::{self, AUDIENCE, MAX_ACCOUNT, SCOPE_CHAT, SCOPE_KEYS, SCOPE_RECEIPTS};
 
 /// How one gets the scope that managing keys needs.
 pub(super) const SIGN_IN: &str = "only the key of a sign-in has it: sign in with the account's wallet";
@@ -56,6 +57,13 @@ pub(crate) async fn account_caller(app: &App, request: &HttpRequest) -> Result<C
     Ok(claims)
 }
 
+/// [`account_caller`], with the scope that a receipt's evidence needs.
+pub(crate) async fn receipts_caller(app: &App, request: &HttpRequest) -> Result<Claims, ApiError> {
+    let claims = account_caller(app, request).await?;
+    need(&claims, SCOPE_RECEIPTS, "create one that has it, or ask without a key for the receipt alone")?;
+    Ok(claims)
+}
+
 pub(super) fn need(claims: &Claims, scope: &str, remedy: &str) -> Result<(), ApiError> {
     if claims.allows(scope) {
         return Ok(());
@@ -77,17 +85,20 @@ fn bearer(header: &str) -> Option<&str> {
     (scheme.eq_ignore_ascii_case("bearer") && !token.is_empty()).then_some(token)
 }
 
-/// Counts requests in the key's current minute: one for each answer that is asked for.
+/// Counts requests in the current minute: one for each answer that is asked for. A wallet's account makes keys as it
+/// likes, so they count together; other keys come from the operator, and each counts for itself.
 pub(crate) async fn quota(app: &App, claims: &Claims, requests: u64) -> Result<(), ApiError> {
     let limit = app.config.requests_per_minute;
     if limit == 0 || requests == 0 {
         return Ok(());
     }
     let now = clock::now_secs();
-    let counter = format!("gateway.rpm.{}.{}", claims.jti, now / 60);
+    let wallet = claims.sub.parse::<Address>().is_ok();
+    let (who, what) = if wallet { (&claims.sub, "account") } else { (&claims.jti, "api key") };
+    let counter = format!("gateway.rpm.{who}.{}", now / 60);
     match app.kv.incr(&counter, requests, Duration::from_secs(90)).await {
         Ok(count) if count > limit => {
-            let message = format!("this api key may send {limit} requests a minute; wait for the next one");
+            let message = format!("this {what} may send {limit} requests a minute; wait for the next one");
             let wait = u64::try_from(60 - now.rem_euclid(60)).unwrap_or(60);
             Err(ApiError::rate_limited(message).retry_after(wait))
         }

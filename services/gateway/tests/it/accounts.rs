@@ -1,6 +1,8 @@
 //! What settlement answers, at the gateway's address.
 
 use infera_gateway::keys;
+use infera_runtime::jwt::Claims;
+use infera_testkit::eventually;
 use serde_json::json;
 use tokio::io::AsyncWriteExt;
 use tokio::sync::Notify;
@@ -17,10 +19,13 @@ both!(
     only_what_belongs_to_the_request_is_passed_on,
     keys_are_checked_first,
     receipts_are_everybodys,
+    what_stands_behind_the_chain_is_everybodys,
+    strangers_are_limited_by_address,
     a_long_answer_comes_as_it_is_made,
     without_settlement,
     a_slow_settlement,
     a_huge_answer,
+    who_stops_reading_keeps_nobody_out,
     answers_that_are_none,
     a_gateway_without_settlement,
 );
@@ -169,11 +174,83 @@ async fn receipts_are_everybodys(column: Column) {
     }
     assert_eq!(world.get(&format!("/v1/receipts/{id}"), &world.key).await.status(), 200);
     assert!(books.heard()[0].headers.contains_key("authorization"), "the account gets the evidence");
+    let claims = Claims::new("alice", keys::AUDIENCE, &["chat"], 600);
+    let refused = world.get(&format!("/v1/receipts/{id}"), &world.files.signer.issue(&claims).unwrap()).await;
+    assert_eq!(refused.status(), 403);
+    let refused = json_of(refused).await;
+    assert_eq!(refused["error"]["code"], "insufficient_scope");
+    assert!(refused["error"]["message"].as_str().unwrap().contains("`receipts`"), "{refused}");
+    assert!(books.heard().is_empty(), "a key for something else brings no evidence");
     for bad in ["nothing", "..%2Fbalance", "%2e%2e", "chatcmpl-"] {
         let response = world.client.get(world.url(&format!("/v1/receipts/{bad}"))).send().await.unwrap();
         assert!([400, 404].contains(&response.status().as_u16()), "{bad}");
     }
     assert!(books.heard().is_empty());
+}
+
+/// What `infera verify --batches` and `infera operator` ask settlement for.
+async fn what_stands_behind_the_chain_is_everybodys(column: Column) {
+    let mut books = Books::saying(JSON, r#"{"sequence":7}"#).await;
+    let world = with(column, &books).await;
+    let operator = format!("0x{}", "ab".repeat(20));
+    let paths = [
+        "/v1/governance".to_owned(),
+        "/v1/batches/7".to_owned(),
+        "/v1/batches/7/receipts?from=500".to_owned(),
+        "/v1/batches/7/rewards".to_owned(),
+        format!("/v1/operators/{operator}"),
+        format!("/v1/operators/{operator}/rewards/7"),
+    ];
+    for path in &paths {
+        let response = world.client.get(world.url(path)).send().await.unwrap();
+        assert_eq!(response.status(), 200, "{path}");
+        assert_eq!(json_of(response).await, json!({ "sequence": 7 }));
+        let heard = books.heard().remove(0);
+        assert_eq!(heard.line, format!("GET {path}"));
+        assert_eq!(world.get(path, &world.key).await.status(), 200, "with a key as well");
+        assert_eq!(books.heard().len(), 1);
+        assert_eq!(world.get(path, "sk-nonsense").await.status(), 401, "a key that is sent is a good one");
+    }
+    for (bad, field) in [
+        ("/v1/batches/x", "sequence"),
+        ("/v1/batches/-1/receipts", "sequence"),
+        ("/v1/batches/99999999999999999999/rewards", "sequence"),
+        ("/v1/operators/0xab", "address"),
+        ("/v1/operators/..%2Fbalance", "address"),
+        (&format!("/v1/operators/{operator}/rewards/..%2F..%2Fbalance"), "sequence"),
+    ] {
+        let response = world.client.get(world.url(bad)).send().await.unwrap();
+        assert_eq!(response.status(), 400, "{bad}");
+        assert_eq!(json_of(response).await["error"]["param"], field, "{bad}");
+    }
+    assert!(books.heard().is_empty());
+}
+
+async fn strangers_are_limited_by_address(column: Column) {
+    let books = Books::saying(JSON, "{}").await;
+    let url = books.url.clone();
+    let world = World::with(column, |config| {
+        config.settlement_url = url;
+        config.public_per_minute = 3;
+        config.trust_forwarded_for = true;
+    })
+    .await;
+    let [a, b] = [rand::random::<u32>(), rand::random::<u32>()]
+        .map(|bits| std::net::Ipv6Addr::from(u128::from(bits) << 64).to_string());
+    let get = async |from: &str, path: &str| {
+        let request = world.client.get(world.url(path)).header("x-forwarded-for", from);
+        request.send().await.unwrap()
+    };
+    let receipt = format!("/v1/receipts/{}", Uuid::now_v7());
+    let mut limited = None;
+    // A minute may end in between.
+    for path in ["/v1/governance", &receipt, "/v1/batches/1"].into_iter().cycle().take(7) {
+        let response = get(&a, path).await;
+        limited = limited.or((response.status() == 429).then_some(response));
+    }
+    assert!(limited.expect("an address is limited").headers().contains_key("retry-after"));
+    assert_eq!(get(&b, "/v1/governance").await.status(), 200, "others are not");
+    assert_eq!(world.get(&receipt, &world.key).await.status(), 200, "a key counts for itself");
 }
 
 async fn a_long_answer_comes_as_it_is_made(column: Column) {
@@ -294,6 +371,40 @@ async fn a_huge_answer(column: Column) {
     let endless = world.get("/v1/usage", &world.key).await;
     assert_eq!(endless.status(), 200);
     assert!(endless.bytes().await.is_err(), "it is cut");
+}
+
+async fn who_stops_reading_keeps_nobody_out(column: Column) {
+    let books = Books::answering(|mut socket, heard| {
+        Box::pin(async move {
+            if !heard.line.contains("endless") {
+                return drop(socket.write_all(b"HTTP/1.1 200 OK\r\ncontent-length: 2\r\n\r\n{}").await);
+            }
+            let head = "HTTP/1.1 200 OK\r\ncontent-type: text/csv\r\ntransfer-encoding: chunked\r\n\r\n";
+            let mut written = socket.write_all(head.as_bytes()).await;
+            let block = format!("{:x}\r\n{}\r\n", 64 * 1024, "x".repeat(64 * 1024));
+            while written.is_ok() {
+                written = socket.write_all(block.as_bytes()).await;
+            }
+        })
+    })
+    .await;
+    let url = books.url.clone();
+    let world = World::with(column, move |config| {
+        config.settlement_url = url;
+        config.settlement_timeout_secs = 1;
+        config.settlement_max_open = 1;
+    })
+    .await;
+    // More than what sockets hold, and nobody reads it.
+    let unread = world.get("/v1/usage?endless", &world.key).await;
+    assert_eq!(unread.status(), 200);
+    assert_eq!(world.get("/v1/balance", &world.key).await.status(), 503, "one may be open");
+    eventually(DEADLINE, async || {
+        let status = world.get("/v1/balance", &world.key).await.status();
+        (status == 200).then_some(()).ok_or(status)
+    })
+    .await;
+    assert!(unread.bytes().await.is_err(), "it is cut, and does not look whole");
 }
 
 async fn answers_that_are_none(column: Column) {

@@ -1,11 +1,20 @@
 //! What an answer would cost, and what it then holds.
 
+use futures::future::join_all;
 use infera_protocol::money::hold_micro;
+use infera_testkit::eventually;
 use serde_json::json;
 
-use crate::support::{Column, MODEL, World, chat, json_of};
+use crate::support::{Column, DEADLINE, MODEL, World, chat, json_of};
+use crate::wallet::Wallet;
 
-both!(a_quote_is_what_settlement_holds, a_quote_checks_what_a_request_checks, models_have_a_price);
+both!(
+    prompts_that_wait_are_bounded,
+    all_keys_of_a_wallet_count_together,
+    a_quote_is_what_settlement_holds,
+    a_quote_checks_what_a_request_checks,
+    models_have_a_price
+);
 
 async fn a_quote_is_what_settlement_holds(column: Column) {
     let mut world = World::with(column, |config| config.replicas = 5).await;
@@ -76,4 +85,42 @@ async fn models_have_a_price(column: Column) {
         (&one["infera"]["price_micro"], &one["infera"]["replicas"], &one["infera"]["currency"]),
         (&json!(2), &json!(3), &json!("INFER"))
     );
+}
+
+async fn prompts_that_wait_are_bounded(column: Column) {
+    let world = World::with(column, |config| config.max_prompts = 1).await;
+    // Each takes a while to read; a few come at a time until one finds the place taken.
+    let body = chat(json!({ "messages": [{ "role": "user", "content": "one two ".repeat(900) }] }));
+    let refused = eventually(DEADLINE, async || {
+        let asked = (0..8).map(|_| world.post_to("/v1/quote", Some(&world.key), &body));
+        let (taken, refused): (Vec<_>, Vec<_>) =
+            join_all(asked).await.into_iter().partition(|response| response.status() == 200);
+        assert!(!taken.is_empty(), "who comes first is served");
+        refused.into_iter().next()
+    })
+    .await;
+    assert_eq!(refused.status(), 503);
+    assert!(refused.headers().contains_key("retry-after"));
+    assert_eq!(json_of(refused).await["error"]["code"], "overloaded");
+    let after = world.post_to("/v1/quote", Some(&world.key), &body).await;
+    assert_eq!(after.status(), 200, "a place that was left is free again");
+}
+
+async fn all_keys_of_a_wallet_count_together(column: Column) {
+    let world = World::with(column, |config| config.requests_per_minute = 4).await;
+    let session = Wallet::new().sign_in(&world).await;
+    let body = json!({ "name": "laptop", "days": 7, "scopes": ["chat"] });
+    let mut keys = vec![session.key.clone()];
+    for _ in 0..2 {
+        let made = json_of(world.post_to("/v1/keys", Some(&session.key), &body).await).await;
+        keys.push(made["api_key"].as_str().unwrap().to_owned());
+    }
+    let mut limited = None;
+    // A minute may end in between: of nine in two minutes five are in one. No key sends more than three.
+    for key in keys.iter().cycle().take(9) {
+        let response = world.post_to("/v1/quote", Some(key), &chat(json!({}))).await;
+        limited = limited.or((response.status() == 429).then_some(response));
+    }
+    let limited = json_of(limited.expect("the account is limited")).await;
+    assert!(limited["error"]["message"].as_str().unwrap().contains("this account"), "{limited}");
 }

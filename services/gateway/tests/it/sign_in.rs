@@ -11,6 +11,7 @@ use crate::support::{Column, Files, Gateway, World, chat, json_of};
 use crate::wallet::Wallet;
 
 both!(
+    pages_of_listed_origins_may_ask,
     a_wallet_signs_in_and_asks,
     a_message_is_good_once,
     what_is_wrong_with_a_message_is_named,
@@ -388,4 +389,59 @@ async fn expired_keys_are_forgotten(column: Column) {
     assert!(revoked.contains(&"made by infera keys".to_owned()));
     assert!(!keys::is_of(&db, "0xdead", &old.jti).await.unwrap());
     assert!(keys::is_of(&db, "0xdead", &young.jti).await.unwrap());
+}
+
+/// What a browser does before and after a page asks: fetch's CORS protocol.
+async fn pages_of_listed_origins_may_ask(column: Column) {
+    let page = "https://app.example.org";
+    let world = World::with(column, |config| config.sign_in_origins = vec![page.to_owned()]).await;
+    let ask = async |method: &str, path: &str, origin: &str| {
+        let method: reqwest::Method = method.parse().unwrap();
+        let request = world.client.request(method, world.url(path)).header("origin", origin);
+        request.header("access-control-request-method", "POST").body("no json").send().await.unwrap()
+    };
+    for path in [
+        "/v1/auth/nonce",
+        "/v1/auth/login",
+        "/v1/keys",
+        "/v1/keys/x",
+        "/v1/balance",
+        "/v1/usage",
+        "/v1/statement",
+        "/v1/vouchers",
+        "/v1/receipts/x",
+    ] {
+        let first = ask("OPTIONS", path, page).await;
+        assert_eq!(first.status(), 204, "{path}");
+        let headers = first.headers();
+        assert_eq!(headers["access-control-allow-origin"], page, "{path}");
+        assert_eq!(headers["access-control-allow-headers"], "authorization, content-type");
+        assert_eq!(headers["access-control-allow-methods"], "GET, POST, DELETE");
+        for origin in ["https://evil.example.org", "http://gateway.test", "null"] {
+            let refused = ask("OPTIONS", path, origin).await;
+            assert_eq!(refused.status(), 403, "{path}");
+            assert!(!refused.headers().contains_key("access-control-allow-origin"), "{path}");
+            let refused = json_of(refused).await;
+            assert!(refused.to_string().contains("sign_in_origins"), "{refused}");
+        }
+        // An error is the page's to read as well; it needs no sign-in to be refused.
+        let method = if path.contains("auth") { "POST" } else { "GET" };
+        let refused = ask(method, path, page).await;
+        assert!(refused.status().is_client_error(), "{path}");
+        assert_eq!(refused.headers()["access-control-allow-origin"], page, "{path}");
+        assert_eq!(refused.headers()["vary"], "origin");
+    }
+    let nonce = world.client.post(world.url("/v1/auth/nonce")).header("origin", page).body("{}");
+    let nonce = nonce.send().await.unwrap();
+    assert_eq!(
+        (nonce.status().as_u16(), &nonce.headers()["access-control-allow-origin"]),
+        (200, &page.parse().unwrap())
+    );
+    for origin in ["https://evil.example.org", "https://app.example.org.evil.example"] {
+        let nonce = world.client.post(world.url("/v1/auth/nonce")).header("origin", origin).body("{}");
+        let nonce = nonce.send().await.unwrap();
+        assert!(!nonce.headers().contains_key("access-control-allow-origin"), "{origin}");
+    }
+    let elsewhere = ask("OPTIONS", "/v1/chat/completions", page).await;
+    assert!(!elsewhere.headers().contains_key("access-control-allow-origin"));
 }

@@ -120,6 +120,7 @@ impl Files {
         config.signing_key_path = path("keys/api.pem");
         // Tests share one address and one Redis.
         config.sign_ins_per_minute = 100_000;
+        config.public_per_minute = 100_000;
         config.poll_ms = 200;
         config.drain_secs = 1;
         config

@@ -21,6 +21,10 @@ pub enum AccountCommand {
         /// Make a new wallet key where there is none
         #[arg(long)]
         new: bool,
+        /// What a gateway calls itself that is reached through a proxy, as https://gateway.example.org: only for it anything
+        /// is signed; default: the gateway's address
+        #[arg(long)]
+        origin: Option<String>,
     },
     /// Revoke the API key of the sign-in and forget it
     Logout {

@@ -2,11 +2,13 @@
 
 use std::{fs, path::Path};
 
-use alloy::primitives::U256;
 use infera_protocol::{identity::Domain, voucher::Voucher};
-use infera_settlement::chain::{Contracts, Escrow, consumer::Consumer, operator::Operator};
+use infera_settlement::{
+    chain::{Escrow, consumer::Consumer},
+    ledger::MAX_MICRO,
+};
 use reqwest::Method;
-use serde_json::json;
+use serde_json::{Value, json};
 
 use super::{
     args::{AccountWho, ChainWho},
@@ -15,61 +17,34 @@ use super::{
 };
 use crate::{
     client::infer,
+    contracts::Place,
     layout::write_secret,
-    operator::{DEVNET, DEVNET_WEI, amount, read_json, shown},
+    operator::{amount, shown},
     say,
 };
 
 /// A wallet at a network's contracts.
 struct Wallet {
     consumer: Consumer,
-    rpc: String,
-    contracts: Contracts,
+    place: Place,
     session: Session,
 }
 
 impl Wallet {
     async fn open(who: &AccountWho, chain: &ChainWho) -> Result<Self, String> {
         let session = Session::open(who)?;
-        let path = chain.contracts.clone().unwrap_or_else(|| session.data().join("contracts.json"));
-        let contracts: Contracts = read_json(&path).map_err(|e| {
-            format!("{e}; name the contracts with --contracts, or the network's folder with --data")
-        })?;
-        let rpc = match &chain.rpc {
-            Some(rpc) => rpc.clone(),
-            None => session.manifest()?.ok_or("name the chain's endpoint with --rpc")?.rpc_url,
-        };
-        let consumer =
-            Consumer::connect(&rpc, &session.wallet_key()?, contracts).await.map_err(|e| e.to_string())?;
-        let wallet = Self { consumer, rpc, contracts, session };
-        if contracts.chain_id == DEVNET {
-            wallet.devnet().await?;
-        }
-        Ok(wallet)
-    }
-
-    /// On a devnet: its time goes on, and there is money for gas.
-    async fn devnet(&self) -> Result<(), String> {
-        let me = self.consumer.address();
-        let devnet = self.with_key(&self.session.wallet_key()?).await?;
-        devnet.devnet_pass(0).await.map_err(|e| e.to_string())?;
-        if devnet.gas_money(me).await.map_err(|e| e.to_string())?.is_zero() {
-            devnet.devnet_gas(me, U256::from(DEVNET_WEI)).await.map_err(|e| e.to_string())?;
+        let place = Place::find(session.data(), chain.contracts.as_deref(), chain.rpc.as_deref())?;
+        let key = session.wallet_key()?;
+        if place.gas(&place.connect(&key).await?).await? {
             say("the devnet gave money for gas");
         }
-        Ok(())
-    }
-
-    async fn with_key(&self, key: &str) -> Result<Operator, String> {
-        Operator::connect(&self.rpc, key, self.contracts).await.map_err(|e| e.to_string())
+        let consumer =
+            Consumer::connect(&place.rpc, &key, place.contracts).await.map_err(|e| e.to_string())?;
+        Ok(Self { consumer, place, session })
     }
 
     async fn take_from_treasury(&self, missing: u128) -> Result<(), String> {
-        let path = self.session.data().join("keys/treasury.key");
-        let key = fs::read_to_string(&path)
-            .map_err(|e| format!("there is no treasury here ({}: {e})", path.display()))?;
-        let treasury = self.with_key(&key).await?;
-        treasury.transfer(self.consumer.address(), missing).await.map_err(|e| e.to_string())?;
+        self.place.from_treasury(self.session.data(), self.consumer.address(), missing).await?;
         say(format_args!("the devnet's treasury gave {}", shown(missing)));
         Ok(())
     }
@@ -147,6 +122,8 @@ pub async fn withdraw(
 /// could otherwise have more signed than anybody meant.
 pub async fn voucher(who: &AccountWho, text: &str, more: bool) -> Result<(), String> {
     let session = Session::open(who)?;
+    // Nothing is signed that could not be brought.
+    session.api_key()?;
     let wanted = u64::try_from(amount(text)?).map_err(|_| format!("the amount `{text}` is too large"))?;
     let wallet = session.wallet()?;
     let account = of(wallet.address());
@@ -166,17 +143,35 @@ pub async fn voucher(who: &AccountWho, text: &str, more: bool) -> Result<(), Str
     write_secret(&path, cumulative_micro.to_string().as_bytes())
         .map_err(|e| format!("cannot write {}: {e}", path.display()))?;
     let body = json!({ "cumulative_micro": cumulative_micro.to_string(), "signature": signature });
-    session.ask(Method::POST, "/v1/vouchers", Some(&body)).await?;
-    say(format_args!("{} may be charged in all to {account} on chain {chain_id}", infer(cumulative_micro)));
+    let answer = session.ask(Method::POST, "/v1/vouchers", Some(&body)).await.map_err(|e| {
+        let amount = infer(cumulative_micro);
+        let amount = amount.trim_end_matches(" INFER");
+        format!(
+            "{e}; the voucher counts as signed: bring it again with `infera account voucher {amount}`, without --more"
+        )
+    })?;
+    let kept = kept(&answer, cumulative_micro)?;
+    say(format_args!("{} may be charged in all to {account} on chain {chain_id}", infer(kept)));
     Ok(())
+}
+
+/// The highest voucher that the network has: `signed`, or one that was brought before.
+pub(super) fn kept(answer: &Value, signed: u64) -> Result<u64, String> {
+    let kept = answer.get("voucher_micro").and_then(Value::as_u64);
+    match kept.ok_or("the gateway's answer has no `voucher_micro`")? {
+        kept if kept >= signed => Ok(kept),
+        kept => Err(format!(
+            "the gateway says that it has a voucher of {}, {} was brought: bring it again",
+            infer(kept),
+            infer(signed)
+        )),
+    }
 }
 
 /// What the voucher says, after one of `last`.
 fn total(last: Option<u64>, wanted: u64, more: bool) -> Result<u64, String> {
-    match (more, last) {
-        (true, Some(last)) => {
-            last.checked_add(wanted).ok_or_else(|| "that is more than a voucher can say".to_owned())
-        }
+    let total = match (more, last) {
+        (true, Some(last)) => Ok(last.saturating_add(wanted)),
         (true, None) => {
             Err("no voucher was signed in this folder yet: give the whole amount, without --more".into())
         }
@@ -185,7 +180,11 @@ fn total(last: Option<u64>, wanted: u64, more: bool) -> Result<u64, String> {
             infer(last)
         )),
         (false, _) => Ok(wanted),
+    }?;
+    if total > MAX_MICRO.unsigned_abs() {
+        return Err(format!("a voucher may say {} at most", infer(MAX_MICRO.unsigned_abs())));
     }
+    Ok(total)
 }
 
 fn last(path: &Path) -> Result<Option<u64>, String> {
@@ -208,6 +207,12 @@ mod tests {
         assert_eq!(total(Some(5), 7, true), Ok(12));
         assert!(total(Some(5), 4, false).unwrap_err().contains("0.000005 INFER"));
         assert!(total(None, 4, true).unwrap_err().contains("--more"));
-        assert!(total(Some(u64::MAX), 1, true).is_err());
+        let most = MAX_MICRO.unsigned_abs();
+        assert_eq!(total(Some(most - 1), 1, true), Ok(most));
+        for (last, wanted, more) in
+            [(Some(most), 1, true), (Some(u64::MAX), 1, true), (None, most + 1, false)]
+        {
+            assert!(total(last, wanted, more).unwrap_err().contains("1000000000000.000000 INFER at most"));
+        }
     }
 }

@@ -10,20 +10,19 @@ use alloy::signers::local::PrivateKeySigner;
 use infera_protocol::registry::Manifest;
 use infera_runtime::{clock, network};
 use infera_settlement::chain::parse_key;
-use reqwest::{Method, Response};
+use reqwest::{Method, Response, StatusCode};
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
 use super::args::AccountWho;
 use crate::{
-    client::UpFile,
+    client::{UpFile, without_tls},
+    contracts::secret,
     layout::{Layout, write_secret},
 };
 
 /// Overrides the API key of the sign-in: for accounts without a wallet.
 const API_KEY: &str = "INFERA_API_KEY";
-/// A key file has 67 bytes.
-const MAX_KEY_BYTES: u64 = 1024;
 
 /// What a sign-in leaves in the account's folder.
 #[derive(Debug, Clone, Serialize, Deserialize)]
@@ -34,6 +33,12 @@ pub struct SignIn {
     pub jti: String,
     /// Seconds since the Unix epoch.
     pub expires_at: i64,
+}
+
+impl SignIn {
+    fn is_over(&self) -> bool {
+        self.expires_at <= clock::now_secs()
+    }
 }
 
 /// A folder and a gateway.
@@ -54,6 +59,7 @@ impl Session {
             "no gateway is known: name one with --gateway http://HOST:PORT, or a running network's folder with --data",
         )?;
         let gateway = gateway.trim_end_matches('/').trim_end_matches("/v1").to_owned();
+        without_tls(&gateway)?;
         let http = reqwest::Client::builder().no_proxy().build().map_err(|e| e.to_string())?;
         Ok(Self { who: who.clone(), gateway, http })
     }
@@ -82,21 +88,8 @@ impl Session {
 
     /// Its key as the file has it.
     pub fn wallet_key(&self) -> Result<String, String> {
-        let path = self.key_path();
-        let unreadable = |e: std::io::Error| {
-            format!(
-                "cannot read the wallet's key {}: {e}; name it with --key, or make one with `infera account login --new`",
-                path.display()
-            )
-        };
-        let meta = fs::metadata(&path).map_err(unreadable)?;
-        if std::os::unix::fs::PermissionsExt::mode(&meta.permissions()) & 0o077 != 0 {
-            return Err(format!("the key {} can be read by others: run chmod 600 on it", path.display()));
-        }
-        if meta.len() > MAX_KEY_BYTES {
-            return Err(format!("{} is too large for a key: write 0x and 64 hex digits", path.display()));
-        }
-        fs::read_to_string(&path).map_err(unreadable)
+        let remedy = "name it with --key, or make one with `infera account login --new`";
+        secret("the wallet's key", &self.key_path(), remedy)
     }
 
     /// The manifest in the data folder, if there is one.
@@ -108,7 +101,17 @@ impl Session {
         network::manifest(&path).map(Some).map_err(|e| e.to_string())
     }
 
+    /// The sign-in, if it is good still.
     pub fn sign_in(&self) -> Result<SignIn, String> {
+        let known = self.known()?;
+        if known.is_over() {
+            return Err("the sign-in has expired: `infera account login` makes a new one".into());
+        }
+        Ok(known)
+    }
+
+    /// The sign-in at this gateway, expired or not.
+    fn known(&self) -> Result<SignIn, String> {
         let known = read_sign_in(&sign_in_path(&self.who.account))?;
         if known.gateway != self.gateway {
             return Err(format!(
@@ -116,9 +119,21 @@ impl Session {
                 known.gateway, self.gateway, self.gateway
             ));
         }
-        if known.expires_at <= clock::now_secs() {
-            return Err("the sign-in has expired: `infera account login` makes a new one".into());
+        Ok(known)
+    }
+
+    /// Revokes the sign-in's key and forgets it. One that has expired, or that the gateway takes no more, is over already.
+    pub async fn sign_out(&self) -> Result<SignIn, String> {
+        let known = self.known()?;
+        if !known.is_over() {
+            let path = format!("/v1/keys/{}", known.jti);
+            let response = self.send(Method::DELETE, &path, Some(&known.api_key), None).await?;
+            if response.status() != StatusCode::UNAUTHORIZED {
+                json_of(response).await?;
+            }
         }
+        let path = sign_in_path(&self.who.account);
+        fs::remove_file(&path).map_err(|e| format!("cannot remove {}: {e}", path.display()))?;
         Ok(known)
     }
 
@@ -129,12 +144,8 @@ impl Session {
         Ok(path)
     }
 
-    pub fn forget(&self) -> Result<(), String> {
-        let path = sign_in_path(&self.who.account);
-        fs::remove_file(&path).map_err(|e| format!("cannot remove {}: {e}", path.display()))
-    }
-
-    fn api_key(&self) -> Result<String, String> {
+    /// The key that requests are sent with.
+    pub fn api_key(&self) -> Result<String, String> {
         match std::env::var(API_KEY) {
             Ok(key) if !key.is_empty() => Ok(key),
             _ => self.sign_in().map(|known| known.api_key),

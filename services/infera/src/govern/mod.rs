@@ -7,16 +7,16 @@ use std::{fs, path::Path, process::ExitCode};
 
 use alloy::primitives::Address;
 use infera_protocol::{bytes::Hash32, governed::ModelTerms, registry::Model};
-use infera_runtime::{clock, network};
+use infera_runtime::clock;
 use infera_settlement::chain::{
-    Contracts,
     governance::{Governance, GovernanceError, Proposal, ProposalId, RegistryCall, Support, Voter},
     parse_address,
 };
 use serde::Serialize;
 
 use crate::{
-    operator::{DEVNET, DEVNET_WEI, shown},
+    contracts::{Place, secret},
+    operator::shown,
     say,
 };
 use args::{Chain, Change, GovernArgs, GovernCommand, Holder, Proposer, Vote};
@@ -46,37 +46,17 @@ fn said(error: impl std::fmt::Display) -> String {
 }
 
 /// The endpoint and the contracts that `at` names.
-fn place(at: &Chain) -> Result<(String, Contracts), String> {
-    let folder = &at.data.data;
-    let path = at.contracts.clone().unwrap_or_else(|| folder.join("contracts.json"));
-    let text = fs::read(&path).map_err(|e| {
-        format!("cannot read {}: {e}; name the contracts' addresses with --contracts, or the data folder with --data", path.display())
-    })?;
-    let contracts =
-        serde_json::from_slice(&text).map_err(|e| format!("{} is damaged: {e}", path.display()))?;
-    let rpc = match &at.rpc {
-        Some(rpc) => rpc.clone(),
-        None => {
-            network::manifest(&folder.join("network.json"))
-                .map_err(|e| format!("{e}; name the chain's endpoint with --rpc"))?
-                .rpc_url
-        }
-    };
-    Ok((rpc, contracts))
-}
-
-/// A devnet's time stands still between transactions: its clock is set before it is looked at.
-async fn wake(governance: &Governance) -> Result<(), String> {
-    if governance.contracts().chain_id == DEVNET {
-        governance.devnet_pass(0).await.map_err(said)?;
-    }
-    Ok(())
+fn place(at: &Chain) -> Result<Place, String> {
+    Place::find(&at.data.data, at.contracts.as_deref(), at.rpc.as_deref())
 }
 
 async fn reading(at: &Chain) -> Result<Governance, String> {
-    let (rpc, contracts) = place(at)?;
-    let governance = Governance::connect(&rpc, contracts).await.map_err(said)?;
-    wake(&governance).await?;
+    let place = place(at)?;
+    let governance = Governance::connect(&place.rpc, place.contracts).await.map_err(said)?;
+    // A devnet's time stands still between transactions: its clock is set before it is looked at.
+    if place.is_devnet() {
+        governance.devnet_pass(0).await.map_err(said)?;
+    }
     Ok(governance)
 }
 
@@ -114,6 +94,7 @@ async fn registry(at: &Chain) -> Result<(), String> {
 /// A holder at the governor.
 struct Session {
     voter: Voter,
+    place: Place,
     at: Chain,
     /// The key is the devnet's treasury's, or one that was named.
     treasury: bool,
@@ -131,38 +112,24 @@ struct Done {
 
 impl Session {
     async fn open(who: &Holder) -> Result<Self, String> {
-        let (rpc, contracts) = place(&who.at)?;
+        let place = place(&who.at)?;
         let folder = &who.at.data.data;
         let treasury_key = folder.join("keys/treasury.key");
-        let treasury =
-            who.key.is_none() && who.node.is_none() && contracts.chain_id == DEVNET && treasury_key.exists();
+        let treasury = who.key.is_none() && who.node.is_none() && place.is_devnet() && treasury_key.exists();
         let path = match (&who.key, who.node) {
             (Some(key), _) => key.clone(),
             (None, Some(node)) => folder.join("nodes").join(node.to_string()).join("operator.key"),
             (None, None) if treasury => treasury_key,
             (None, None) => Path::new(".infera-node/operator.key").to_path_buf(),
         };
-        let key = fs::read_to_string(&path).map_err(|e| {
-            format!("cannot read the key {}: {e}; name it with --key or --node", path.display())
-        })?;
-        let voter = Voter::connect(&rpc, &key, contracts).await.map_err(said)?;
-        wake(voter.governance()).await?;
-        let session = Self { voter, at: who.at.clone(), treasury };
-        session.gas().await?;
-        Ok(session)
+        let key = secret("the key", &path, "name it with --key or --node")?;
+        place.gas(&place.connect(&key).await?).await?;
+        let voter = Voter::connect(&place.rpc, &key, place.contracts).await.map_err(said)?;
+        Ok(Self { voter, at: who.at.clone(), treasury, place })
     }
 
     fn devnet(&self) -> bool {
-        self.voter.governance().contracts().chain_id == DEVNET
-    }
-
-    /// On a devnet: money for gas, where there is none.
-    async fn gas(&self) -> Result<(), String> {
-        let (key, me) = (self.voter.key(), self.voter.address());
-        if self.devnet() && key.gas_money(me).await.map_err(said)?.is_zero() {
-            key.devnet_gas(me, alloy::primitives::U256::from(DEVNET_WEI)).await.map_err(said)?;
-        }
-        Ok(())
+        self.place.is_devnet()
     }
 
     async fn find(&self, id: &str) -> Result<Proposal, String> {

@@ -61,7 +61,10 @@ fn api_key(layout: &Layout, signer: &Signer) -> Result<String, String> {
         let verifier =
             infera_runtime::jwt::Verifier::from_jwks_file(&layout.jwks()).map_err(|e| e.to_string())?;
         let last_day = clock::now_ms() / 1_000 + 86_400;
-        if verifier.verify(stored.trim(), keys::AUDIENCE).is_ok_and(|claims| claims.exp > last_day) {
+        if verifier
+            .verify(stored.trim(), infera_gateway::keys::AUDIENCE)
+            .is_ok_and(|claims| claims.exp > last_day)
+        {
             return Ok(stored.trim().to_owned());
         }
     }

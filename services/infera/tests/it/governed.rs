@@ -96,6 +96,11 @@ async fn batches_are_recomputed(network: &Network) {
     if last > 1 {
         network.succeeds(&["verify", "--batches", &format!("{last}")]);
     }
+    // Of a public network strangers reach the gateway alone.
+    let base_url = network.url("base_url");
+    let gateway = base_url.trim_end_matches("/v1");
+    let printed = network.succeeds(&["verify", "--batches", "1..", "--settlement", gateway]);
+    assert!(printed.contains("every one holds"), "{printed}");
     let (status, printed) = network.command(&["verify", "--batches", "999999"]);
     assert!(status == Some(2) && printed.contains("newest batch"), "{printed}");
 

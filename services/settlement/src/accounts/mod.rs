@@ -17,8 +17,8 @@ use infera_protocol::{
     bytes::{Address, EvmSignature},
     voucher::Voucher,
 };
-use infera_runtime::{clock, http::ApiError, jwt::Claims};
-use sea_orm::{ConnectionTrait, DatabaseConnection, DbBackend, DbErr, IsolationLevel, TransactionTrait};
+use infera_runtime::{clock, db::begin_snapshot, http::ApiError, jwt::Claims};
+use sea_orm::{ConnectionTrait, DatabaseConnection, DbErr};
 use serde::{Deserialize, Serialize};
 
 pub use period::Place;
@@ -79,17 +79,12 @@ fn owner(state: &State, request: &HttpRequest) -> Result<Claims, ApiError> {
 /// `GET /v1/balance`.
 pub(crate) async fn balance(state: web::Data<State>, request: HttpRequest) -> Result<HttpResponse, ApiError> {
     let account = owner(&state, &request)?.sub;
-    // On its own, as the audit: a client that leaves must not drop a BEGIN half way.
-    let reading = actix_web::rt::spawn(at_one_moment(state.db.clone(), account));
-    let balance = reading.await.map_err(ApiError::internal)?.map_err(ApiError::internal)?;
+    let balance = at_one_moment(&state.db, account).await.map_err(ApiError::internal)?;
     Ok(HttpResponse::Ok().json(balance))
 }
 
-async fn at_one_moment(db: DatabaseConnection, account: String) -> Result<Balance, DbErr> {
-    // SQLite's transactions always see one moment.
-    let isolation =
-        (db.get_database_backend() == DbBackend::Postgres).then_some(IsolationLevel::RepeatableRead);
-    let tx = db.begin_with_config(isolation, None).await?;
+async fn at_one_moment(db: &DatabaseConnection, account: String) -> Result<Balance, DbErr> {
+    let tx = begin_snapshot(db).await?;
     let balance = of(&tx, account).await?;
     tx.commit().await?;
     Ok(balance)

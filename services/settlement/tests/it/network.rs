@@ -130,9 +130,8 @@ impl Network {
             .take(honest + wrong)
             .enumerate()
             .map(|(i, drawn)| {
-                let mut tokens: Vec<u32> =
-                    if i < honest { (100..119).collect() } else { vec![u32::try_from(i).unwrap() + 500] };
-                tokens.extend(&self.registry.models[0].end_tokens);
+                let tokens =
+                    if i < honest { self.honest() } else { self.ended([u32::try_from(i).unwrap() + 500]) };
                 let output = infera_testkit::evidence::output(&tokens, Finish::Eos);
                 let key = self.nodes.iter().find(|key| node_id(key) == drawn.node).unwrap();
                 let salt = Hash32([u8::try_from(i).unwrap(); 32]);
@@ -181,14 +180,21 @@ impl Network {
         evidence
     }
 
+    fn honest(&self) -> Vec<u32> {
+        self.ended(100..119)
+    }
+
+    fn ended(&self, tokens: impl IntoIterator<Item = u32>) -> Vec<u32> {
+        tokens.into_iter().chain(self.registry.models[0].end_tokens.iter().copied()).collect()
+    }
+
     /// Confirms the honest answer and denies all others.
     fn referee(&self, evidence: &Evidence, next: &Eligible) -> RefereeEvidence {
         let key = self.nodes.iter().find(|key| node_id(key) == next.node).unwrap();
         let asked: Vec<Hash32> = evidence.answers().iter().map(|(hash, ..)| *hash).collect();
         let print = Fingerprint::new(vec![Entry { token: 1, logprob: 0 }]).unwrap();
-        let expected: Vec<u32> = (100..119).chain(self.registry.models[0].end_tokens.clone()).collect();
         let report = |output: Output| {
-            let honest = output.tokens == expected;
+            let honest = output.tokens == self.honest();
             let margin_micro = if honest { 0 } else { u32::MAX };
             let score = TokenScore { margin_micro, fingerprint: print.clone() };
             let scores = Report { scores: vec![score; output.tokens.len()] }.encode();

@@ -137,6 +137,12 @@ async fn a_verified_request_is_charged_and_paid(column: Column) {
         .collect();
     assert_eq!(unchecked, ["merkle proof"]);
 
+    // Evidence holds the prompt and the answer: a key for something else does not bring it.
+    let (status, body) = service.get(&receipt_path, Some(&place.key_for("alice", &["chat"]))).await;
+    let body = String::from_utf8(body).unwrap();
+    assert_eq!(status, 403, "{body}");
+    assert!(body.contains("insufficient_scope") && body.contains("`receipts`"), "{body}");
+
     assert_eq!(service.get(&receipt_path, Some("forged")).await.0, 401);
     assert_eq!(service.get("/v1/balance", None).await.0, 401);
     assert_eq!(service.get("/v1/receipts/none", None).await.0, 400);

@@ -72,7 +72,11 @@ impl Place {
     }
 
     pub fn key(&self, account: &str) -> String {
-        self.signer.issue(&Claims::new(account, AUDIENCE, &["chat"], 600)).unwrap()
+        self.key_for(account, &["chat", "receipts"])
+    }
+
+    pub fn key_for(&self, account: &str, scopes: &[&str]) -> String {
+        self.signer.issue(&Claims::new(account, AUDIENCE, scopes, 600)).unwrap()
     }
 
     pub async fn start(&self) -> Service {

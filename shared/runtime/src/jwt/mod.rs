@@ -18,6 +18,8 @@ use key::KeyPair;
 
 /// The issuer of every token of this network.
 pub const ISSUER: &str = "infera";
+/// The scope for reading receipts with their evidence, at the gateway and at settlement.
+pub const SCOPE_RECEIPTS: &str = "receipts";
 /// Longest token in bytes; longer ones are refused unread.
 pub const MAX_TOKEN: usize = 4096;
 /// Largest JWKS file in bytes.

@@ -1,3 +1,5 @@
+use std::task::Poll;
+
 use infera_runtime::db::{self, DbError};
 use infera_testkit::{TempDir, cluster, free_port, sqlite_url, unique};
 use sea_orm::{ConnectionTrait, DatabaseConnection, TransactionTrait};
@@ -134,4 +136,42 @@ async fn what_cannot_be_reached_is_named_without_its_password() {
 
     let error = db::connect("sqlite:///proc/nowhere/x.db?mode=rwc", None).await.unwrap_err();
     assert!(error.to_string().contains("/proc/nowhere"), "{error}");
+}
+
+/// Drops `future` when it is woken for the `wakes`th time; false if it was ready before.
+async fn left_after<T>(wakes: usize, future: impl Future<Output = T>) -> bool {
+    let (mut future, mut seen) = (std::pin::pin!(future), 0);
+    std::future::poll_fn(|context| {
+        seen += 1;
+        if seen > wakes {
+            return Poll::Ready(true);
+        }
+        future.as_mut().poll(context).map(|_| false)
+    })
+    .await
+}
+
+#[tokio::test]
+async fn a_transaction_that_nobody_waits_for_leaves_the_pool_as_it_was() {
+    let (url, schema) = (&cluster().pg_url, unique("begin"));
+    let db = db::connect(url, Some(&schema)).await.unwrap();
+    let elsewhere = db::connect(url, Some(&schema)).await.unwrap();
+    db::migrate::<Migrator>(&db).await.unwrap();
+    let mut left = 0;
+    for wakes in 1..=12 {
+        left += usize::from(left_after(wakes, db::begin(&db)).await);
+        left += usize::from(left_after(wakes, db::begin_snapshot(&db)).await);
+        // Over every connection that there is, and more.
+        for n in 0..2 * db::POSTGRES_POOL as usize {
+            let id = 100 * (wakes + 1) + n;
+            db.execute_unprepared(&format!("INSERT INTO parent (id) VALUES ({id})")).await.unwrap();
+            let seen = number(&elsewhere, &format!("SELECT count(*) FROM parent WHERE id = {id}")).await;
+            assert_eq!(seen, 1, "what is written is there for everybody, left after {wakes} wakes");
+        }
+    }
+    assert!(left > 0, "some were left before they began");
+    let tx = db::begin(&db).await.unwrap();
+    tx.execute_unprepared("INSERT INTO parent (id) VALUES (1)").await.unwrap();
+    drop(tx);
+    assert_eq!(number(&db, "SELECT count(*) FROM parent WHERE id = 1").await, 0, "dropped, rolled back");
 }
