@@ -65,7 +65,7 @@ impl Place {
     }
 
     /// On a devnet: tokens of its treasury, whose key is in the data folder.
-    pub async fn from_treasury(&self, folder: &Path, to: Address, micro: u128) -> Result<(), String> {
+    pub async fn treasury_gives(&self, folder: &Path, to: Address, micro: u128) -> Result<(), String> {
         let key = secret("the treasury's key", &folder.join("keys/treasury.key"), "only a devnet has one")?;
         let treasury = self.connect(&key).await?;
         treasury.transfer(to, micro).await.map(drop).map_err(|e| e.to_string())

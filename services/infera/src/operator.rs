@@ -228,15 +228,15 @@ async fn stake(who: &OperatorWho, text: &str, faucet: bool) -> Result<(), String
                 shown(amount)
             ));
         }
-        from_treasury(&session, amount - has).await?;
+        treasury_gives(&session, amount - has).await?;
     }
     let tx = session.chain.stake(amount).await.map_err(|e| e.to_string())?;
     say(format_args!("staked {}, transaction {tx}", shown(amount)));
     say_stake(&session).await
 }
 
-async fn from_treasury(session: &Session, missing: u128) -> Result<(), String> {
-    session.place.from_treasury(&session.folder, session.chain.address(), missing).await?;
+async fn treasury_gives(session: &Session, missing: u128) -> Result<(), String> {
+    session.place.treasury_gives(&session.folder, session.chain.address(), missing).await?;
     say(format_args!("the devnet's treasury gave {}", shown(missing)));
     Ok(())
 }

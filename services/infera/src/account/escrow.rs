@@ -44,7 +44,7 @@ impl Wallet {
     }
 
     async fn take_from_treasury(&self, missing: u128) -> Result<(), String> {
-        self.place.from_treasury(self.session.data(), self.consumer.address(), missing).await?;
+        self.place.treasury_gives(self.session.data(), self.consumer.address(), missing).await?;
         say(format_args!("the devnet's treasury gave {}", shown(missing)));
         Ok(())
     }

@@ -108,7 +108,7 @@ pub fn proposal(proposal: &Proposal, now_secs: u64) {
 }
 
 fn place(name: &str, place: Option<Place>) {
-    if let Some(Place { block, tx }) = place {
+    if let Some(Place { block, tx, .. }) = place {
         say(format_args!("{name:10} block {block}, transaction {tx}"));
     }
 }
