@@ -328,6 +328,8 @@ pub(super) async fn send(provider: &RootProvider, raw: &[u8]) -> Result<(), Chai
 
 /// How often a pending transaction is looked at, and how long.
 const POLL: Duration = Duration::from_millis(50);
+/// When the same bytes are sent again: they may not have arrived, or be forgotten.
+const RESEND: Duration = Duration::from_secs(3);
 const TIMEOUT: Duration = Duration::from_secs(120);
 
 /// Sends one call as `signer` and waits until it is in a block. Returns the transaction.
@@ -366,6 +368,7 @@ async fn included(
     signed: &SignedTx,
     deadline: tokio::time::Instant,
 ) -> Result<B256, ChainError> {
+    let mut sent = tokio::time::Instant::now();
     loop {
         let seen = match status(provider, signed.hash).await {
             Ok(TxStatus::Included { .. }) => return Ok(signed.hash),
@@ -373,7 +376,16 @@ async fn included(
                 let reason = format!("transaction {} failed", signed.hash);
                 return Err(ChainError::Reverted { what, reason });
             }
-            Ok(TxStatus::Unknown) => "it is in no block".to_owned(),
+            Ok(TxStatus::Unknown) => {
+                if sent.elapsed() >= RESEND {
+                    sent = tokio::time::Instant::now();
+                    // Whatever is answered: only a block says what became of it.
+                    if let Err(error) = send(provider, &signed.raw).await {
+                        tracing::debug!(%error, tx = %signed.hash, "not sent again");
+                    }
+                }
+                "it is in no block".to_owned()
+            }
             Err(ChainError::Unreachable(reason)) => reason,
             Err(error) => return Err(error),
         };

@@ -2,7 +2,7 @@
 
 use infera_protocol::{bytes::Address, identity::Domain};
 use infera_settlement::{
-    chain::{Call, Chain as Settler, Charge, Contracts, Port, consumer::Consumer, operator::Operator},
+    chain::{Contracts, consumer::Consumer, operator::Operator},
     store::escrows,
 };
 use infera_testkit::{anvil::Anvil, eventually};
@@ -13,31 +13,31 @@ use uuid::Uuid;
 use crate::{
     anvil_world::rpc,
     batches::place,
-    chain::{DEPLOYER, SETTLER},
+    chain::DEPLOYER,
     service::{Column, DEADLINE, Place, Service},
     statements::statements,
     wallets::{WALLETS, sign},
 };
 
 /// What a request holds, and what two of three equal answers cost.
-const HOLD: i64 = 600;
-const CHARGE: i64 = 120;
+pub const HOLD: i64 = 600;
+pub const CHARGE: i64 = 120;
 
 pub struct World {
-    anvil: Anvil,
-    contracts: Contracts,
+    pub anvil: Anvil,
+    pub contracts: Contracts,
     pub place: Place,
     pub service: Service,
-    consumer: Consumer,
+    pub consumer: Consumer,
 }
 
 impl World {
-    async fn new(column: Column) -> Self {
+    pub async fn new(column: Column) -> Self {
         Self::with(column, |_| ()).await
     }
 
     /// A wallet with 100,000 and its service.
-    async fn with(column: Column, change: impl FnOnce(&mut Place)) -> Self {
+    pub async fn with(column: Column, change: impl FnOnce(&mut Place)) -> Self {
         let anvil = Anvil::start_with(&["64"]).await;
         let contracts = crate::chain::contracts(anvil.url()).await;
         let mut place = place(column, anvil.url(), Address(contracts.settlement.into())).await;
@@ -55,16 +55,16 @@ impl World {
         self.consumer.account_name()
     }
 
-    fn domain(&self) -> Domain {
+    pub fn domain(&self) -> Domain {
         self.consumer.domain()
     }
 
-    async fn balance(&self) -> Value {
+    pub async fn balance(&self) -> Value {
         self.service.json("/v1/balance", Some(&self.place.key(&self.name()))).await
     }
 
     /// Waits until a figure of the balance is what it must be; returns the balance.
-    async fn wait(&self, pointer: &str, expected: i64) -> Value {
+    pub async fn wait(&self, pointer: &str, expected: i64) -> Value {
         eventually(DEADLINE, async || {
             let balance = self.balance().await;
             if balance.pointer(pointer) == Some(&json!(expected)) { Ok(balance) } else { Err(balance) }
@@ -77,7 +77,7 @@ impl World {
     }
 
     /// Signs for `cumulative` and says so.
-    async fn allow(&self, cumulative: u64) {
+    pub async fn allow(&self, cumulative: u64) {
         let signature = self.consumer.voucher(cumulative).unwrap();
         let (status, said) =
             self.post(&self.name(), &json!({ "cumulative_micro": cumulative, "signature": signature })).await;
@@ -85,7 +85,7 @@ impl World {
     }
 
     /// Deposits and signs for as much, both known to the service.
-    async fn ready(&self, micro: u64) {
+    pub async fn ready(&self, micro: u64) {
         self.ready_with(0, micro).await;
     }
 
@@ -96,7 +96,7 @@ impl World {
     }
 
     /// Another wallet with `micro` in escrow and a voucher for as much, both known to the service.
-    async fn other(&self, micro: u64) -> Consumer {
+    pub async fn other(&self, micro: u64) -> Consumer {
         let other = Consumer::connect(self.anvil.url(), WALLETS[1], self.contracts).await.unwrap();
         let treasury = Operator::connect(self.anvil.url(), DEPLOYER, self.contracts).await.unwrap();
         treasury.transfer(other.address(), micro.into()).await.unwrap();
@@ -113,7 +113,7 @@ impl World {
     }
 
     /// Waits until the chain has charged an account so much in all.
-    async fn charged(&self, of: infera_settlement::chain::Address, expected: u128) {
+    pub async fn charged(&self, of: infera_settlement::chain::Address, expected: u128) {
         eventually(DEADLINE, async || {
             let charged = self.consumer.account(of).await.unwrap().charged;
             if charged == expected { Ok(()) } else { Err(charged) }
@@ -122,13 +122,13 @@ impl World {
     }
 
     /// A request of the wallet, funded or rejected; its id.
-    fn ask(&self) -> infera_wire::convert::Submitted {
+    pub fn ask(&self) -> infera_wire::convert::Submitted {
         let submitted = self.place.network.submitted(&self.name());
         self.place.submit(&submitted);
         submitted
     }
 
-    fn decide(&self, submitted: &infera_wire::convert::Submitted) -> Uuid {
+    pub fn decide(&self, submitted: &infera_wire::convert::Submitted) -> Uuid {
         self.place.decide(&self.place.network.verified(&self.place.network.evidence(submitted, 2, 1)));
         submitted.request.id
     }
@@ -144,12 +144,12 @@ impl World {
         self.mine(1).await;
     }
 
-    async fn mine(&self, blocks: u64) {
+    pub async fn mine(&self, blocks: u64) {
         rpc(self.anvil.url(), "anvil_mine", json!([format!("{blocks:#x}")])).await;
     }
 
     /// The audit, not an old one.
-    async fn audit(&self, holds: impl Fn(&Value) -> bool) -> Value {
+    pub async fn audit(&self, holds: impl Fn(&Value) -> bool) -> Value {
         eventually(DEADLINE, async || {
             let audit = self.service.audit().await;
             if holds(&audit) { Ok(audit) } else { Err(audit) }
@@ -428,75 +428,6 @@ async fn a_deposit_that_is_reorganised_away_was_never_spent() {
     world.mine(1).await;
     world.wait("/available_micro", 700).await;
     world.audit(|audit| audit["deposits_micro"] == -700).await;
-    world.service.stop().await;
-}
-
-#[tokio::test]
-async fn a_settler_takes_no_more_than_was_signed_and_no_charge_counts_twice() {
-    let world = World::new(Column::Embedded).await;
-    world.ready(1_000).await;
-    let request = world.ask();
-    world.decide(&request);
-    world.wait("/escrow/charged_on_chain_micro", CHARGE).await;
-    // A settler that steals, with the same key.
-    let settler = Settler::connect(world.anvil.url(), SETTLER, world.contracts.settlement).await.unwrap();
-    let sequence = settler.head().await.unwrap().sequence;
-    let account = world.consumer.address();
-    let charge = async |cumulative: u128, voucher| {
-        let charges = vec![Charge { account, cumulative, voucher }];
-        let (nonce, fees) = (settler.next_nonce().await.unwrap(), settler.fees().await.unwrap());
-        settler.sign(&[Call::Charge { sequence, charges }], nonce, fees).await
-    };
-    let beyond = charge(1_001, None).await.unwrap_err().to_string();
-    assert!(beyond.contains("allowed 1000, not 1001"), "{beyond}");
-    let forged = charge(1_001, Some((1_001, sign(1, &world.domain(), 1_001)))).await.unwrap_err().to_string();
-    assert!(forged.contains("not signed by it"), "{forged}");
-    // The charge of before again takes nothing.
-    let again = charge(120, None).await.unwrap();
-    settler.send_raw(&again.raw).await.unwrap();
-    world.mine(1).await;
-    let now = world.consumer.account(account).await.unwrap();
-    assert_eq!((now.escrow, now.charged), (880, 120));
-    // Within the voucher it can take more than the books charged: they see it, and do not lend it again.
-    let stolen = charge(500, None).await.unwrap();
-    settler.send_raw(&stolen.raw).await.unwrap();
-    world.wait("/escrow/charged_on_chain_micro", 500).await;
-    world.wait("/available_micro", 500).await;
-    world.audit(|audit| audit["escrow_charged_micro"] == 500).await;
-    world.service.stop().await;
-}
-
-#[tokio::test]
-async fn who_owes_more_than_was_signed_stops_nobody_elses_charge() {
-    let world = World::with(Column::Embedded, |place| place.config.rewards.queue = false).await;
-    world.consumer.deposit(2_000).await.unwrap();
-    world.allow(1_000).await;
-    world.wait("/available_micro", 1_000).await;
-    let other = world.other(1_000).await;
-    world.decide(&world.ask());
-    world.wait("/escrow/charged_on_chain_micro", CHARGE).await;
-    // While a request is open, somebody with the settler's key takes all that was signed for.
-    let open = world.ask();
-    world.wait("/held_micro", HOLD).await;
-    let settler = Settler::connect(world.anvil.url(), SETTLER, world.contracts.settlement).await.unwrap();
-    let sequence = settler.head().await.unwrap().sequence;
-    let charges = vec![Charge { account: world.consumer.address(), cumulative: 1_000, voucher: None }];
-    let (nonce, fees) = (settler.next_nonce().await.unwrap(), settler.fees().await.unwrap());
-    let stolen = settler.sign(&[Call::Charge { sequence, charges }], nonce, fees).await.unwrap();
-    settler.send_raw(&stolen.raw).await.unwrap();
-    world.wait("/escrow/charged_on_chain_micro", 1_000).await;
-    // What the request costs is beyond the voucher. It waits, and nobody else does.
-    world.decide(&open);
-    world.wait("/escrow/charged_micro", 1_000 + CHARGE).await;
-    let submitted = world.place.network.submitted(&other.account_name());
-    world.place.submit(&submitted);
-    world.decide(&submitted);
-    world.charged(other.address(), 120).await;
-    world.charged(world.consumer.address(), 1_000).await;
-    // It is taken once its owner signs for it.
-    world.allow(2_000).await;
-    world.charged(world.consumer.address(), 1_120).await;
-    world.audit(|audit| audit["escrow_charged_micro"] == 1_240).await;
     world.service.stop().await;
 }
 

@@ -353,9 +353,14 @@ async fn what_was_sent_is_looked_for_although_an_answer_is_lost() {
     let contracts = crate::chain::contracts(anvil.url()).await;
     let proxy = Proxy::start(anvil.url()).await;
     let to = Address::repeat_byte(9);
-    for (n, method) in (1_u128..).zip(["eth_sendRawTransaction", "eth_getTransactionReceipt"]) {
+    let (send, receipt) = ("eth_sendRawTransaction", "eth_getTransactionReceipt");
+    for (n, (method, arrives)) in (1_u128..).zip([(send, true), (send, false), (receipt, true)]) {
         let treasury = Operator::connect(&proxy.url, DEPLOYER, contracts).await.unwrap();
-        proxy.lose_answer_to(method);
+        if arrives {
+            proxy.lose_answer_to(method)
+        } else {
+            proxy.lose_call_of(method)
+        }
         treasury.transfer(to, 5).await.unwrap();
         assert!(proxy.has_lost(), "{method}");
         assert_eq!(treasury.tokens(to).await.unwrap(), 5 * n, "once");

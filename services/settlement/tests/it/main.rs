@@ -23,4 +23,5 @@ mod schedules;
 mod service;
 mod sim;
 mod statements;
+mod thieves;
 mod wallets;

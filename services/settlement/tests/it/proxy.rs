@@ -25,14 +25,14 @@ pub enum Mode {
     Hang = 3,
 }
 
-/// A method of JSON-RPC.
-type Lost = Arc<Mutex<Option<&'static str>>>;
+/// A method of JSON-RPC, and whether its call arrives.
+type Lost = Arc<Mutex<Option<(&'static str, bool)>>>;
 
 /// Ends with the test.
 pub struct Proxy {
     pub url: String,
     mode: Arc<AtomicU8>,
-    /// Whose next answer is lost.
+    /// Whose next call or answer is lost.
     lost: Lost,
     task: JoinHandle<()>,
 }
@@ -61,10 +61,15 @@ impl Proxy {
 
     /// Passes the next call of `method` on, and closes the connection instead of its answer.
     pub fn lose_answer_to(&self, method: &'static str) {
-        *self.lost.lock().unwrap() = Some(method);
+        *self.lost.lock().unwrap() = Some((method, true));
     }
 
-    /// Whether that answer was lost.
+    /// Closes the connection instead of passing the next call of `method` on.
+    pub fn lose_call_of(&self, method: &'static str) {
+        *self.lost.lock().unwrap() = Some((method, false));
+    }
+
+    /// Whether that call, or its answer, was lost.
     pub fn has_lost(&self) -> bool {
         self.lost.lock().unwrap().is_none()
     }
@@ -95,7 +100,11 @@ async fn pass(mut client: TcpStream, target: String, mode: Arc<AtomicU8>, lost: 
                     return Ok(());
                 }
                 let text = String::from_utf8_lossy(&asked[..read]);
-                lose |= lost.lock().unwrap().take_if(|method| text.contains(*method)).is_some();
+                match lost.lock().unwrap().take_if(|(method, _)| text.contains(*method)) {
+                    Some((_, false)) => return Ok(()),
+                    Some(_) => lose = true,
+                    None => {}
+                }
                 server.write_all(&asked[..read]).await?;
             }
             read = server.read(&mut answered) => {
