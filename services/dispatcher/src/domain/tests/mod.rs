@@ -1,5 +1,6 @@
 //! A bench that carries effects out at once, and checks what must always hold.
 
+mod entries;
 mod interleavings;
 mod referees;
 mod tables;
