@@ -51,6 +51,7 @@ def _permute(a):
     return a
 
 
+@functools.lru_cache(4096)
 def keccak(data):
     rate = 136
     data = bytearray(data) + b"\x01"

@@ -188,12 +188,10 @@ fn a_stranger_says_the_same_of_changed_bytes() {
     let mut cases = Vec::new();
     for (name, document) in documents().0 {
         let bytes = document.canonical().unwrap();
-        for at in (0..bytes.len()).step_by(bytes.len() / 61) {
-            for flip in [1_u8, 2] {
-                let mut changed = bytes.clone();
-                changed[at] ^= flip;
-                cases.push(case(&format!("{name}, byte {at} xor {flip}"), &changed));
-            }
+        for (i, at) in (0..bytes.len()).step_by(bytes.len() / 23).enumerate() {
+            let mut changed = bytes.clone();
+            changed[at] ^= if i.is_multiple_of(2) { 1 } else { 2 };
+            cases.push(case(&format!("{name}, byte {at}"), &changed));
         }
     }
     agree("bytes", cases);
@@ -238,6 +236,7 @@ fn a_stranger_checks_files() {
             ("\"tokens\":[50", "\"tokens\":[51"),
             ("\"amount_micro\":18", "\"amount_micro\":17"),
             ("\"proof\":[\"0x", "\"proof\":[\"0x1"),
+            ("\"status\":\"anchored\"", "\"status\":\"pending\""),
         ] {
             let changed = text.replacen(from, to, 1);
             let (status, printed) = check(changed.as_bytes());

@@ -499,7 +499,6 @@ fn edits(documents: &[(&'static str, Document)]) -> Vec<Edit> {
     let table = [
         ("agreed", "\"tokens\":[50,51,2]", "\"tokens\":[50,52,2]"),
         ("agreed", "\"amount_micro\":18", "\"amount_micro\":19"),
-        ("agreed", "\"proof\":[\"0x", "\"proof\":[\"0x00\",\"0x"),
         ("agreed", "\"sequence\":7", "\"sequence\":8"),
         ("agreed", "\"outcome\":\"busy\"", "\"outcome\":\"no_commit\""),
         ("agreed", "out of memory", "out of monkey"),
@@ -518,15 +517,36 @@ fn edits(documents: &[(&'static str, Document)]) -> Vec<Edit> {
         ("agreed, as a stranger gets it", "\"asked_k\":4", "\"asked_k\":3"),
         ("audited, pending, as a stranger gets it", "\"decided_at_ms\":1", "\"decided_at_ms\":-1"),
     ];
-    let edit = |(of, find, put): (&str, &str, &str)| {
+    let text = |of: &str| {
         let (_, document) = documents.iter().find(|(name, _)| *name == of).unwrap();
-        let text = String::from_utf8(document.canonical().unwrap()).unwrap();
+        String::from_utf8(document.canonical().unwrap()).unwrap()
+    };
+    let edit = |of: &str, find: &str, put: &str| {
+        let text = text(of);
         assert!(text.contains(find), "{of}: {find}");
-        let changed = text.replacen(find, put, 1);
-        let failed = failed(&outcomes(changed.as_bytes()));
+        let failed = failed(&outcomes(text.replacen(find, put, 1).as_bytes()));
         Edit { of: of.into(), find: find.into(), put: put.into(), failed }
     };
-    table.into_iter().map(edit).collect()
+    // One digit of a hash, a proof or a signature.
+    let digits = [
+        "request_hash",
+        "receipts_root",
+        "proof\":[",
+        "commitments_root",
+        "signature",
+        "assign_proof",
+        "salt",
+    ];
+    let digit = |name: &str| {
+        let text = text("agreed");
+        let start = text.find(&format!("\"{name}")).unwrap();
+        let end = start + text[start..].find("0x").unwrap() + 34;
+        let find = &text[start..end];
+        let put = if find.ends_with('1') { "2" } else { "1" };
+        edit("agreed", find, &format!("{}{put}", &find[..find.len() - 1]))
+    };
+    let digits = digits.map(digit);
+    table.into_iter().map(|(of, find, put)| edit(of, find, put)).chain(digits).collect()
 }
 
 fn failed(checks: &[(String, String)]) -> Vec<String> {
