@@ -2,6 +2,8 @@
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
 use ed25519_dalek::SigningKey;
+mod attempts;
+mod odd;
 mod referees;
 mod registry;
 mod strangers;

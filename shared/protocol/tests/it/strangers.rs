@@ -12,8 +12,10 @@ use std::{
     process::{Command, Output},
 };
 
-use crate::vectors::{
-    Vectors, agreed, audited, case, documents, golden, near_tie, registries, text, trusted,
+use crate::{
+    attempts::{agreed, audited, near_tie, registries, trusted},
+    odd::{odd_attempts, odd_receipts},
+    vectors::{DocumentCase, Vectors, case, documents, golden, text},
 };
 
 /// A folder of this test's own, gone afterwards.
@@ -81,7 +83,7 @@ fn forged(evidence: &Evidence, honest: &Receipt) -> Vec<u8> {
 
 type Forgery = fn(&mut Evidence);
 
-const FORGERIES: [Forgery; 34] = [
+const FORGERIES: [Forgery; 37] = [
     |e| e.slots.swap(0, 1),
     |e| e.slots.truncate(5),
     |e| e.eligible[3].weight += 1,
@@ -118,6 +120,14 @@ const FORGERIES: [Forgery; 34] = [
         e.referees.pop();
     },
     |e| e.referees.clear(),
+    |e| e.slots[0].decline = None,
+    |e| e.slots[2].outcome = SlotOutcome::Declined,
+    // Who looks up a class in a set that is not sorted may find it or not; here nobody does.
+    |e| {
+        if e.class == "exact" {
+            e.eligible.swap(0, 1);
+        }
+    },
 ];
 
 /// What may be done to a slot and to a referee that did what they were asked.
@@ -177,6 +187,13 @@ fn a_stranger_says_the_same_of_forgeries() {
         let honest = Receipt::build(&near_tie(0.1)).unwrap();
         cases.push(case(&format!("a gap of {gap}"), &forged(&evidence, &honest)));
     }
+    for (name, evidence) in odd_attempts() {
+        cases.push(case(&name, &forged(&evidence, &Receipt::build(&agreed()).unwrap())));
+    }
+    for (i, receipt) in odd_receipts(&Receipt::build(&agreed()).unwrap()).into_iter().enumerate() {
+        let document = Document { receipt, status: Status::Pending, anchor: None, evidence: None };
+        cases.push(case(&format!("receipt {i}"), &document.canonical().unwrap()));
+    }
     let refused = cases.iter().filter(|case| case.status == 1).count();
     assert!((100..cases.len()).contains(&refused), "{refused} of {}", cases.len());
     agree("forgeries", cases);
@@ -197,7 +214,7 @@ fn a_stranger_says_the_same_of_changed_bytes() {
     agree("bytes", cases);
 }
 
-fn agree(name: &str, documents: Vec<crate::vectors::DocumentCase>) {
+fn agree(name: &str, documents: Vec<DocumentCase>) {
     let committed = std::fs::read(golden().join("receipts.json")).unwrap();
     let vectors: Vectors = serde_json::from_slice(&committed).unwrap();
     let vectors = Vectors { documents, edits: vec![], ..vectors };
@@ -230,6 +247,9 @@ fn a_stranger_checks_files() {
         assert_eq!(status, Some(expected.status.into()), "{name}: {printed}");
         for (check, _) in &expected.checks {
             assert!(printed.contains(check), "{name}: {check}: {printed}");
+        }
+        if !name.starts_with("agreed") {
+            continue;
         }
         let text = String::from_utf8(bytes).unwrap();
         for (from, to) in [
