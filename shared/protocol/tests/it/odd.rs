@@ -111,12 +111,15 @@ fn outputs() -> Vec<(String, Evidence)> {
     odd.into_iter().enumerate().flat_map(of).collect()
 }
 
+/// Tokens and their log-probabilities.
+type Seen = Vec<(u32, f64)>;
+
 /// Three texts that part at their second token. By text the log-probabilities that it saw of 60, 61 and 62, its own first;
 /// and how alike 60 and 61, 60 and 62, 61 and 62 are.
 fn near_ties() -> Vec<(String, Evidence)> {
     let all = [60, 61, 62].map(|token| (token, -1.0));
     let (equal, far) = ([all; 3].map(Vec::from), 400_000);
-    let change = |text: usize, entries: Vec<(u32, f64)>| {
+    let change = |text: usize, entries: Seen| {
         let mut prints = equal.clone();
         prints[text] = entries;
         prints
@@ -133,7 +136,7 @@ fn near_ties() -> Vec<(String, Evidence)> {
         ("nearly the same distribution", change(1, vec![(60, -1.0), (61, -1.0), (62, -1.09)]), [900_000; 3]),
         ("nothing is shared", change(2, vec![(62, -1.0), (99, -1.0)]), [900_000; 3]),
     ];
-    let of = |(name, prints, alike): (&str, [Vec<(u32, f64)>; 3], [u32; 3])| {
+    let of = |(name, prints, alike): (&str, [Seen; 3], [u32; 3])| {
         let texts: Vec<Output> =
             prints.iter().enumerate().map(|(i, seen)| parted(60 + i as u32, seen)).collect();
         let mut e = attempt(3, 0, &texts);
