@@ -222,6 +222,23 @@ impl Network {
         (output.status.code(), text(&output))
     }
 
+    /// The second implementation of the format (docs/src/receipts.md), which needs python3 alone.
+    pub fn verify_in_python(&self, receipt: &[u8], options: &[&str]) -> (Option<i32>, String) {
+        let file = self.data().join("receipt.json");
+        std::fs::write(&file, receipt).unwrap();
+        let golden = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../shared/protocol/tests/golden");
+        let output = Command::new("python3")
+            .args(["-B".as_ref(), golden.join("receipts.py").as_os_str(), "check".as_ref(), file.as_os_str()])
+            .arg("--manifest")
+            .arg(self.data().join("network.json"))
+            .arg("--registry")
+            .arg(self.data().join("models.json"))
+            .args(options)
+            .output()
+            .unwrap();
+        (output.status.code(), text(&output))
+    }
+
     /// The pip client's script; its JSON.
     pub fn openai_client(&self) -> Value {
         let script = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/it/client.py");

@@ -61,11 +61,23 @@ async fn receipts_prove_themselves(network: &Network, id: &str) {
     // one field that only the chain can check.
     let text = String::from_utf8(document.clone()).unwrap();
     let sequence = text.find("\"sequence\":").unwrap() + 11;
+    let mut changed_sequence = document.clone();
+    changed_sequence[sequence] ^= 1;
     for at in (0..document.len()).step_by(document.len() / 12).chain([sequence]) {
         let mut changed = document.clone();
         changed[at] ^= 1;
         let (status, printed) = network.verify(&changed);
         assert_eq!(status, Some(1), "byte {at} was changed: {printed}");
+    }
+    // A program that shares no code with this one says the same, with the chain and without.
+    let rpc_url = network.url("rpc_url");
+    let rpc = ["--rpc", rpc_url.as_str()];
+    let (chain, alone): (&[&str], &[&str]) = (&rpc, &[]);
+    for (options, bytes, expected) in
+        [(chain, &document, 0), (alone, &document, 0), (chain, &changed_sequence, 1)]
+    {
+        let (status, printed) = network.verify_in_python(bytes, options);
+        assert_eq!(status, Some(expected), "{options:?}: {printed}");
     }
     // A stranger sees the receipt, and neither prompt nor answers.
     let url = format!("{}/v1/receipts/{id}", network.url("settlement_url"));
@@ -74,6 +86,8 @@ async fn receipts_prove_themselves(network: &Network, id: &str) {
     assert_eq!(status, Some(3), "{printed}");
     assert!(printed.contains("only partly checked"), "{printed}");
     assert_eq!(serde_json::from_slice::<Value>(&public).unwrap()["evidence"], Value::Null);
+    let (status, printed) = network.verify_in_python(&public, chain);
+    assert_eq!(status, Some(3), "{printed}");
 }
 
 pub async fn the_books_balance(network: &Network) {

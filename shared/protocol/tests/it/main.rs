@@ -2,12 +2,16 @@
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
 use ed25519_dalek::SigningKey;
+mod attempts;
+mod odd;
 mod referees;
 mod registry;
+mod strangers;
+mod vectors;
 
 use infera_protocol::{
     assignment::{Eligible, assign_message, beta, draw, eligible_root, freeze, post_message},
-    bytes::{Address, Hash32, VrfProof},
+    bytes::{Address, Hash32, NodeId, VrfProof},
     calibration::{Bounds, Calibration, Pair},
     commitment::{Slot, commitment},
     document::{Anchor, Document, Outcome, Status, check},
@@ -172,13 +176,21 @@ fn evidence_of(k: u32, epoch: u64, max_tokens: u32, outlier: Option<usize>, audi
 }
 
 fn keys() -> Vec<SigningKey> {
-    (1..=4).map(|i| SigningKey::from_bytes(&[i; 32])).collect()
+    (1..=4).map(key).collect()
+}
+
+fn key(n: u8) -> SigningKey {
+    SigningKey::from_bytes(&[n; 32])
+}
+
+fn key_of(node: NodeId) -> SigningKey {
+    (1..=12).map(key).find(|key| node_id(key) == node).unwrap()
 }
 
 /// The next referee of the evidence, who finds `margin_micro` of every answer's tokens at its first one.
 fn referee(evidence: &Evidence, margin_micro: impl Fn(&[u32]) -> u32) -> RefereeEvidence {
     let next = evidence.referee_order()[evidence.referees.len()].clone();
-    let key = keys().into_iter().find(|key| node_id(key) == next.node).unwrap();
+    let key = key_of(next.node);
     let asked: Vec<Hash32> = evidence.answers().iter().map(|(hash, ..)| *hash).collect();
     let fingerprint = Fingerprint::new(vec![Entry { token: 1, logprob: 0 }]).unwrap();
     let reports = evidence.subjects(&next.node, &asked).into_iter().map(|output| {
