@@ -23,8 +23,8 @@ pub enum Command {
     Up(UpArgs),
     /// End the network that `infera up` started; its data stays
     Down(DataArgs),
-    /// Run a node: this machine answers requests and earns
-    Node(infera_node::Args),
+    /// Run a node: this machine answers requests and earns; or look after what it earned, as `infera operator` does
+    Node(RunNodeArgs),
     /// Take this machine back from its node: it stops computing at once and frees its memory
     Pause(NodeArgs),
     /// Let a paused node work again
@@ -71,6 +71,16 @@ impl Profile {
             Self::Cluster => "cluster",
         }
     }
+}
+
+/// A node, or what its operator does.
+#[derive(Debug, Args)]
+#[command(args_conflicts_with_subcommands = true, subcommand_negates_reqs = true)]
+pub struct RunNodeArgs {
+    #[command(flatten)]
+    pub run: Option<infera_node::Args>,
+    #[command(subcommand)]
+    pub operator: Option<OperatorCommand>,
 }
 
 /// Which node.

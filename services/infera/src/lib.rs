@@ -35,7 +35,7 @@ mod slash;
 mod up;
 mod verify;
 
-use cli::{Cli, Command};
+use cli::{Cli, Command, RunNodeArgs};
 
 /// Something went wrong; one sentence was printed.
 const FAILURE: u8 = 1;
@@ -58,7 +58,9 @@ fn run(command: Command) -> Result<ExitCode, String> {
     match command {
         Command::Up(args) => up::up(args),
         Command::Down(args) => up::down(&args),
-        Command::Node(args) => Ok(infera_node::main(args)),
+        Command::Node(RunNodeArgs { operator: Some(command), .. }) => operator::operator(&command),
+        Command::Node(RunNodeArgs { run: Some(args), .. }) => Ok(infera_node::main(args)),
+        Command::Node(_) => Err("name the model to serve with --model: `infera node --help`".to_owned()),
         Command::Pause(args) => node(infera_node::pause(&args.data)),
         Command::Resume(args) => node(infera_node::resume(&args.data)),
         Command::Keys(args) => keys::keys(args),
@@ -69,7 +71,7 @@ fn run(command: Command) -> Result<ExitCode, String> {
         Command::Dead(args) => dead::dead(&args),
         Command::Holds(args) => holds::holds(&args),
         Command::Ledger(args) => ledger::ledger(&args),
-        Command::Operator(args) => operator::operator(&args),
+        Command::Operator(args) => operator::operator(&args.command),
         Command::Govern(args) => govern::govern(&args),
         Command::Config(args) => services::dump(&args),
         Command::Network(args) => network::network(&args),

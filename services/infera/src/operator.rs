@@ -10,7 +10,7 @@ use infera_settlement::{
 use serde::{Serialize, de::DeserializeOwned};
 
 use crate::{
-    cli::{OperatorArgs, OperatorCommand, OperatorWho},
+    cli::{OperatorCommand, OperatorWho},
     client::{UpFile, get, infer},
     contracts::{Place, secret},
     layout::Layout,
@@ -20,9 +20,9 @@ use crate::{
 /// 10^-6 INFER in an INFER.
 const MICRO: u128 = 1_000_000;
 
-pub fn operator(args: &OperatorArgs) -> Result<ExitCode, String> {
+pub fn operator(command: &OperatorCommand) -> Result<ExitCode, String> {
     crate::block_on(async {
-        match &args.command {
+        match command {
             OperatorCommand::Earnings { who, json } => earnings(who, *json).await,
             OperatorCommand::Claim { who } => claim(who).await,
             OperatorCommand::Stake { who, amount, faucet } => stake(who, amount, *faucet).await,
