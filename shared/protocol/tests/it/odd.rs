@@ -181,6 +181,11 @@ fn sets() -> Vec<(String, Evidence)> {
         results(&mut e, &of(&parts).into_iter().map(Ok).collect::<Vec<_>>());
         all.push((name.into(), e));
     }
+    // One alone does not decide.
+    let mut denied = start(request(SamplingParams::greedy()), 3, EPOCH, "exact", few(everybody(ALWAYS_PPM)));
+    results(&mut denied, &of(&[0, 0, 0]).into_iter().map(Ok).collect::<Vec<_>>());
+    denied.referees.push(referee(&denied, |_| 9_000_000));
+    all.push(("the only referee denies it".into(), denied));
     let mut unfit = attempt(3, 0, &of(&[0, 0, 0]));
     unfit.unfit = vec![unfit.slots[0].node];
     all.push(("an unfit result that nobody refereed".into(), unfit.clone()));
