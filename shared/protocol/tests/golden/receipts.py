@@ -1,4 +1,4 @@
-"""Checks receipts without any of Infera's code: a second implementation of docs/src/receipts.md, from its text.
+"""Checks receipts without any of Infera's code: a second implementation of docs/src/receipts.md.
 
     python3 receipts.py VECTORS                  recomputes every vector; exit status 1 at the first that differs
     python3 receipts.py check DOCUMENT --manifest network.json --registry models.json [--rpc URL]
