@@ -108,13 +108,13 @@ impl Network {
     /// The evidence of an attempt with `honest` equal answers of 20 tokens and `wrong` others. At least one of the referees
     /// (there are none for equal answers) speaks of the honest one: a planted defect, which 1 in 20 jobs holds, takes its place.
     pub fn evidence(&self, submitted: &Submitted, honest: usize, wrong: usize) -> Evidence {
-        let made = (0..8).map(|blind| self.blinded(submitted, honest, wrong, blind));
+        let mut made = (0..8).map(|blind| self.blinded(submitted, honest, wrong, blind));
         let speaks = |evidence: &Evidence| {
             let beta2 = evidence.beta2();
             let mut referees = evidence.referees.iter();
             evidence.referees.is_empty() || referees.any(|referee| !is_planted(&beta2, &referee.node))
         };
-        made.into_iter().find(speaks).unwrap()
+        made.find(speaks).unwrap()
     }
 
     /// Other salts of the commitments make another second draw.
