@@ -7,10 +7,12 @@ use std::{
 
 use serde_json::Value;
 
-use crate::{network::Network, suite::the_books_balance};
+use crate::{
+    network::{Network, PATIENCE},
+    suite::the_books_balance,
+};
 
 const REQUESTS: usize = 20;
-const PATIENCE: Duration = Duration::from_secs(150);
 
 /// A developer's loop: asks again, with the same key, until there is an answer.
 async fn ask_until_answered(network: &Network, number: usize) -> Value {
@@ -221,7 +223,7 @@ async fn a_death_at_every_step_loses_nothing_and_settles_nothing_twice() {
     audited(&network, receipts.len()).await;
     let explorer = network.url("explorer_url");
     for id in receipts {
-        infera_testkit::eventually(Duration::from_secs(60), || async {
+        infera_testkit::eventually(PATIENCE, || async {
             let row: Value = network
                 .http
                 .get(format!("{explorer}/v1/history/{id}"))

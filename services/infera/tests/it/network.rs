@@ -14,6 +14,10 @@ use serde_json::Value;
 /// Two networks at once would only take each other's cores.
 static ONE_AT_A_TIME: Mutex<()> = Mutex::new(());
 
+/// How long an answer or its anchor may take: a service that dies at each of its steps is away for up to
+/// five seconds each time, and settlement alone at fifteen of them.
+pub const PATIENCE: Duration = Duration::from_secs(150);
+
 pub struct Network {
     _turn: MutexGuard<'static, ()>,
     dir: TempDir,
@@ -204,7 +208,7 @@ impl Network {
     /// The receipt document's bytes once it is anchored.
     pub async fn anchored_receipt(&self, id: &str) -> Vec<u8> {
         let url = format!("{}/receipts/{id}", self.url("base_url"));
-        infera_testkit::eventually(Duration::from_secs(60), || async {
+        infera_testkit::eventually(PATIENCE, || async {
             let response = self.http.get(&url).bearer_auth(self.key()).send().await.ok()?;
             let bytes = response.bytes().await.ok()?;
             let document: Value = serde_json::from_slice(&bytes).ok()?;
