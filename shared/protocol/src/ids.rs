@@ -17,9 +17,14 @@ pub fn message_id(kind: &str, request_id: Uuid, n: u64) -> Uuid {
 
 /// A UUIDv7 of the moment of `other`, which is one, with these random bits.
 pub fn id_beside(other: Uuid, random: &Hash32) -> Uuid {
+    id_at(time_ms(other), random)
+}
+
+/// The moment of a UUIDv7, ms. Of any other id it is a number that means nothing.
+pub fn time_ms(id: Uuid) -> u64 {
     let mut ms = [0; 8];
-    ms[2..].copy_from_slice(&other.as_bytes()[..6]);
-    id_at(u64::from_be_bytes(ms), random)
+    ms[2..].copy_from_slice(&id.as_bytes()[..6]);
+    u64::from_be_bytes(ms)
 }
 
 /// A UUIDv7 of this time, ms, with these random bits.
@@ -66,7 +71,7 @@ mod tests {
             assert_eq!((id.get_version_num(), id.get_variant()), (7, uuid::Variant::RFC4122));
             assert_eq!(id.as_bytes()[..6], other.as_bytes()[..6]);
         }
-        assert_eq!(id_at(0x019a_abcd_1234, &Hash32([1; 32])), one);
+        assert_eq!((id_at(0x019a_abcd_1234, &Hash32([1; 32])), time_ms(other)), (one, 0x019a_abcd_1234));
     }
 
     #[test]

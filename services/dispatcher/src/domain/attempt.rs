@@ -170,7 +170,7 @@ impl Attempt {
     pub fn commit(
         &mut self,
         node: &NodeId,
-        (commit, statement): (SignedCommitment, EvmSignature),
+        (commit, signature): (SignedCommitment, EvmSignature),
         desk: &mut Desk,
     ) -> Result<Progress, Rejection> {
         let request = desk.offer.id();
@@ -179,12 +179,12 @@ impl Attempt {
         let place = self.place(node, desk);
         let slot = self.slot_mut(node).ok_or(Rejection::NotLeased)?;
         let stand = Stand::new(desk.rules, desk.nodes, place)?;
-        let statement = stand.commits(&commit, statement)?;
-        if let (Some(first), Some(said)) = (slot.commitment(), slot.statement) {
-            if first.digest == commit.digest {
+        let pledge = stand.commits(commit, signature)?;
+        if let Some(first) = slot.pledge() {
+            if first.commit.digest == pledge.commit.digest {
                 return Ok(Progress::Open);
             }
-            let evidence = Box::new(stand.equivocation((first, said), (&commit, statement)));
+            let evidence = Box::new(stand.equivocation(first, &pledge));
             desk.out.push(Effect::Contradicted { request, operator: slot.who.operator, evidence });
             return Err(Rejection::Equivocation);
         }
@@ -192,8 +192,7 @@ impl Attempt {
         if !(slot.is_leased() && now < slot.lease_until_ms || resumes) {
             return Err(Rejection::Late);
         }
-        slot.state = SlotState::Committed(commit);
-        slot.statement = Some(statement);
+        slot.state = SlotState::Committed(pledge);
         slot.no_room = false;
         slot.detail.clear();
         desk.nodes.release(node, request);
@@ -206,7 +205,7 @@ impl Attempt {
     pub fn reveal(
         &mut self,
         node: &NodeId,
-        (reveal, statement): (Reveal, EvmSignature),
+        (reveal, signature): (Reveal, EvmSignature),
         desk: &mut Desk,
     ) -> Result<Progress, Rejection> {
         let room = self.room_for(&reveal);
@@ -215,26 +214,27 @@ impl Attempt {
         let limits = check_output(request_asked, &reveal.output, end_tokens);
         let place = self.place(node, desk);
         let slot = self.slot_mut(node).ok_or(Rejection::NotLeased)?;
-        let commit = match &slot.state {
-            SlotState::Asked { commit, .. } => *commit,
+        let pledge = match &slot.state {
+            SlotState::Asked { pledge, .. } => *pledge,
             SlotState::Revealed { .. } => return Ok(Progress::Open),
             SlotState::Leased | SlotState::Committed(_) => return Err(Rejection::NotAsked),
             SlotState::Ended { .. } => return Err(Rejection::Late),
         };
         let stand = Stand::new(desk.rules, desk.nodes, place)?;
-        let statement = stand.reveals(&reveal, statement)?;
+        let statement = stand.reveals(&reveal, signature)?;
         let digest = commitment::commitment(&desk.rules.domain, &place, &reveal.output, &reveal.salt);
-        if let Some(said) = slot.statement.filter(|_| digest != commit.digest) {
-            let evidence = Box::new(stand.false_reveal((&commit, said), (&reveal, statement)));
+        let opens = digest == pledge.commit.digest;
+        if !opens {
+            let evidence = Box::new(stand.false_reveal(&pledge, &reveal, statement));
             let request = desk.offer.id();
             desk.out.push(Effect::Contradicted { request, operator: slot.who.operator, evidence });
         }
         if !room {
             slot.end(SlotOutcome::NoReveal, "the reveals of this attempt exceed what a message carries");
-        } else if digest == commit.digest && limits.is_ok() {
-            slot.state = SlotState::Revealed { commit, reveal };
+        } else if opens && limits.is_ok() {
+            slot.state = SlotState::Revealed { pledge, reveal };
         } else {
-            let broken = limits.err().filter(|_| digest == commit.digest);
+            let broken = limits.err().filter(|_| opens);
             slot.end(SlotOutcome::Mismatch, broken.unwrap_or("the reveal does not open the commitment"));
             if let SlotState::Ended { reveal: kept, .. } = &mut slot.state {
                 *kept = Some(reveal);
@@ -512,8 +512,8 @@ impl Attempt {
         let mut awaited = false;
         for slot in &mut self.slots {
             match &slot.state {
-                SlotState::Committed(commit) => {
-                    slot.state = SlotState::Asked { commit: *commit, until_ms };
+                SlotState::Committed(pledge) => {
+                    slot.state = SlotState::Asked { pledge: *pledge, until_ms };
                     desk.out.push(Effect::Send {
                         node: slot.who.node,
                         frame: frames::reveal_request(desk.offer.id(), self.number, until_ms),

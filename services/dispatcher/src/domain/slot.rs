@@ -2,7 +2,8 @@
 
 use infera_protocol::assignment::Eligible;
 use infera_protocol::evidence::{Reveal, SignedCommitment, SignedDecline, SlotOutcome};
-use infera_protocol::slashing::Statement;
+
+use super::statements::Pledge;
 
 /// A drawn node and how far it is.
 #[derive(Debug, Clone)]
@@ -11,8 +12,6 @@ pub struct Slot {
     /// Until when a commitment counts.
     pub lease_until_ms: i64,
     pub state: SlotState,
-    /// What the node's signer said along with the commitment.
-    pub statement: Option<Statement>,
     pub decline: Option<SignedDecline>,
     /// Ended, and the node never worked on it: it had no room, or was not there.
     pub no_room: bool,
@@ -26,20 +25,20 @@ pub struct Slot {
 pub enum SlotState {
     /// The node computes.
     Leased,
-    Committed(SignedCommitment),
+    Committed(Pledge),
     /// The reveal was asked for.
     Asked {
-        commit: SignedCommitment,
+        pledge: Pledge,
         until_ms: i64,
     },
     Revealed {
-        commit: SignedCommitment,
+        pledge: Pledge,
         reveal: Reveal,
     },
     /// Without a result; never [`SlotOutcome::Revealed`].
     Ended {
         outcome: SlotOutcome,
-        commit: Option<SignedCommitment>,
+        pledge: Option<Pledge>,
         reveal: Option<Reveal>,
     },
 }
@@ -50,7 +49,6 @@ impl Slot {
             who,
             lease_until_ms,
             state: SlotState::Leased,
-            statement: None,
             decline: None,
             no_room: false,
             detail: String::new(),
@@ -72,12 +70,16 @@ impl Slot {
 
     /// The commitment, whatever came of it.
     pub fn commitment(&self) -> Option<&SignedCommitment> {
+        self.pledge().map(|pledge| &pledge.commit)
+    }
+
+    pub fn pledge(&self) -> Option<&Pledge> {
         match &self.state {
             SlotState::Leased => None,
-            SlotState::Committed(commit)
-            | SlotState::Asked { commit, .. }
-            | SlotState::Revealed { commit, .. } => Some(commit),
-            SlotState::Ended { commit, .. } => commit.as_ref(),
+            SlotState::Committed(pledge)
+            | SlotState::Asked { pledge, .. }
+            | SlotState::Revealed { pledge, .. } => Some(pledge),
+            SlotState::Ended { pledge, .. } => pledge.as_ref(),
         }
     }
 
@@ -101,7 +103,7 @@ impl Slot {
     /// Ends the slot without a result; what the node signed stays.
     pub fn end(&mut self, outcome: SlotOutcome, detail: impl Into<String>) {
         self.state =
-            SlotState::Ended { outcome, commit: self.commitment().copied(), reveal: self.reveal().cloned() };
+            SlotState::Ended { outcome, pledge: self.pledge().copied(), reveal: self.reveal().cloned() };
         self.detail = detail.into();
     }
 

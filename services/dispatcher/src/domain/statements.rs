@@ -1,7 +1,7 @@
 //! What a node's signer says along with a commitment or a reveal, so that a contradiction costs the stake (protocol
 //! section 10). A frame without it counts as one with a bad signature.
 
-use infera_protocol::bytes::{EvmSignature, NodeId};
+use infera_protocol::bytes::EvmSignature;
 use infera_protocol::commitment::Slot;
 use infera_protocol::evidence::{Reveal, SignedCommitment};
 use infera_protocol::identity::{Domain, verify};
@@ -9,6 +9,19 @@ use infera_protocol::slashing::{AccusedCommitment, AccusedReveal, Contradiction,
 
 use super::nodes::Nodes;
 use super::{Rejection, Rules};
+
+/// A commitment, and what the node's signer says of it.
+#[derive(Debug, Clone, Copy)]
+pub struct Pledge {
+    pub commit: SignedCommitment,
+    statement: Statement,
+}
+
+impl From<&Pledge> for AccusedCommitment {
+    fn from(pledge: &Pledge) -> Self {
+        Self::new(pledge.commit.digest, pledge.statement)
+    }
+}
 
 /// A slot, and the binding of the session that speaks for it.
 pub struct Stand<'a> {
@@ -25,17 +38,13 @@ impl<'a> Stand<'a> {
         Ok(Self { domain: &rules.domain, slot, bound })
     }
 
-    fn node(&self) -> &NodeId {
-        &self.slot.node
-    }
-
     /// # Errors
     /// [`Rejection::BadSignature`]: the node's own, or its signer's.
-    pub fn commits(&self, to: &SignedCommitment, signature: EvmSignature) -> Result<Statement, Rejection> {
-        verify(self.node(), &to.digest, &to.signature).map_err(|_| Rejection::BadSignature)?;
+    pub fn commits(&self, commit: SignedCommitment, signature: EvmSignature) -> Result<Pledge, Rejection> {
+        verify(&self.slot.node, &commit.digest, &commit.signature).map_err(|_| Rejection::BadSignature)?;
         let statement = Statement { signature, bound: self.bound };
-        let is_said = statement.is_of_commitment(self.domain, &self.slot, &to.digest);
-        is_said.then_some(statement).ok_or(Rejection::BadSignature)
+        let is_said = statement.is_of_commitment(self.domain, &self.slot, &commit.digest);
+        is_said.then_some(Pledge { commit, statement }).ok_or(Rejection::BadSignature)
     }
 
     /// # Errors
@@ -47,26 +56,15 @@ impl<'a> Stand<'a> {
     }
 
     /// Of two different commitments.
-    pub fn equivocation(
-        &self,
-        first: (&SignedCommitment, Statement),
-        second: (&SignedCommitment, Statement),
-    ) -> Contradiction {
-        let accused = |(commit, statement): (&SignedCommitment, Statement)| {
-            AccusedCommitment::new(commit.digest, statement)
-        };
-        Contradiction::TwoCommitments { slot: self.slot, first: accused(first), second: accused(second) }
+    pub fn equivocation(&self, first: &Pledge, second: &Pledge) -> Contradiction {
+        Contradiction::TwoCommitments { slot: self.slot, first: first.into(), second: second.into() }
     }
 
     /// Of a reveal that does not open the commitment.
-    pub fn false_reveal(
-        &self,
-        (commit, committed): (&SignedCommitment, Statement),
-        (reveal, revealed): (&Reveal, Statement),
-    ) -> Contradiction {
+    pub fn false_reveal(&self, pledge: &Pledge, reveal: &Reveal, revealed: Statement) -> Contradiction {
         Contradiction::FalseReveal {
             slot: self.slot,
-            committed: AccusedCommitment::new(commit.digest, committed),
+            committed: pledge.into(),
             revealed: AccusedReveal::new(&reveal.output, reveal.salt, revealed),
         }
     }

@@ -5,9 +5,11 @@
 //! ```
 //!
 //! A canary (protocol section 8) stands beside the k of an attempt and looks like one of its leases; see
-//! [`infera_protocol::canary`]. Its reveal is asked for when those of the attempt are. The entry trial (section 2) comes before a node is drawn for the first time of its session:
-//! a prompt that nobody has seen, scored by trusted referees of its class. Where nobody is trusted
-//! yet a node works without, everything that it answers is refereed, and it is tried once somebody can judge it.
+//! [`infera_protocol::canary`]. Its reveal is asked for when those of the attempt are.
+//!
+//! The entry trial (section 2) comes before a node is drawn for the first time of its session: a prompt that nobody has
+//! seen, scored by trusted referees of its class. Where nobody is trusted yet a node works without, everything that it
+//! answers is refereed, and it is tried once somebody can judge it.
 //!
 //! Trials live in memory: one that is lost with the process says nothing about anybody.
 
@@ -202,16 +204,16 @@ impl Trials {
         &mut self,
         node: &NodeId,
         (request, attempt): (Uuid, u32),
-        (commit, statement): (SignedCommitment, EvmSignature),
+        (commit, signature): (SignedCommitment, EvmSignature),
         court: &mut Court,
     ) -> Result<(), Rejection> {
         let at = self.find(node, request, attempt).ok_or(Rejection::NotLeased)?;
         let trial = &mut self.live[at];
         let stand = Stand::new(court.rules, court.nodes, trial.place())?;
-        let statement = stand.commits(&commit, statement)?;
+        let pledge = stand.commits(commit, signature)?;
         let first = match &trial.stage {
             Stage::Leased { until_ms } if court.now < *until_ms => {
-                trial.stage = Stage::Committed { commit, statement };
+                trial.stage = Stage::Committed(pledge);
                 court.nodes.release(node, request);
                 if trial.kind == Kind::Entry {
                     trial.ask_reveal(court);
@@ -220,14 +222,12 @@ impl Trials {
                 return Ok(());
             }
             Stage::Leased { .. } | Stage::Scored { .. } => return Err(Rejection::Late),
-            Stage::Committed { commit, statement } | Stage::Asked { commit, statement, .. } => {
-                (*commit, *statement)
-            }
+            Stage::Committed(first) | Stage::Asked { pledge: first, .. } => first,
         };
-        if first.0.digest == commit.digest {
+        if first.commit.digest == pledge.commit.digest {
             return Ok(());
         }
-        let evidence = Box::new(stand.equivocation((&first.0, first.1), (&commit, statement)));
+        let evidence = Box::new(stand.equivocation(first, &pledge));
         court.out.push(Effect::Contradicted { request, operator: trial.who.operator, evidence });
         Err(Rejection::Equivocation)
     }
@@ -240,27 +240,28 @@ impl Trials {
         &mut self,
         node: &NodeId,
         (request, attempt): (Uuid, u32),
-        (reveal, statement): (Reveal, EvmSignature),
+        (reveal, signature): (Reveal, EvmSignature),
         court: &mut Court,
     ) -> Result<(), Rejection> {
         let at = self.find(node, request, attempt).ok_or(Rejection::NotLeased)?;
         let trial = &mut self.live[at];
-        let (commit, said) = match &trial.stage {
-            Stage::Asked { commit, statement, .. } => (*commit, *statement),
-            Stage::Leased { .. } | Stage::Committed { .. } => return Err(Rejection::NotAsked),
+        let pledge = match &trial.stage {
+            Stage::Asked { pledge, .. } => *pledge,
+            Stage::Leased { .. } | Stage::Committed(_) => return Err(Rejection::NotAsked),
             Stage::Scored { .. } => return Ok(()),
         };
         let place = trial.place();
         let stand = Stand::new(court.rules, court.nodes, place)?;
-        let statement = stand.reveals(&reveal, statement)?;
+        let statement = stand.reveals(&reveal, signature)?;
         let digest = commitment::commitment(&court.rules.domain, &place, &reveal.output, &reveal.salt);
-        if digest != commit.digest {
-            let evidence = Box::new(stand.false_reveal((&commit, said), (&reveal, statement)));
+        let opens = digest == pledge.commit.digest;
+        if !opens {
+            let evidence = Box::new(stand.false_reveal(&pledge, &reveal, statement));
             court.out.push(Effect::Contradicted { request, operator: trial.who.operator, evidence });
         }
         let end_tokens = court.rules.end_tokens(&trial.request.model_root);
         let formed = check_output(&trial.request, &reveal.output, end_tokens).is_ok();
-        let step = if digest == commit.digest && formed {
+        let step = if opens && formed {
             trial.stage = Stage::Scored { output: reveal.output, votes: Vec::new(), asked: None };
             trial.ask(court)
         } else {
@@ -324,7 +325,7 @@ impl Trials {
     /// commitments: earlier than anybody else, they would know what they are.
     pub fn ask(&mut self, waits: impl Fn(Uuid, u32) -> bool, court: &mut Court) {
         for trial in &mut self.live {
-            if matches!(trial.stage, Stage::Committed { .. }) && !waits(trial.request.id, trial.attempt) {
+            if matches!(trial.stage, Stage::Committed(_)) && !waits(trial.request.id, trial.attempt) {
                 trial.ask_reveal(court);
             }
         }

@@ -5,6 +5,7 @@ use std::{io, sync::Arc, time::Duration};
 use infera_grammar::Matcher;
 use infera_protocol::{
     commitment::commitment,
+    ids,
     request::{Output, Request},
     typed,
 };
@@ -17,10 +18,10 @@ use tokio::{
 use tracing::Instrument;
 use uuid::Uuid;
 
-use super::{KEEP_MS, Slots, State};
+use super::{KEEP_MS, OLDEST_MS, Slots, State};
 use crate::{
     engine::{Busy, Event, Job, PREEMPTED},
-    journal::{Key, Promise},
+    journal::{Entry, Key, Promise},
 };
 
 /// Tokens of a stream go out this often; the first one at once.
@@ -54,7 +55,8 @@ impl Slots {
         }
         match self.journal.read(key) {
             Ok(None) => {}
-            Ok(Some(promise)) => return self.promised(key, promise),
+            Ok(Some(Entry::Open(promise))) => return self.promised(key, promise),
+            Ok(Some(Entry::Closed)) => return self.decline(&request, key, "closed"),
             Err(error) => {
                 // There may have been a promise, so this slot is not computed again.
                 tracing::error!(%error, request_id = %key.0, attempt = key.1, "a promise of the journal is damaged");
@@ -62,7 +64,8 @@ impl Slots {
             }
         }
         let disliked = || self.setting.faults.as_ref().and_then(|faults| faults.declines(&request));
-        if let Some(reason) = self.unfit(&request, draining).or_else(disliked) {
+        let stale = || is_stale(key.0).then_some("stale");
+        if let Some(reason) = self.unfit(&request, draining).or_else(stale).or_else(disliked) {
             return self.decline(&request, key, reason);
         }
         let patience = if self.supersede(key) { SUPERSEDE } else { Duration::ZERO };
@@ -290,7 +293,7 @@ impl Slots {
         let promise = self.promise_of(request, key, output)?;
         self.journal.write(key, &promise)?;
         infera_runtime::planned::hit("node.committed");
-        self.promised(key, promise);
+        self.promised(key, Box::new(promise));
         if let Some(output) = second {
             let commit = self.promise_of(request, key, output)?.commit;
             self.outgoing.send(v1::from_node::Message::Commit(commit));
@@ -299,10 +302,20 @@ impl Slots {
     }
 
     /// A promise that is on disk: says it.
-    fn promised(&self, key: Key, promise: Promise) {
+    fn promised(&self, key: Key, promise: Box<Promise>) {
         let commit = promise.commit.clone();
         let until_ms = clock::now_ms() + KEEP_MS;
-        self.states.lock().insert(key, State::Promised { promise: Box::new(promise), until_ms });
+        self.states.lock().insert(key, State::Promised { promise, until_ms });
         self.outgoing.send(v1::from_node::Message::Commit(commit));
     }
+}
+
+/// What was promised for such an old request may be forgotten.
+fn is_stale(request: Uuid) -> bool {
+    let made_ms = i64::try_from(ids::time_ms(request)).unwrap_or(i64::MAX);
+    let stale = made_ms < clock::now_ms() - OLDEST_MS;
+    if stale {
+        tracing::warn!(%request, made_ms, "a request that is over a day old is declined: is this machine's clock right?");
+    }
+    stale
 }

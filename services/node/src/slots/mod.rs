@@ -4,7 +4,15 @@ mod lease;
 mod outgoing;
 mod referee;
 
-use std::{collections::HashMap, io, sync::Arc, time::Duration};
+use std::{
+    collections::HashMap,
+    io,
+    sync::{
+        Arc,
+        atomic::{AtomicI64, Ordering},
+    },
+    time::Duration,
+};
 
 use infera_protocol::{
     commitment::{Slot, decline_digest},
@@ -30,6 +38,10 @@ use referee::Referees;
 
 /// A promise that nobody asked for in this time is forgotten.
 const KEEP_MS: i64 = 3_600 * 1_000;
+/// Requests that are older are not begun: the gateway lets one live for a day at most.
+const OLDEST_MS: i64 = 25 * KEEP_MS;
+/// Closed slots are known for longer than they could be leased, by an hour for clocks that are set.
+const KEEP_CLOSED_MS: i64 = OLDEST_MS + KEEP_MS;
 /// How far this machine's clock may be behind the dispatcher's before a lease that runs is given up.
 const CLOCK_SKEW_MS: i64 = 60_000;
 /// Proofs of the weights that are made at once; further challenges are not answered.
@@ -66,6 +78,8 @@ pub struct Slots {
     journal: Journal,
     pub setting: Setting,
     states: Mutex<HashMap<Key, State>>,
+    /// When closed slots are next forgotten, ms.
+    forget_at_ms: AtomicI64,
     referees: Referees,
     proofs: Arc<Semaphore>,
     grammars: Arc<Grammars>,
@@ -90,6 +104,7 @@ impl Slots {
             identity,
             journal,
             states: Mutex::new(states),
+            forget_at_ms: AtomicI64::new(0),
             referees: Referees::new(setting.scorers),
             setting,
             proofs: Arc::new(Semaphore::new(PROOFS)),
@@ -241,7 +256,7 @@ impl Slots {
     pub fn release(&self, key: Key) {
         self.cancel(key);
         self.states.lock().remove(&key);
-        self.journal.forget(key);
+        self.journal.close(key);
     }
 
     /// Ends what nobody waits for any more.
@@ -258,6 +273,13 @@ impl Slots {
             self.release(key);
         }
         self.referees.expire(now_ms - CLOCK_SKEW_MS);
+        if self.forget_at_ms.load(Ordering::Relaxed) <= now_ms {
+            self.forget_at_ms.store(now_ms + KEEP_MS, Ordering::Relaxed);
+            let before_ms = u64::try_from(now_ms - KEEP_CLOSED_MS).unwrap_or(0);
+            if let Err(error) = self.journal.forget(before_ms) {
+                tracing::warn!(%error, "closed slots stay in the journal");
+            }
+        }
     }
 }
 

@@ -4,9 +4,10 @@ use std::os::unix::fs::PermissionsExt;
 use std::time::Duration;
 
 use infera_prompt::Prompt;
-use infera_protocol::bytes::{Address, Signature};
+use infera_protocol::bytes::{Address, Hash32, Signature};
 use infera_protocol::commitment::{Slot, commitment, decline_digest};
 use infera_protocol::identity::{Domain, verify};
+use infera_protocol::ids;
 use infera_protocol::request::Request;
 use infera_wire::{convert, v1};
 use tokio::time::{Instant, sleep};
@@ -85,7 +86,20 @@ async fn a_promise_outlives_the_connection_and_the_process() {
     assert_eq!(session.hear().await, Heard::Commit(commit));
     assert_eq!(session.revealed(&asked, 1).await, reveal);
     session.say(Say::Released(v1::Released { request_id: key(&asked), attempt: 1 })).await;
-    until("the promise is forgotten", || !file.exists()).await;
+    until("the promise is closed", || !file.exists()).await;
+    // A closed slot is never answered again, nor one whose promise may be forgotten.
+    session.lease(&asked, 1).await;
+    expect_decline(&mut session, &asked, "closed").await;
+    drop(session);
+    node.end().await;
+    let node = dispatcher.node(&[]);
+    let mut session = dispatcher.open().await;
+    session.lease(&asked, 1).await;
+    expect_decline(&mut session, &asked, "closed").await;
+    let two_days_ago = ids::time_ms(asked.id) - 48 * 3_600_000;
+    let old = Request { id: ids::id_at(two_days_ago, &Hash32([1; 32])), ..asked.clone() };
+    session.lease(&old, 1).await;
+    expect_decline(&mut session, &old, "stale").await;
     node.end().await;
 }
 
@@ -101,7 +115,7 @@ async fn what_cannot_be_served_is_declined_and_signed() {
     let second = request(QUESTION, 8);
     session.lease(&second, 1).await;
     expect_decline(&mut session, &second, "full").await;
-    let other = Request { model_root: infera_protocol::bytes::Hash32([3; 32]), ..request(QUESTION, 8) };
+    let other = Request { model_root: Hash32([3; 32]), ..request(QUESTION, 8) };
     session.lease(&other, 1).await;
     expect_decline(&mut session, &other, "model").await;
     let large = request(QUESTION, 600);

@@ -4,18 +4,17 @@ use infera_protocol::agreement::{Standing, Votes};
 use infera_protocol::assignment::Eligible;
 use infera_protocol::bytes::Hash32;
 use infera_protocol::commitment::Slot;
-use infera_protocol::evidence::SignedCommitment;
 use infera_protocol::identity::verify;
 use infera_protocol::judgement::{Conduct, Finding, Mean, is_planted, planted};
 use infera_protocol::referee::{Report, judge, report_digest};
 use infera_protocol::request::{Output, Request};
-use infera_protocol::slashing::Statement;
 use infera_protocol::trust::Reason;
 use infera_wire::convert;
 use infera_wire::v1;
 use uuid::Uuid;
 
 use super::{Court, Ended, Kind, Outcome};
+use crate::domain::statements::Pledge;
 use crate::domain::{Effect, Rejection, SignedScores, frames};
 
 #[derive(Debug)]
@@ -47,8 +46,8 @@ pub(super) struct Trial {
 #[derive(Debug)]
 pub(super) enum Stage {
     Leased { until_ms: i64 },
-    Committed { commit: SignedCommitment, statement: Statement },
-    Asked { commit: SignedCommitment, statement: Statement, until_ms: i64 },
+    Committed(Pledge),
+    Asked { pledge: Pledge, until_ms: i64 },
     Scored { output: Output, votes: Vec<Vote>, asked: Option<Asked> },
 }
 
@@ -106,15 +105,15 @@ impl Trial {
                 })
             }
             Stage::Asked { until_ms, .. } => frames::reveal_request(self.request.id, self.attempt, until_ms),
-            Stage::Committed { .. } | Stage::Scored { .. } => return,
+            Stage::Committed(_) | Stage::Scored { .. } => return,
         };
         court.out.push(Effect::Send { node, frame });
     }
 
     /// Asks who has committed for the reveal.
     pub(super) fn ask_reveal(&mut self, court: &mut Court) {
-        if let Stage::Committed { commit, statement } = self.stage {
-            self.stage = Stage::Asked { commit, statement, until_ms: court.now + court.rules.reveal_ms };
+        if let Stage::Committed(pledge) = self.stage {
+            self.stage = Stage::Asked { pledge, until_ms: court.now + court.rules.reveal_ms };
             self.send(court);
         }
     }
@@ -142,7 +141,7 @@ impl Trial {
     fn votes(&self) -> &[Vote] {
         match &self.stage {
             Stage::Scored { votes, .. } => votes,
-            Stage::Leased { .. } | Stage::Committed { .. } | Stage::Asked { .. } => &[],
+            Stage::Leased { .. } | Stage::Committed(_) | Stage::Asked { .. } => &[],
         }
     }
 
