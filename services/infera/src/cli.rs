@@ -158,7 +158,7 @@ pub enum KeysCommand {
 pub struct ModelsArgs {
     #[command(flatten)]
     pub data: DataArgs,
-    /// A GGUF file whose registry entry is computed and printed
+    /// A GGUF file, or a folder with safetensors, whose registry entry is computed and printed
     #[arg(long)]
     pub inspect: Option<PathBuf>,
 }

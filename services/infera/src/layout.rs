@@ -66,7 +66,7 @@ impl Layout {
         self.root.join("models.wanted.json")
     }
 
-    /// Files of further models, each as ID.gguf: those that the holders may admit.
+    /// Further models, each as ID.gguf or as a folder ID: those that the holders may admit.
     pub fn model_folder(&self) -> PathBuf {
         self.root.join("models")
     }

@@ -1,4 +1,4 @@
-//! `infera models`: what the network serves, and the registry entry of a model file.
+//! `infera models`: what the network serves, and the registry entry of a model.
 
 use std::{fs, path::Path, process::ExitCode};
 
@@ -35,14 +35,16 @@ pub fn models(args: &ModelsArgs) -> Result<ExitCode, String> {
     Ok(ExitCode::SUCCESS)
 }
 
-/// The entry that a registry needs for `file`; id, price and threshold are for the holders to decide.
+/// The entry that a registry needs for a GGUF file or a folder; id, price and threshold are for the holders to decide.
 pub fn inspect(file: &Path) -> Result<Model, String> {
     let prompt = Prompt::load(file).map_err(|e| e.to_string())?;
-    let id = file.file_stem().map(|s| s.to_string_lossy().into_owned()).unwrap_or_default();
+    // A folder's name may have dots of its own.
+    let name = if file.is_dir() { file.file_name() } else { file.file_stem() };
+    let (weights_root, weights_bytes) = infera_node::measure(file).map_err(|e| e.to_string())?;
     Ok(Model {
-        id,
-        weights_root: infera_node::weights_root(file).map_err(|e| e.to_string())?,
-        weights_bytes: fs::metadata(file).map_err(|e| e.to_string())?.len(),
+        id: name.map(|name| name.to_string_lossy().into_owned()).unwrap_or_default(),
+        weights_root,
+        weights_bytes,
         tokenizer_hash: Hash32(prompt.tokenizer_hash()),
         template_hash: Hash32(prompt.template_hash()),
         end_tokens: prompt.end_tokens().to_vec(),

@@ -19,7 +19,7 @@ pub struct Args {
     /// The network's manifest: which chain and contract this node works for
     #[arg(long, default_value = ".infera/network.json")]
     pub manifest: PathBuf,
-    /// The model to serve: a GGUF file
+    /// The model to serve: a GGUF file, or a folder with config.json, tokenizer.json and safetensors
     #[arg(long)]
     pub model: PathBuf,
     /// What computes: auto, cpu, cuda or cuda:N; auto takes the first GPU, if there is one and the class allows it
@@ -52,7 +52,7 @@ pub struct Args {
     /// Misbehave, to test the network
     #[arg(long, value_enum)]
     pub fault: Option<Fault>,
-    /// The GGUF file that --fault other-model and wrong-weights load
+    /// The model that --fault other-model and wrong-weights load
     #[arg(long, requires = "fault")]
     pub fault_model: Option<PathBuf>,
     /// The folder through which nodes of one owner cheat together

@@ -132,7 +132,7 @@ impl Identity {
 /// BLAKE3 of the running executable.
 fn release_hash() -> Result<Hash32, Error> {
     let path = std::env::current_exe().map_err(|e| Error::Start(e.to_string()))?;
-    crate::weights_root(&path).map_err(|e| Error::File {
+    crate::release(&path).map_err(|e| Error::File {
         what: "the running executable",
         path: path.display().to_string(),
         reason: e.to_string(),

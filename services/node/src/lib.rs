@@ -6,7 +6,7 @@
 //!             <─commit── after the journal has it on disk
 //!             ──reveal?─> the journal's bytes
 //!             ──answers to check──> engine ──signed scores──>
-//!             ──ranges?─> slices of the weights file
+//!             ──ranges?─> slices of the model's files
 //! ```
 //!
 //! Promises:
@@ -29,6 +29,7 @@ mod fault;
 mod grammar;
 mod identity;
 mod journal;
+mod pack;
 mod pause;
 mod session;
 mod slots;
@@ -54,7 +55,7 @@ use tokio::{
 pub use args::Args;
 pub use fault::Fault;
 pub use pause::{pause, resume};
-pub use weights::weights_root;
+pub use weights::{measure, release};
 
 use engine::{Device, DeviceChoice, Engine, EngineConfig};
 use fault::Faults;

@@ -1,9 +1,8 @@
-//! The weights file, and proofs that it is at hand.
+//! The weights, and proofs that they are at hand.
 
 use std::{
     fs::File,
     io,
-    os::unix::fs::FileExt,
     path::{Path, PathBuf},
 };
 
@@ -13,7 +12,9 @@ use infera_protocol::{
 };
 use infera_wire::v1;
 
-/// A file, hashed when the node started.
+use crate::pack::Pack;
+
+/// A model, hashed when the node started.
 pub struct Weights {
     path: PathBuf,
     tree: Tree,
@@ -22,12 +23,12 @@ pub struct Weights {
 }
 
 impl Weights {
-    /// Hashes the file in one pass.
+    /// Hashes the file or folder in one pass.
     ///
     /// # Errors
     /// It can't be read.
     pub fn read(path: &Path) -> io::Result<Self> {
-        let tree = Tree::read(File::open(path)?)?;
+        let tree = Tree::read(Pack::open(path)?.reader())?;
         Ok(Self { path: path.to_owned(), declared: tree.root(), tree })
     }
 
@@ -41,7 +42,7 @@ impl Weights {
         self.declared
     }
 
-    /// Slices of the file for the ranges of a challenge. The file is opened anew: what counts is what lies there now.
+    /// Slices of the model for the ranges of a challenge. It is opened anew: what counts is what lies there now.
     ///
     /// # Errors
     /// Too many ranges, one that is none, or a file that can't be read or has changed.
@@ -50,21 +51,34 @@ impl Weights {
             let text = format!("{} ranges, at most {MAX_RANGES}", challenge.ranges.len());
             return Err(io::Error::new(io::ErrorKind::InvalidInput, text));
         }
-        let file = File::open(&self.path)?;
+        let model = Pack::open(&self.path)?;
         let slice = |range: &v1::Range| {
-            self.tree.slice((range.offset, range.length), |offset, out| file.read_exact_at(out, offset))
+            self.tree.slice((range.offset, range.length), |offset, out| model.read_exact_at(out, offset))
         };
         let slices = challenge.ranges.iter().map(slice).collect::<io::Result<_>>()?;
         Ok(v1::RangeProof { nonce: challenge.nonce.clone(), slices })
     }
 }
 
-/// BLAKE3 of a file, as the registry lists weights and releases.
+/// What a registry lists of a model's file or folder: BLAKE3 and length in bytes of its one string ([`crate::pack`]).
+///
+/// # Errors
+/// It can't be read.
+pub fn measure(path: &Path) -> io::Result<(Hash32, u64)> {
+    let model = Pack::open(path)?;
+    Ok((hash(model.reader())?, model.bytes()))
+}
+
+/// BLAKE3 of a program, as the registry lists releases.
 ///
 /// # Errors
 /// The file can't be read.
-pub fn weights_root(path: &Path) -> io::Result<Hash32> {
+pub fn release(path: &Path) -> io::Result<Hash32> {
+    hash(File::open(path)?)
+}
+
+fn hash(bytes: impl io::Read) -> io::Result<Hash32> {
     let mut hasher = blake3::Hasher::new();
-    hasher.update_reader(File::open(path)?)?;
+    hasher.update_reader(bytes)?;
     Ok(Hash32(*hasher.finalize().as_bytes()))
 }

@@ -19,7 +19,7 @@ pub struct Config {
     pub common: Common,
     pub embedder_path: PathBuf,
     pub prefetch: u16,
-    /// Registry id -> GGUF file.
+    /// Registry id -> GGUF file, or folder with safetensors.
     pub models: BTreeMap<String, PathBuf>,
     pub model_folder: Option<PathBuf>,
     pub vectors: IndexConfig,

@@ -8,7 +8,7 @@ pub enum Error {
     #[error(transparent)]
     Network(#[from] infera_runtime::network::NetworkError),
     #[error(
-        "there is no GGUF file of the registry's model `{model}`: add it to [models], or as ID.gguf to `model_folder`"
+        "there is no file of the registry's model `{model}`: add it to [models], or as ID.gguf or folder ID to `model_folder`"
     )]
     NoModelFile { model: String },
     #[error("the tokenizer of model `{model}` cannot be read: {source}")]

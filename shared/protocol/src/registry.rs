@@ -29,9 +29,9 @@ pub struct Manifest {
 pub struct Model {
     /// The name that clients ask for.
     pub id: String,
-    /// BLAKE3 of the weights file.
+    /// BLAKE3 of the model's file, or of its folder's files as one string (decision 0014).
     pub weights_root: Hash32,
-    /// Size of that file, from which a node is asked for ranges (section 2).
+    /// Its length in bytes, from which a node is asked for ranges (section 2).
     pub weights_bytes: u64,
     /// BLAKE3 of the tokenizer and of the chat template, as `infera_prompt` computes them.
     pub tokenizer_hash: Hash32,

@@ -26,7 +26,7 @@ pub const MAX_REPLICAS: u32 = 7;
 #[serde(deny_unknown_fields)]
 pub struct Request {
     pub id: Uuid,
-    /// BLAKE3 of the weights file, as the registry lists it.
+    /// BLAKE3 of the model, as the registry lists it.
     pub model_root: Hash32,
     /// Token ids of the rendered chat template.
     pub prompt: Vec<u32>,

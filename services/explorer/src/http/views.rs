@@ -331,7 +331,7 @@ pub(super) fn groups(r: &Receipt, model: &str) -> Vec<Group> {
                 field(
                     "model_root",
                     r.model_root.to_string(),
-                    "BLAKE3 of the weights file that every node proved to have.",
+                    "BLAKE3 of the model's files that every node proved to have.",
                 ),
                 field("model", model.to_owned(), "Its name in the model registry."),
                 field(

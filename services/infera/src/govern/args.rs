@@ -73,9 +73,9 @@ pub enum Change {
     AdmitModel {
         #[command(flatten)]
         by: Proposer,
-        /// The model's GGUF file, or its entry as `infera models --inspect` prints it (.json)
+        /// The model's GGUF file or folder, or its entry as `infera models --inspect` prints it (.json)
         file: PathBuf,
-        /// The name that clients ask for; default: the file's
+        /// The name that clients ask for; default: the file's or folder's
         #[arg(long)]
         id: Option<String>,
         /// What a token costs per replica at first, micro-INFER; default: the entry's

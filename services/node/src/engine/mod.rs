@@ -66,6 +66,7 @@ use gate::{Gate, Waited};
 use sequence::Start;
 use shape::Shape;
 use source::Source;
+pub(crate) use source::weight_files;
 
 /// Most generations at once on a processor.
 pub const MAX_SLOTS: usize = 64;

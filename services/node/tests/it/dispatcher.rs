@@ -286,7 +286,7 @@ pub fn request(text: &str, max_tokens: u32) -> Request {
     let prompt = Prompt::load(&model_path()).unwrap();
     Request {
         id: Uuid::now_v7(),
-        model_root: infera_node::weights_root(&model_path()).unwrap(),
+        model_root: infera_node::measure(&model_path()).unwrap().0,
         prompt: prompt.render(&[ChatMessage::new("user", text)]).unwrap(),
         sampling: SamplingParams::greedy(),
         max_tokens,

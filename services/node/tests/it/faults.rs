@@ -347,7 +347,7 @@ async fn promises_that_are_not_kept() {
     cheat.end().await;
 
     let cheat = Cheat::new(&["--fault", "forged-release"]).await;
-    let release = infera_node::weights_root(&std::env::current_exe().unwrap()).unwrap();
+    let release = infera_node::release(&std::env::current_exe().unwrap()).unwrap();
     assert_ne!(cheat.session.hello.claims.release_hash, release);
     cheat.end().await;
     let upright = Cheat::new(&[]).await;

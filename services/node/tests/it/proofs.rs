@@ -1,12 +1,16 @@
-//! Ranges of the weights file, proved before and after the welcome.
+//! Ranges of the model, proved before and after the welcome.
 
 use std::fs;
+use std::path::{Path, PathBuf};
 
 use infera_protocol::admission::{AdmissionError, ranges, verify_slice};
+use infera_protocol::request::Request;
 use infera_runtime::clock;
 use infera_wire::v1;
+use serde_json::json;
 
 use crate::dispatcher::{Dispatcher, Heard, Say, Session, request};
+use crate::session::check_commitment;
 use crate::{ONE_AT_A_TIME, gemma_path, model_path};
 
 fn challenge(nonce: u8, ranges: &[(u64, u32)]) -> v1::RangeChallenge {
@@ -96,7 +100,7 @@ async fn wrong_weights_cannot_be_proved() {
     let node = dispatcher.node(&["--fault", "wrong-weights", "--fault-model", other.to_str().unwrap()]);
     let mut session = dispatcher.greet().await;
     let root = session.hello.claims.weights_root;
-    assert_eq!(root, infera_node::weights_root(&model_path()).unwrap());
+    assert_eq!(root, infera_node::measure(&model_path()).unwrap().0);
     let size = fs::metadata(model_path()).unwrap().len();
     let drawn = ranges(&[2; 32], size, 4);
     session.say(Say::RangeChallenge(challenge(1, &drawn))).await;
@@ -105,6 +109,74 @@ async fn wrong_weights_cannot_be_proved() {
         let error = verify_slice(&root, size, range, slice).unwrap_err();
         assert!(matches!(error, AdmissionError::Length { .. } | AdmissionError::Root), "{error}");
     }
+    drop(session);
+    node.end().await;
+}
+
+/// A model as transformers writes it, with words of one letter.
+fn folder(dispatcher: &Dispatcher) -> PathBuf {
+    let folder = dispatcher.data().join("model");
+    fs::create_dir(&folder).unwrap();
+    for name in ["config.json", "model.safetensors"] {
+        let fixture = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/llama").join(name);
+        fs::copy(fixture, folder.join(name)).unwrap();
+    }
+    let words = json!({
+        "added_tokens": [{ "id": 2, "content": "</s>", "special": true }],
+        "normalizer": null,
+        "pre_tokenizer": { "type": "ByteLevel", "add_prefix_space": false, "use_regex": true },
+        "model": { "type": "BPE", "vocab": { "a": 0, "b": 1 }, "merges": [] },
+    });
+    fs::write(folder.join("tokenizer.json"), words.to_string()).unwrap();
+    fs::write(folder.join("tokenizer_config.json"), r#"{"eos_token": "</s>"}"#).unwrap();
+    fs::write(folder.join("chat_template.jinja"), "{{ messages[0].content }}").unwrap();
+    folder
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_folder_of_safetensors_answers_and_all_of_it_is_proved() {
+    let _one = ONE_AT_A_TIME.lock().await;
+    let dispatcher = Dispatcher::new().await;
+    let folder = folder(&dispatcher);
+    let line = ["--model", folder.to_str().unwrap(), "--slots", "1", "--max-context", "64"];
+    let node = dispatcher.node(&line);
+    let mut session = dispatcher.open().await;
+    let (root, size) = infera_node::measure(&folder).unwrap();
+    assert_eq!(session.hello.claims.weights_root, root);
+
+    let asked = Request { model_root: root, prompt: vec![0, 1, 1, 0], ..request("", 8) };
+    session.lease(&asked, 1).await;
+    let (tokens, commit) = session.committed().await;
+    let reveal = session.revealed(&asked, 1).await;
+    check_commitment(&session, &asked, &commit, &reveal);
+    assert_eq!((reveal.tokens.clone(), tokens.is_empty()), (tokens, false));
+
+    let whole: Vec<(u64, u32)> =
+        (0..size).step_by(16_384).map(|at| (at, u32::try_from((size - at).min(16_384)).unwrap())).collect();
+    let mut bytes = Vec::new();
+    for ranges in whole.chunks(8) {
+        session.say(Say::RangeChallenge(challenge(1, ranges))).await;
+        for (slice, range) in proved(&mut session).await.slices.iter().zip(ranges) {
+            bytes.extend(verify_slice(&root, size, *range, slice).unwrap());
+        }
+    }
+    let has = |name: &str| {
+        let file = fs::read(folder.join(name)).unwrap();
+        bytes.windows(file.len()).any(|part| part == file)
+    };
+    for name in
+        ["chat_template.jinja", "config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"]
+    {
+        assert!(has(name), "{name}");
+    }
+
+    // The same weights with another epsilon are another model.
+    let config = fs::read_to_string(folder.join("config.json")).unwrap();
+    fs::write(folder.join("config.json"), config.replace("1e-05", "1e-06")).unwrap();
+    assert_ne!(infera_node::measure(&folder).unwrap().0, root);
+    session.say(Say::RangeChallenge(challenge(2, &whole[..1]))).await;
+    session.say(Say::RangeChallenge(challenge(3, &whole[1..2]))).await;
+    assert_eq!(proved(&mut session).await.nonce, [3; 16], "the config is proved no more");
     drop(session);
     node.end().await;
 }

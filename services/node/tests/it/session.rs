@@ -59,7 +59,7 @@ async fn a_promise_outlives_the_connection_and_the_process() {
     let dispatcher = Dispatcher::new().await;
     let node = dispatcher.node(&[]);
     let mut session = dispatcher.open().await;
-    assert_eq!(session.hello.claims.weights_root, infera_node::weights_root(&model_path()).unwrap());
+    assert_eq!(session.hello.claims.weights_root, infera_node::measure(&model_path()).unwrap().0);
     assert_eq!((session.hello.claims.class.as_str(), session.hello.claims.slots), ("fast", 4));
     let asked = request(QUESTION, 32);
     session.lease(&asked, 1).await;

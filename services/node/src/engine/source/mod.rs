@@ -25,6 +25,7 @@ use super::rounding::Rounding;
 use super::shape::{Scaling, Shape, unsupported};
 use family::Family;
 pub(super) use family::{Name, Part};
+pub(crate) use safetensors::weight_files;
 
 /// A tensor in a file, already compared with the file's length.
 #[derive(Debug, Clone)]

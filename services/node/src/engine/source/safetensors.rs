@@ -4,7 +4,7 @@
 //! header lies in the file, every tensor has the bytes that its shape and storage say, the tensors fill the rest of the
 //! file without gaps and do not overlap, and no name occurs twice.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
 use std::fs::File;
 use std::io::Read;
@@ -57,26 +57,49 @@ fn single(path: &Path) -> Result<Opened, EngineError> {
     Ok((vec![file], tensors))
 }
 
-fn of_folder(folder: &Path) -> Result<Opened, EngineError> {
-    let whole = folder.join("model.safetensors");
-    let index = folder.join("model.safetensors.index.json");
-    if !index.exists() {
-        return single(&whole);
-    }
-    let place: Index = serde_json::from_slice(&small(&index, MAX_INDEX)?)
+/// Where the tensors of a folder lie, if they are in more than one file.
+const INDEX: &str = "model.safetensors.index.json";
+/// Where they lie otherwise.
+const WHOLE: &str = "model.safetensors";
+
+/// The shards that an index names, once each.
+fn shards(index: &Path) -> Result<(Index, BTreeSet<String>), EngineError> {
+    let place: Index = serde_json::from_slice(&small(index, MAX_INDEX)?)
         .map_err(|e| EngineError::Format(format!("{}: {e}", index.display())))?;
-    let mut names: Vec<&String> = place.weight_map.0.iter().map(|(_, file)| file).collect();
-    names.sort();
-    names.dedup();
+    let names: BTreeSet<String> = place.weight_map.0.iter().map(|(_, file)| file.clone()).collect();
     if names.len() > MAX_SHARDS {
         return broken(format!("{} shards, the limit is {MAX_SHARDS}", names.len()));
     }
+    // A name from the index must not lead out of the folder.
+    let is_shard = |name: &String| name.ends_with(".safetensors") && !name.contains(['/', '\\', '\0', '\n']);
+    match names.iter().find(|name| !is_shard(name)) {
+        Some(name) => broken(format!("{} names the shard {name:?}", index.display())),
+        None => Ok((place, names)),
+    }
+}
+
+/// Names of the files in a folder from which the tensors are read, and of the index that says so.
+///
+/// # Errors
+/// The index can't be read.
+pub fn weight_files(folder: &Path) -> Result<BTreeSet<String>, EngineError> {
+    let index = folder.join(INDEX);
+    if !index.exists() {
+        return Ok([WHOLE.to_owned()].into());
+    }
+    let (_, mut names) = shards(&index)?;
+    names.insert(INDEX.to_owned());
+    Ok(names)
+}
+
+fn of_folder(folder: &Path) -> Result<Opened, EngineError> {
+    let index = folder.join(INDEX);
+    if !index.exists() {
+        return single(&folder.join(WHOLE));
+    }
+    let (place, names) = shards(&index)?;
     let (mut files, mut tensors) = (Vec::new(), BTreeMap::new());
-    for name in names {
-        // A name from the index must not lead out of the folder.
-        if !name.ends_with(".safetensors") || name.contains(['/', '\\', '\0']) {
-            return broken(format!("{} names the shard {name:?}", index.display()));
-        }
+    for name in &names {
         let (file, found) = read(&folder.join(name), files.len())?;
         files.push(file);
         for (tensor, place) in found {
@@ -110,7 +133,7 @@ impl<'de, T: Deserialize<'de>> Visitor<'de> for UniqueVisitor<T> {
 
     fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<Self::Value, A::Error> {
         let mut entries = Vec::new();
-        let mut names = std::collections::BTreeSet::new();
+        let mut names = BTreeSet::new();
         while let Some(name) = map.next_key::<String>()? {
             if name == "__metadata__" {
                 map.next_value::<IgnoredAny>()?;
