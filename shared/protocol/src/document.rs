@@ -363,7 +363,7 @@ fn check_evidence(report: &mut Report, receipt: &Receipt, evidence: &Evidence) {
     if !evidence.unfit.is_empty() {
         report.skip(
             "fitness",
-            "that a result breaks the grammar was found by the verifier; the model's tokenizer is needed to check it",
+            "that a result breaks the grammar or goes on after a stop string was found by the verifier; the model's tokenizer is needed to check it",
         );
     }
     report.push(

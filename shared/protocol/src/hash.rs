@@ -1,8 +1,8 @@
 //! The two hashes of the network and the one canonical byte encoding that is hashed.
 //!
 //! keccak-256 for everything that a contract may have to check, BLAKE3 for files and for
-//! expanding randomness. Every hashed structure starts with its own domain string, so that bytes
-//! of one kind never pass as another.
+//! expanding randomness. What is signed, and what a root covers, starts with its own domain string,
+//! so that bytes of one kind never pass as another.
 
 use crate::bytes::Hash32;
 use tiny_keccak::{Hasher, Keccak};

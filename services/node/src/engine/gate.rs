@@ -9,6 +9,8 @@ enum Phase {
     Running,
     /// It holds none.
     Paused,
+    /// It takes memory for one, and can't be stopped before the end.
+    Loading,
     /// It has ended.
     Ended,
 }
@@ -49,6 +51,15 @@ impl Gate {
     /// Whether the engine may compute.
     pub fn is_open(&self) -> bool {
         self.state.lock().wanted
+    }
+
+    /// A load begins; false if a pause was asked for.
+    pub fn begins(&self) -> bool {
+        let mut state = self.state.lock();
+        if state.wanted {
+            state.phase = Phase::Loading;
+        }
+        state.wanted
     }
 
     /// The thread has loaded a model (true) or let go of it.

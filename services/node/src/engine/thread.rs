@@ -85,10 +85,15 @@ impl Sleep<'_> {
     fn then<T>(&self, load: &mut dyn FnMut() -> Result<T, EngineError>, again: Duration) -> Option<T> {
         let mut wait = None;
         while self.until_open(wait) {
+            if !self.gate.begins() {
+                wait = None;
+                continue;
+            }
             match load() {
                 Ok(loaded) => return Some(loaded),
                 Err(error) => tracing::warn!(%error, "the model can't be loaded yet, trying again"),
             }
+            self.gate.reached(false);
             wait = Some(again);
         }
         None
@@ -346,30 +351,30 @@ mod tests {
         // Two calls of a pause that is over: the first one wakes up.
         gate.ask(true);
         starts.send(None).unwrap();
-        let mut tries = 0;
-        let loaded = sleep.then(
-            &mut || {
+        let (mut tries, steps) = (0, Mutex::new(Vec::new()));
+        let loaded = std::thread::scope(|scope| {
+            let mut load = || {
                 tries += 1;
-                match tries {
-                    1 => Err(EngineError::Device("the owner's".into())),
-                    2 => {
-                        // The owner pauses it again, and lets it go on later.
-                        gate.ask(false);
-                        let (gate, starts) = (&gate, &starts);
-                        std::thread::scope(|scope| {
-                            let paused = scope.spawn(move || gate.wait(false));
-                            assert_eq!(paused.join().unwrap(), Waited::Reached, "it holds no model");
-                        });
+                if tries == 2 {
+                    // The owner pauses it again, and lets it go on once it is told that nothing is held any more.
+                    gate.ask(false);
+                    let (gate, starts, steps) = (&gate, &starts, &steps);
+                    scope.spawn(move || {
+                        assert_eq!(gate.wait(false), Waited::Reached);
+                        steps.lock().push("paused");
                         gate.ask(true);
                         starts.send(None).unwrap();
-                        Err(EngineError::Device("the owner's".into()))
+                    });
+                    for _ in 0..1_000 {
+                        std::thread::yield_now();
                     }
-                    tries => Ok(tries),
+                    steps.lock().push("let go");
                 }
-            },
-            Duration::from_millis(1),
-        );
-        assert_eq!(loaded, Some(3));
+                if tries < 3 { Err(EngineError::Device("the owner's".into())) } else { Ok(tries) }
+            };
+            sleep.then(&mut load, Duration::from_millis(1))
+        });
+        assert_eq!((loaded, steps.into_inner()), (Some(3), vec!["let go", "paused"]));
         drop(starts);
         assert_eq!(sleep.then(&mut || Ok(()), Duration::ZERO), None, "the engine is dropped");
     }

@@ -93,11 +93,15 @@ impl Slots {
     /// The journal can't be listed: without it, this node might answer a slot twice.
     pub fn new(engine: Engine, identity: Identity, journal: Journal, setting: Setting) -> io::Result<Self> {
         let until_ms = clock::now_ms() + KEEP_MS;
-        let states = journal
-            .all()?
-            .into_iter()
-            .map(|(key, promise)| (key, State::Promised { promise: Box::new(promise), until_ms }))
-            .collect();
+        let mut states = HashMap::new();
+        for (key, promise) in journal.all()? {
+            if promise.commit.statement.is_empty() {
+                // Of a version whose promises no dispatcher takes any more: each would end the session.
+                journal.close(key);
+            } else {
+                states.insert(key, State::Promised { promise: Box::new(promise), until_ms });
+            }
+        }
         let grammars = Grammars::new(engine.tokenizer().clone(), setting.end_tokens.clone());
         Ok(Self {
             engine,
@@ -260,7 +264,7 @@ impl Slots {
     }
 
     /// Ends what nobody waits for any more.
-    pub fn expire(&self, now_ms: i64) {
+    pub fn expire(self: &Arc<Self>, now_ms: i64) {
         let late: Vec<Key> = {
             let states = self.states.lock();
             let until = |state: &State| match state {
@@ -276,9 +280,13 @@ impl Slots {
         if self.forget_at_ms.load(Ordering::Relaxed) <= now_ms {
             self.forget_at_ms.store(now_ms + KEEP_MS, Ordering::Relaxed);
             let before_ms = u64::try_from(now_ms - KEEP_CLOSED_MS).unwrap_or(0);
-            if let Err(error) = self.journal.forget(before_ms) {
-                tracing::warn!(%error, "closed slots stay in the journal");
-            }
+            let slots = self.clone();
+            // A busy node closes a million slots a day.
+            tokio::task::spawn_blocking(move || {
+                if let Err(error) = slots.journal.forget(before_ms) {
+                    tracing::warn!(%error, "closed slots stay in the journal");
+                }
+            });
         }
     }
 }

@@ -185,7 +185,7 @@ def check_evidence(report, r, e, history):
     if len({v["output_hash"] for v in r["verified"]}) > 1:
         report.skip("similarity", "how alike the texts are takes the tokenizer and the embedding model")
     if e["unfit"]:
-        report.skip("fitness", "whether a result breaks the grammar takes the tokenizer")
+        report.skip("fitness", "whether a result breaks the grammar or goes on after a stop string takes the tokenizer")
     report.run("every field", check_fields, r, e)
 
 
