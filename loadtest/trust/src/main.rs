@@ -89,7 +89,7 @@ struct Network {
     /// Runs of each strategy of a colluding third, each with a seed of its own
     #[arg(long, default_value_t = 3, value_parser = clap::value_parser!(u32).range(1..=100))]
     seeds: u32,
-    /// The report; its metrics are also put into bench-trust.json beside it, where there is one
+    /// The report; every run is in bench-sim-runs.json beside it, and the metrics are also put into bench-trust.json there
     #[arg(long, default_value = "target/reports/bench-sim.json")]
     out: PathBuf,
 }
@@ -153,7 +153,8 @@ fn network(args: &Network) -> Result<(), String> {
         seeds: args.seeds,
     };
     let (runs, metrics) = simulate::all(&setting);
-    report::json(&args.out, &runs)?;
+    report::json(&args.out, &metrics)?;
+    report::json(&args.out.with_file_name("bench-sim-runs.json"), &runs)?;
     report::merge(&args.out.with_file_name("bench-trust.json"), &metrics)?;
     report::print(&metrics)
 }

@@ -22,8 +22,9 @@ pub struct Metric {
     #[serde(skip_serializing_if = "Option::is_none")]
     pub count: Option<usize>,
     /// The same by cosine alone, or without referees.
-    #[serde(skip_serializing_if = "Option::is_none")]
     pub baseline: Option<f64>,
+    /// Value to baseline; none beside a baseline of 0.
+    pub ratio: Option<f64>,
     pub command: &'static str,
 }
 
@@ -37,6 +38,7 @@ impl Metric {
             high: None,
             count: None,
             baseline: None,
+            ratio: None,
             command: COMMAND,
         }
     }
@@ -52,6 +54,7 @@ impl Metric {
 
     pub fn beside(mut self, baseline: f64) -> Self {
         self.baseline = Some(baseline);
+        self.ratio = Some(self.value / baseline).filter(|ratio| ratio.is_finite());
         self
     }
 }

@@ -177,6 +177,9 @@ pub fn all(setting: &Setting) -> (Vec<Run>, Vec<Metric>) {
     metrics.extend(canaries(setting.seed));
     // The cosine of a copy is 1.
     metrics.push(Metric::share("copy_caught_pct", copies(setting.seed)).beside(0.0));
+    for metric in &mut metrics {
+        metric.command = "make bench-sim";
+    }
     (runs, metrics)
 }
 
