@@ -61,6 +61,8 @@ struct NodeItem {
     /// Registry id of the model.
     model: String,
     slots: u32,
+    /// Those of them that count: a node has to show that it keeps up with many.
+    slots_shown: u32,
     busy: u32,
     draining: bool,
     /// Its entry trial is not over: it takes no requests yet.
@@ -76,7 +78,7 @@ async fn nodes(shared: Data<Shared>) -> Result<web::Json<NodeList>, ApiError> {
 }
 
 fn item(shared: &Shared, view: NodeView) -> NodeItem {
-    let NodeView { info, busy, draining, on_trial } = view;
+    let NodeView { info, shown, busy, draining, on_trial } = view;
     NodeItem {
         node: info.node.to_string(),
         operator: info.operator.to_string(),
@@ -91,6 +93,7 @@ fn item(shared: &Shared, view: NodeView) -> NodeItem {
         model_root: info.model_root.to_string(),
         class: info.class,
         slots: info.slots,
+        slots_shown: shown,
         busy,
         draining,
         on_trial,

@@ -195,7 +195,7 @@ impl Attempt {
         slot.state = SlotState::Committed(pledge);
         slot.no_room = false;
         slot.detail.clear();
-        desk.nodes.release(node, request);
+        desk.nodes.kept_up(node, request);
         desk.out.push(Effect::SlotsChanged);
         Ok(self.advance(desk))
     }
@@ -280,8 +280,13 @@ impl Attempt {
         }
         slot.end(SlotOutcome::Declined, decline.reason.as_str());
         slot.no_room = decline.reason == FULL;
+        let full = slot.no_room;
         slot.decline = Some(decline);
-        desk.nodes.release(node, desk.offer.id());
+        if full {
+            desk.nodes.fell_behind(node, desk.offer.id());
+        } else {
+            desk.nodes.release(node, desk.offer.id());
+        }
         desk.out.push(Effect::SlotsChanged);
         Ok(self.advance(desk))
     }
@@ -371,7 +376,7 @@ impl Attempt {
             match slot.state {
                 SlotState::Leased if slot.lease_until_ms <= desk.now => {
                     slot.end(SlotOutcome::NoCommit, "no commitment before the lease expired");
-                    desk.nodes.release(&slot.who.node, request);
+                    desk.nodes.fell_behind(&slot.who.node, request);
                     desk.out.push(Effect::Send {
                         node: slot.who.node,
                         frame: frames::cancel(request, self.number, "lease expired"),

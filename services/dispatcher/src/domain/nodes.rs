@@ -10,6 +10,9 @@ use uuid::Uuid;
 
 use super::trust::Ledger;
 
+/// Slots that count for a node before it has shown that it keeps up with more.
+pub const FIRST_SLOTS: u32 = 4;
+
 /// A node whose hello was checked.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Connected {
@@ -32,6 +35,8 @@ pub struct Connected {
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct NodeView {
     pub info: Connected,
+    /// Of its slots, those that count; see [`Nodes::kept_up`].
+    pub shown: u32,
     pub busy: u32,
     pub draining: bool,
     /// See [`super::trials`].
@@ -58,18 +63,27 @@ struct Entry {
     /// Let in because nobody could judge it; tried once somebody can.
     is_untried: bool,
     leases: BTreeSet<Uuid>,
+    /// Leases with which it is thought to keep up at once, whatever it says.
+    shown: u32,
 }
 
 impl Entry {
+    fn slots(&self) -> u32 {
+        self.info.slots.min(self.shown)
+    }
+
+    fn busy(&self) -> u32 {
+        u32::try_from(self.leases.len()).unwrap_or(u32::MAX)
+    }
+
     fn free(&self) -> u32 {
-        let busy = u32::try_from(self.leases.len()).unwrap_or(u32::MAX);
-        if self.draining || self.on_trial.is_some() { 0 } else { self.info.slots.saturating_sub(busy) }
+        if self.draining || self.on_trial.is_some() { 0 } else { self.slots().saturating_sub(self.busy()) }
     }
 
     /// Trusted, eligible, and not on trial itself.
     fn may_judge(&self, trust: &Ledger) -> bool {
         let operator = &self.info.operator;
-        let trusted = trust.is_trusted(operator) && trust.weight(operator, self.info.slots) > 0;
+        let trusted = trust.is_trusted(operator) && trust.weight(operator, self.slots()) > 0;
         trusted && !self.draining && self.on_trial.is_none()
     }
 }
@@ -94,7 +108,8 @@ impl Nodes {
             None => {
                 let node = info.node;
                 let leases = BTreeSet::new();
-                let entry = Entry { info, draining: false, on_trial: None, is_untried: false, leases };
+                let (draining, on_trial, is_untried, shown) = (false, None, false, FIRST_SLOTS);
+                let entry = Entry { info, draining, on_trial, is_untried, leases, shown };
                 self.by_id.insert(node, entry);
             }
         }
@@ -136,6 +151,24 @@ impl Nodes {
     pub fn release(&mut self, node: &NodeId, request: Uuid) {
         if let Some(entry) = self.by_id.get_mut(node) {
             entry.leases.remove(&request);
+        }
+    }
+
+    /// A commitment came in time. While all slots that count were taken, one more counts from now on.
+    pub fn kept_up(&mut self, node: &NodeId, request: Uuid) {
+        if let Some(entry) = self.by_id.get_mut(node) {
+            let (busy, slots) = (entry.busy(), entry.slots());
+            if entry.leases.remove(&request) && busy >= slots {
+                entry.shown = slots.saturating_add(1);
+            }
+        }
+    }
+
+    /// A lease ran out, or the node had no room for it: half of its slots count from now on.
+    pub fn fell_behind(&mut self, node: &NodeId, request: Uuid) {
+        if let Some(entry) = self.by_id.get_mut(node) {
+            entry.leases.remove(&request);
+            entry.shown = (entry.slots() / 2).max(1);
         }
     }
 
@@ -204,7 +237,7 @@ impl Nodes {
                 node: entry.info.node,
                 operator: entry.info.operator,
                 class: entry.info.class.clone(),
-                weight: trust.weight(&entry.info.operator, entry.info.slots),
+                weight: trust.weight(&entry.info.operator, entry.slots()),
                 audit_ppm: trust.audit_ppm(&entry.info.operator),
                 trusted: trust.is_trusted(&entry.info.operator),
             })
@@ -251,7 +284,7 @@ impl Nodes {
         for entry in self.of_model(model).filter(counts) {
             let free = operators.entry(entry.info.operator).or_default();
             *free = free.saturating_add(entry.free());
-            slots.total = slots.total.saturating_add(entry.info.slots);
+            slots.total = slots.total.saturating_add(entry.slots());
         }
         let free: Vec<u32> = operators.values().copied().collect();
         slots.free = usable(&free, MIN_REPLICAS);
@@ -265,7 +298,8 @@ impl Nodes {
             .values()
             .map(|entry| NodeView {
                 info: entry.info.clone(),
-                busy: u32::try_from(entry.leases.len()).unwrap_or(u32::MAX),
+                shown: entry.slots(),
+                busy: entry.busy(),
                 draining: entry.draining,
                 on_trial: entry.on_trial.is_some(),
             })

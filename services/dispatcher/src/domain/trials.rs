@@ -214,7 +214,7 @@ impl Trials {
         let first = match &trial.stage {
             Stage::Leased { until_ms } if court.now < *until_ms => {
                 trial.stage = Stage::Committed(pledge);
-                court.nodes.release(node, request);
+                court.nodes.kept_up(node, request);
                 if trial.kind == Kind::Entry {
                     trial.ask_reveal(court);
                 }

@@ -337,3 +337,49 @@ fn results_without_a_verdict_are_repeated_ever_more_rarely() {
     }
     assert_eq!(bench.published, 11);
 }
+
+#[test]
+fn slots_count_as_far_as_a_node_keeps_up() {
+    let mut nodes = Nodes::default();
+    let info = Connected { slots: 7, ..connected(1, 1) };
+    let node = info.node;
+    nodes.join(info);
+    let weight = |nodes: &Nodes| nodes.eligible(&MODEL, &Ledger::default())[0].weight;
+    let newcomer = weight(&nodes);
+    let mut held = Vec::new();
+    let fill = |nodes: &mut Nodes, held: &mut Vec<Uuid>, next: &mut u128| {
+        while nodes.is_free(&node) {
+            *next += 1;
+            held.push(Uuid::from_u128(*next));
+            nodes.lease(&node, Uuid::from_u128(*next));
+        }
+        held.len()
+    };
+    let mut next = 0;
+    assert_eq!(fill(&mut nodes, &mut held, &mut next), 4, "more than it has shown");
+    // One more for each commitment while all were taken, up to what it declares.
+    for expected in [5, 6, 7, 7, 7] {
+        nodes.kept_up(&node, held.pop().unwrap());
+        assert_eq!(fill(&mut nodes, &mut held, &mut next), expected);
+    }
+    assert!(weight(&nodes) > newcomer);
+    // Commitments show nothing while others are free, nor twice.
+    nodes.fell_behind(&node, held.pop().unwrap());
+    assert_eq!(nodes.views()[0].shown, 3);
+    for request in std::mem::take(&mut held) {
+        nodes.release(&node, request);
+    }
+    assert_eq!(fill(&mut nodes, &mut held, &mut next), 3);
+    let (first, second) = (held.pop().unwrap(), held.pop().unwrap());
+    for (request, shown) in [(first, 4), (first, 4), (second, 4)] {
+        nodes.kept_up(&node, request);
+        assert_eq!(nodes.views()[0].shown, shown);
+    }
+    for _ in 0..5 {
+        nodes.fell_behind(&node, Uuid::from_u128(1));
+    }
+    held.iter().for_each(|request| nodes.release(&node, *request));
+    held.clear();
+    assert_eq!(fill(&mut nodes, &mut held, &mut next), 1, "one always counts");
+    assert!(weight(&nodes) < newcomer);
+}
