@@ -2,7 +2,7 @@
 
 use std::path::PathBuf;
 
-use clap::{Args, Parser, Subcommand, ValueEnum};
+use clap::{ArgMatches, Args, FromArgMatches, Parser, Subcommand, ValueEnum};
 
 use crate::{account::AccountArgs, govern::args::GovernArgs};
 
@@ -74,13 +74,39 @@ impl Profile {
 }
 
 /// A node, or what its operator does.
-#[derive(Debug, Args)]
-#[command(args_conflicts_with_subcommands = true, subcommand_negates_reqs = true)]
-pub struct RunNodeArgs {
-    #[command(flatten)]
-    pub run: Option<infera_node::Args>,
-    #[command(subcommand)]
-    pub operator: Option<OperatorCommand>,
+#[derive(Debug)]
+pub enum RunNodeArgs {
+    Run(infera_node::Args),
+    Operator(OperatorCommand),
+}
+
+// By hand: an `Option` of the node's arguments counts as given where the environment sets one of them, and then
+// lacks `--model` beside a subcommand.
+impl FromArgMatches for RunNodeArgs {
+    fn from_arg_matches(matches: &ArgMatches) -> Result<Self, clap::Error> {
+        if matches.subcommand_name().is_some() {
+            OperatorCommand::from_arg_matches(matches).map(Self::Operator)
+        } else {
+            infera_node::Args::from_arg_matches(matches).map(Self::Run)
+        }
+    }
+
+    fn update_from_arg_matches(&mut self, matches: &ArgMatches) -> Result<(), clap::Error> {
+        *self = Self::from_arg_matches(matches)?;
+        Ok(())
+    }
+}
+
+impl Args for RunNodeArgs {
+    fn augment_args(command: clap::Command) -> clap::Command {
+        OperatorCommand::augment_subcommands(infera_node::Args::augment_args(command))
+            .args_conflicts_with_subcommands(true)
+            .subcommand_negates_reqs(true)
+    }
+
+    fn augment_args_for_update(command: clap::Command) -> clap::Command {
+        Self::augment_args(command)
+    }
 }
 
 /// Which node.

@@ -58,9 +58,8 @@ fn run(command: Command) -> Result<ExitCode, String> {
     match command {
         Command::Up(args) => up::up(args),
         Command::Down(args) => up::down(&args),
-        Command::Node(RunNodeArgs { operator: Some(command), .. }) => operator::operator(&command),
-        Command::Node(RunNodeArgs { run: Some(args), .. }) => Ok(infera_node::main(args)),
-        Command::Node(_) => Err("name the model to serve with --model: `infera node --help`".to_owned()),
+        Command::Node(RunNodeArgs::Run(args)) => Ok(infera_node::main(args)),
+        Command::Node(RunNodeArgs::Operator(command)) => operator::operator(&command),
         Command::Pause(args) => node(infera_node::pause(&args.data)),
         Command::Resume(args) => node(infera_node::resume(&args.data)),
         Command::Keys(args) => keys::keys(args),

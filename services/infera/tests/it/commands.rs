@@ -225,6 +225,25 @@ fn run(args: &[&str], folder: &Path) -> (Option<i32>, String) {
 }
 
 #[test]
+fn what_a_node_finds_in_its_environment_hinders_no_operator() {
+    let folder = TempDir::new().unwrap();
+    let node = |args: &[&str]| {
+        let mut command = Command::new(infera());
+        command.env("INFERA_NODE__LOG_FILTER", "info").env("INFERA_NODE__DEVICE", "cpu");
+        let output = command.arg("node").args(args).current_dir(folder.path()).output().unwrap();
+        (output.status.code(), text(&output))
+    };
+    for args in [&["earnings"][..], &["claim", "--node", "1"], &["stake", "5"]] {
+        let (status, said) = node(&[args, &["--data", "."]].concat());
+        assert!(status == Some(1) && said.contains("contracts.json"), "only the network is missing: {said}");
+    }
+    for args in [&[][..], &["--model", "m.gguf", "earnings"]] {
+        let (status, said) = node(args);
+        assert!(status == Some(2) && said.contains("--model"), "{said}");
+    }
+}
+
+#[test]
 fn a_receipt_is_checked_against_the_registry_of_its_time() {
     let folder = Folder::new();
     let (status, said) = folder.verify();
