@@ -231,7 +231,11 @@ impl Pump {
     async fn run(mut self, response: reqwest::Response) -> Result<(), String> {
         let mut bytes = std::pin::pin!(response.bytes_stream());
         loop {
-            let chunk = match timeout(self.patience, bytes.next()).await {
+            let next = tokio::select! {
+                () = self.pieces.closed() => return Ok(()),
+                next = timeout(self.patience, bytes.next()) => next,
+            };
+            let chunk = match next {
                 Ok(None) => return self.pass(Piece::End).await.map(drop),
                 Ok(Some(Ok(chunk))) => chunk,
                 Ok(Some(Err(error))) => return Err(error.without_url().to_string()),

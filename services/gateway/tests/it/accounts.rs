@@ -26,6 +26,7 @@ both!(
     a_slow_settlement,
     a_huge_answer,
     who_stops_reading_keeps_nobody_out,
+    who_leaves_keeps_nobody_out,
     answers_that_are_none,
     a_gateway_without_settlement,
 );
@@ -405,6 +406,35 @@ async fn who_stops_reading_keeps_nobody_out(column: Column) {
     })
     .await;
     assert!(unread.bytes().await.is_err(), "it is cut, and does not look whole");
+}
+
+async fn who_leaves_keeps_nobody_out(column: Column) {
+    let books = Books::answering(|mut socket, heard| {
+        Box::pin(async move {
+            if !heard.line.contains("silent") {
+                return drop(socket.write_all(b"HTTP/1.1 200 OK\r\ncontent-length: 2\r\n\r\n{}").await);
+            }
+            let head = "HTTP/1.1 200 OK\r\ncontent-type: text/csv\r\ntransfer-encoding: chunked\r\n\r\n";
+            socket.write_all(format!("{head}4\r\nabcd\r\n").as_bytes()).await.unwrap();
+            std::future::pending::<()>().await;
+        })
+    })
+    .await;
+    let url = books.url.clone();
+    let world = World::with(column, move |config| {
+        config.settlement_url = url;
+        config.settlement_timeout_secs = 300;
+        config.settlement_max_open = 1;
+    })
+    .await;
+    let left = world.get("/v1/usage?silent", &world.key).await;
+    assert_eq!(world.get("/v1/balance", &world.key).await.status(), 503, "one may be open");
+    drop(left);
+    eventually(DEADLINE, async || {
+        let status = world.get("/v1/balance", &world.key).await.status();
+        (status == 200).then_some(()).ok_or(status)
+    })
+    .await;
 }
 
 async fn answers_that_are_none(column: Column) {
