@@ -17,7 +17,7 @@ use futures::{Stream, StreamExt};
 use infera_runtime::http::{ApiError, REQUEST_ID, RequestId};
 use infera_runtime::trace;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc};
-use tokio::time::timeout;
+use tokio::time::{Instant, timeout};
 use tracing::{Instrument, Span, field::Empty};
 
 use crate::config::Config;
@@ -30,6 +30,8 @@ const CONNECT: Duration = Duration::from_secs(2);
 const RETRY_SECS: u64 = 5;
 /// Parts of an answer that wait for the client.
 const PIECES: usize = 2;
+/// The least that a client reads, bytes a second over the whole answer.
+const SLOWEST: u64 = 64 * 1024;
 /// Longest query string, bytes.
 const MAX_QUERY: usize = 2048;
 const MIB: u64 = 1024 * 1024;
@@ -47,7 +49,10 @@ pub(crate) struct Settlement {
     /// Without a byte for so long, it counts as away; a client that takes none for so long is cut.
     patience: Duration,
     max_bytes: u64,
+    /// Answers that callers with an API key may have open.
     open: Arc<Semaphore>,
+    /// Those of everybody else, who is many and must not keep accounts out.
+    strangers: Arc<Semaphore>,
 }
 
 /// What is asked of settlement.
@@ -83,6 +88,7 @@ impl Settlement {
             patience,
             max_bytes: config.settlement_max_mib.saturating_mul(MIB),
             open: Arc::new(Semaphore::new(config.settlement_max_open)),
+            strangers: Arc::new(Semaphore::new(config.settlement_max_open.div_ceil(2))),
         }))
     }
 
@@ -117,7 +123,10 @@ impl Settlement {
         ask: Ask<'_>,
         metrics: &Metrics,
     ) -> Result<HttpResponse, (&'static str, ApiError)> {
-        let permit = self.open.clone().try_acquire_owned().map_err(|_| ("busy", busy()))?;
+        // A key that is sent was checked.
+        let has_key = ask.client.headers().contains_key(AUTHORIZATION);
+        let places = if has_key { &self.open } else { &self.strangers };
+        let permit = places.clone().try_acquire_owned().map_err(|_| ("busy", busy()))?;
         let request = self.request(&ask).map_err(|error| ("refused", error))?;
         let sent = timeout(self.patience, request.send()).await;
         let response = match sent {
@@ -189,9 +198,9 @@ impl Settlement {
         cut: Cut,
     ) -> impl Stream<Item = Result<Bytes, io::Error>> + use<> {
         let (sender, receiver) = mpsc::channel(PIECES);
-        let pump = Pump { pieces: sender, patience: self.patience, left: self.max_bytes };
+        let pump = Pump::new(sender, self.patience, self.max_bytes);
         tokio::spawn(async move {
-            if let Err(reason) = pump.run(response).await {
+            if let Err(reason) = pump.run(response.bytes_stream()).await {
                 cut.count(&reason);
             }
             drop(permit);
@@ -220,16 +229,24 @@ enum Piece {
 struct Pump {
     pieces: mpsc::Sender<Piece>,
     patience: Duration,
+    /// Bytes that it may still have.
     left: u64,
+    passed: u64,
+    /// For the client, over the whole answer.
+    waited: Duration,
 }
 
 impl Pump {
+    fn new(pieces: mpsc::Sender<Piece>, patience: Duration, max_bytes: u64) -> Self {
+        Self { pieces, patience, left: max_bytes, passed: 0, waited: Duration::ZERO }
+    }
+
     /// To the end of the answer, or until the client leaves.
     ///
     /// # Errors
     /// Why it was cut.
-    async fn run(mut self, response: reqwest::Response) -> Result<(), String> {
-        let mut bytes = std::pin::pin!(response.bytes_stream());
+    async fn run(mut self, bytes: impl Stream<Item = reqwest::Result<Bytes>>) -> Result<(), String> {
+        let mut bytes = std::pin::pin!(bytes);
         loop {
             let next = tokio::select! {
                 () = self.pieces.closed() => return Ok(()),
@@ -241,19 +258,24 @@ impl Pump {
                 Ok(Some(Err(error))) => return Err(error.without_url().to_string()),
                 Err(_) => return Err("nothing came in time".to_owned()),
             };
-            self.left = self.left.checked_sub(chunk.len() as u64).ok_or("it is too large")?;
+            let length = chunk.len() as u64;
+            self.left = self.left.checked_sub(length).ok_or("it is too large")?;
             if !self.pass(Piece::Bytes(chunk)).await? {
                 return Ok(());
             }
+            self.passed += length;
         }
     }
 
     /// False where nobody reads any more.
-    async fn pass(&self, piece: Piece) -> Result<bool, String> {
-        match timeout(self.patience, self.pieces.send(piece)).await {
-            Ok(sent) => Ok(sent.is_ok()),
-            Err(_) => Err("the client does not read it".to_owned()),
-        }
+    async fn pass(&mut self, piece: Piece) -> Result<bool, String> {
+        // One piece may take as long as the whole patience, all of them together only what a slow line takes besides.
+        let line = Duration::from_millis(self.passed.saturating_mul(1_000) / SLOWEST);
+        let left = (self.patience + line).saturating_sub(self.waited).min(self.patience);
+        let since = Instant::now();
+        let sent = timeout(left, self.pieces.send(piece)).await;
+        self.waited += since.elapsed();
+        sent.map(|sent| sent.is_ok()).map_err(|_| "the client does not read it, or too slowly".to_owned())
     }
 }
 
@@ -303,4 +325,24 @@ fn too_large(limit: u64) -> ApiError {
         limit / MIB
     );
     ApiError::new(StatusCode::BAD_GATEWAY, "api_error", message).with_code("answer_too_large")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test]
+    async fn who_takes_an_answer_in_drops_is_cut() {
+        let (sender, mut pieces) = mpsc::channel(PIECES);
+        let pump = Pump::new(sender, Duration::from_millis(500), u64::MAX);
+        // Each piece comes well before the patience ends; all of them are a minute at this pace.
+        let answer = futures::stream::iter((0..3_000).map(|_| Ok(Bytes::from_static(&[b'x'; 1024]))));
+        let sips = async {
+            while pieces.recv().await.is_some() {
+                tokio::time::sleep(Duration::from_millis(20)).await;
+            }
+        };
+        let (cut, ()) = tokio::join!(pump.run(answer), sips);
+        assert!(cut.unwrap_err().contains("too slowly"));
+    }
 }

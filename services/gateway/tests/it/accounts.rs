@@ -27,6 +27,7 @@ both!(
     a_huge_answer,
     who_stops_reading_keeps_nobody_out,
     who_leaves_keeps_nobody_out,
+    strangers_keep_no_account_out,
     answers_that_are_none,
     a_gateway_without_settlement,
 );
@@ -374,8 +375,9 @@ async fn a_huge_answer(column: Column) {
     assert!(endless.bytes().await.is_err(), "it is cut");
 }
 
-async fn who_stops_reading_keeps_nobody_out(column: Column) {
-    let books = Books::answering(|mut socket, heard| {
+/// More than what sockets hold where the query says `endless`, `{}` otherwise.
+async fn endless() -> Books {
+    Books::answering(|mut socket, heard| {
         Box::pin(async move {
             if !heard.line.contains("endless") {
                 return drop(socket.write_all(b"HTTP/1.1 200 OK\r\ncontent-length: 2\r\n\r\n{}").await);
@@ -388,7 +390,11 @@ async fn who_stops_reading_keeps_nobody_out(column: Column) {
             }
         })
     })
-    .await;
+    .await
+}
+
+async fn who_stops_reading_keeps_nobody_out(column: Column) {
+    let books = endless().await;
     let url = books.url.clone();
     let world = World::with(column, move |config| {
         config.settlement_url = url;
@@ -396,7 +402,6 @@ async fn who_stops_reading_keeps_nobody_out(column: Column) {
         config.settlement_max_open = 1;
     })
     .await;
-    // More than what sockets hold, and nobody reads it.
     let unread = world.get("/v1/usage?endless", &world.key).await;
     assert_eq!(unread.status(), 200);
     assert_eq!(world.get("/v1/balance", &world.key).await.status(), 503, "one may be open");
@@ -435,6 +440,32 @@ async fn who_leaves_keeps_nobody_out(column: Column) {
         (status == 200).then_some(()).ok_or(status)
     })
     .await;
+}
+
+async fn strangers_keep_no_account_out(column: Column) {
+    let books = endless().await;
+    let url = books.url.clone();
+    let world = World::with(column, move |config| {
+        config.settlement_url = url;
+        config.settlement_timeout_secs = 300;
+        config.settlement_max_open = 8;
+    })
+    .await;
+    let stranger = async |path: &str| world.client.get(world.url(path)).send().await.unwrap();
+    let mut unread = Vec::new();
+    for _ in 0..4 {
+        unread.push(stranger("/v1/batches/1/receipts?endless").await);
+    }
+    assert!(unread.iter().all(|answer| answer.status() == 200));
+    for path in ["/v1/governance", &format!("/v1/receipts/{}", Uuid::now_v7())] {
+        assert_eq!(stranger(path).await.status(), 503, "{path}: half as many as accounts");
+        assert_eq!(
+            world.get(path, &world.key).await.status(),
+            200,
+            "{path}: accounts have places of their own"
+        );
+    }
+    assert_eq!(world.get("/v1/balance", &world.key).await.status(), 200);
 }
 
 async fn answers_that_are_none(column: Column) {
