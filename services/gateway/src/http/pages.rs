@@ -30,7 +30,8 @@ pub(super) async fn allow<B: MessageBody + 'static>(
     request: ServiceRequest,
     next: Next<B>,
 ) -> Result<ServiceResponse<BoxBody>, Error> {
-    let pages = &app.config.sign_in_origins;
+    // None where nobody can sign in. The first is the gateway itself.
+    let pages = app.sign_in.as_ref().and_then(|sign_in| sign_in.origins.get(1..)).unwrap_or_default();
     let page = request.headers().get(ORIGIN).filter(|page| is_of(pages, page)).cloned();
     let first = request.method() == Method::OPTIONS
         && request.headers().contains_key(ORIGIN)
@@ -63,12 +64,10 @@ fn refused() -> ApiError {
     ApiError::forbidden(message).with_code("origin_not_allowed").with_param("Origin")
 }
 
-fn is_of(pages: &[String], page: &HeaderValue) -> bool {
+fn is_of(pages: &[Origin], page: &HeaderValue) -> bool {
     let Ok(page) = page.to_str() else { return false };
     // An origin is written in one way: what has more behind it is none.
-    Origin::of(page).is_some_and(|origin| {
-        origin.to_string() == page && pages.iter().any(|known| Origin::of(known).as_ref() == Some(&origin))
-    })
+    Origin::of(page).is_some_and(|origin| origin.to_string() == page && pages.contains(&origin))
 }
 
 #[cfg(test)]
@@ -77,7 +76,8 @@ mod tests {
 
     #[test]
     fn a_page_is_one_that_is_listed() {
-        let pages = ["https://app.example.org".to_owned(), "http://127.0.0.1:3000/".to_owned()];
+        let pages =
+            ["https://app.example.org", "http://127.0.0.1:3000/"].map(|page| Origin::of(page).unwrap());
         for (page, expected) in [
             ("https://app.example.org", true),
             ("http://127.0.0.1:3000", true),

@@ -444,4 +444,15 @@ async fn pages_of_listed_origins_may_ask(column: Column) {
     }
     let elsewhere = ask("OPTIONS", "/v1/chat/completions", page).await;
     assert!(!elsewhere.headers().contains_key("access-control-allow-origin"));
+    // Where nobody can sign in no page may ask.
+    let world = World::with(column, |config| {
+        config.sign_in_origins = vec![page.to_owned()];
+        config.signing_key_path = "".into();
+    })
+    .await;
+    let first =
+        world.client.request(reqwest::Method::OPTIONS, world.url("/v1/balance")).header("origin", page);
+    let first = first.header("access-control-request-method", "GET").send().await.unwrap();
+    assert_eq!(first.status(), 403);
+    assert!(!first.headers().contains_key("access-control-allow-origin"));
 }
