@@ -41,15 +41,14 @@ async fn a_model_is_served_when_its_file_comes(column: Column) {
     let models = vec![listed.models[0].clone(), later];
     let voted = Registry { models, ..listed };
     in_force(&world, &voted, 1_000);
-    // Taken over, and nothing to serve the second with: the third one, whose file is there, shows when.
-    std::fs::copy(model_path(), folder.path().join("last.gguf")).unwrap();
+    // First a part of it, as while it is copied. The third one, whose file is whole, shows when it was read.
+    let whole = std::fs::read(model_path()).unwrap();
+    std::fs::write(folder.path().join("later.gguf"), &whole[..1_000]).unwrap();
+    std::fs::write(folder.path().join("last.gguf"), &whole).unwrap();
     let models = voted.models.iter().cloned().chain([last]).collect();
     in_force(&world, &Registry { models, ..voted }, 2_000);
     eventually(PATIENCE, async || served(&world).await.contains(&"last".to_owned())).await;
     assert_eq!(served(&world).await, ["last", MODEL]);
-    // First a part of it, as while it is copied.
-    let whole = std::fs::read(model_path()).unwrap();
-    std::fs::write(folder.path().join("later.gguf"), &whole[..1_000]).unwrap();
     std::fs::write(folder.path().join("later.gguf"), &whole).unwrap();
     eventually(PATIENCE, async || served(&world).await.contains(&"later".to_owned())).await;
 }
