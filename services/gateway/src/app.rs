@@ -32,6 +32,7 @@ use crate::domain::merge::Mode;
 use crate::error::database;
 use crate::http::LeaveGuard;
 use crate::metrics::Metrics;
+use crate::places::{Full, Places};
 use crate::settlement::Settlement;
 use crate::sign_in::SignIn;
 use crate::store::{self, NewRequest, request};
@@ -57,8 +58,8 @@ pub(crate) struct App {
     pub settlement: Option<Settlement>,
     /// Prompts that may be rendered at a time.
     pub renders: Arc<Semaphore>,
-    /// Prompts that may be rendered or wait for it.
-    pub render_queue: Arc<Semaphore>,
+    /// For prompts that are rendered or wait for it.
+    pub places: Places,
     /// Cancelled when waiting clients must be sent away.
     pub drained: CancellationToken,
 }
@@ -146,6 +147,7 @@ impl App {
     /// What every node will be asked: the messages as token ids, limits and parameters checked.
     pub(crate) async fn request(
         &self,
+        account: &str,
         chat: &ChatRequest,
         served: &Arc<Served>,
     ) -> Result<Request, ApiError> {
@@ -153,7 +155,7 @@ impl App {
         let bytes: usize = chat.messages.iter().map(|message| message.content.len()).sum();
         fit(None, 1, bytes / served.longest_token, served)?;
         known_tokens(chat, served)?;
-        let _place = self.render_queue.try_acquire().map_err(|_| busy())?;
+        let _place = self.places.take(account).map_err(busy)?;
         self.admit_form(served, chat).await?;
         let prompt = self.render(served.clone(), chat).await?;
         let max_tokens = fit(chat.max_tokens, self.config.default_max_tokens, prompt.len(), served)?;
@@ -182,7 +184,7 @@ impl App {
         served: &Arc<Served>,
         body_hash: Hash32,
     ) -> Result<Vec<Fixed>, ApiError> {
-        let request = self.request(chat, served).await?;
+        let request = self.request(account, chat, served).await?;
         let submitted_ms = clock::now_ms();
         let one = |index| {
             let request = Request {
@@ -378,9 +380,16 @@ impl App {
     }
 }
 
-fn busy() -> ApiError {
-    let message = "too many prompts wait to be read now; try again";
-    ApiError::unavailable(message).with_code("overloaded").retry_after(RETRY_SECS)
+fn busy(full: Full) -> ApiError {
+    let error = match full {
+        Full::All => {
+            ApiError::unavailable("too many prompts wait to be read now; try again").with_code("overloaded")
+        }
+        Full::Share(share) => ApiError::rate_limited(format!(
+            "many prompts wait to be read, and this account's share of the places, {share}, is taken; try again"
+        )),
+    };
+    error.retry_after(RETRY_SECS)
 }
 
 fn mode(chat: &ChatRequest, k: u32) -> Option<Mode> {

@@ -36,6 +36,7 @@ pub mod error;
 mod http;
 pub mod keys;
 mod metrics;
+mod places;
 mod settlement;
 mod sign_in;
 pub mod store;
@@ -69,6 +70,7 @@ use actor::Replies;
 use app::App;
 use catalog::Catalog;
 use metrics::Metrics;
+use places::Places;
 use settlement::Settlement;
 use sign_in::SignIn;
 
@@ -143,7 +145,7 @@ pub async fn run(config: Config, deps: Deps, shutdown: CancellationToken) -> Res
         renders: Arc::new(Semaphore::new(
             std::thread::available_parallelism().map_or(1, usize::from).div_ceil(2),
         )),
-        render_queue: Arc::new(Semaphore::new(max_prompts)),
+        places: Places::new(max_prompts),
         drained: drained.clone(),
     };
     let routes = http::routes(Data::new(app), health);

@@ -19,10 +19,10 @@ pub(super) async fn quote(
     request: HttpRequest,
     payload: Payload,
 ) -> Result<HttpResponse, ApiError> {
-    auth::chat_caller(&app, &request).await?;
+    let caller = auth::chat_caller(&app, &request).await?;
     let chat = ChatRequest::parse(&body::read(&request, payload, MAX_BODY).await?)?;
     let served = app.served(&chat.model)?;
-    let request = app.request(&chat, &served).await?;
+    let request = app.request(&caller.sub, &chat, &served).await?;
     let (price_micro, replicas) = (served.model.price_micro, app.config.replicas);
     let prompt_tokens = u32::try_from(request.prompt.len()).unwrap_or(u32::MAX);
     let hold_micro = most(replicas, price_micro, prompt_tokens, request.max_tokens, chat.n)?;

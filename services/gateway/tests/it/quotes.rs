@@ -10,6 +10,7 @@ use crate::wallet::Wallet;
 
 both!(
     prompts_that_wait_are_bounded,
+    an_account_leaves_places_to_others,
     all_keys_of_a_wallet_count_together,
     a_quote_is_what_settlement_holds,
     a_quote_checks_what_a_request_checks,
@@ -104,6 +105,23 @@ async fn prompts_that_wait_are_bounded(column: Column) {
     assert_eq!(json_of(refused).await["error"]["code"], "overloaded");
     let after = world.post_to("/v1/quote", Some(&world.key), &body).await;
     assert_eq!(after.status(), 200, "a place that was left is free again");
+}
+
+async fn an_account_leaves_places_to_others(column: Column) {
+    let world = World::with(column, |config| config.max_prompts = 2).await;
+    let (other, _) = world.files.key("bob");
+    let body = chat(json!({ "messages": [{ "role": "user", "content": "one two ".repeat(900) }] }));
+    let refused = eventually(DEADLINE, async || {
+        let asked = join_all((0..8).map(|_| world.post_to("/v1/quote", Some(&world.key), &body)));
+        let (asked, other) = tokio::join!(asked, world.post_to("/v1/quote", Some(&other), &body));
+        assert_eq!(other.status(), 200, "others have their share");
+        asked.into_iter().find(|response| response.status() != 200)
+    })
+    .await;
+    assert_eq!(refused.status(), 429);
+    assert!(refused.headers().contains_key("retry-after"));
+    let refused = json_of(refused).await;
+    assert!(refused["error"]["message"].as_str().unwrap().contains("this account's share"), "{refused}");
 }
 
 async fn all_keys_of_a_wallet_count_together(column: Column) {
