@@ -41,7 +41,7 @@ use infera_runtime::health::{CheckHandle, Health};
 use infera_runtime::shutdown::ends_all;
 use infera_runtime::{CancellationToken, db, http as server, network};
 use infera_wire::topology::queues;
-use tokio::sync::{Semaphore, oneshot};
+use tokio::sync::{Mutex, Semaphore, oneshot};
 
 use consumer::Reader;
 use http::Explorer;
@@ -109,6 +109,7 @@ pub async fn run(config: Config, deps: Deps, shutdown: CancellationToken) -> Res
         rpc_url: manifest.rpc_url,
         network: manifest.network,
         client: reqwest::Client::builder().no_proxy().build().map_err(Error::Client)?,
+        governance: Mutex::default(),
     });
     let reader = Arc::new(Reader { domain: manifest.domain, metrics });
     let parts = Parts { config, bus: deps.bus, health, explorer, reader };

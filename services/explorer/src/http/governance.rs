@@ -1,7 +1,8 @@
 //! `/governance`: what holders decided and what they vote about, as settlement reads it from the chain. The page asks for
-//! it when it is opened; while it can't be had, the page says so and the rest of the explorer goes on.
+//! it when it is opened; while it can't be had, the page says so and the rest of the explorer goes on. All who open it are
+//! one address to the gateway, which limits those: what was answered is shown again for a while.
 
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use actix_web::web::Data;
 use actix_web::{HttpResponse, get};
@@ -13,6 +14,10 @@ use super::views::{GovernancePage, ListedModel, ProposalLine};
 use super::{Explorer, pages};
 use crate::format::{infer, millionths, time};
 
+/// How long an answer is shown without asking again.
+const LIFE: Duration = Duration::from_secs(5);
+/// How long it is shown while no newer one can be had.
+const STALE: Duration = Duration::from_secs(60);
 /// Longest wait for the answer.
 const PATIENCE: Duration = Duration::from_secs(5);
 /// Longest answer, bytes.
@@ -63,8 +68,24 @@ struct Votes {
 
 #[get("/governance")]
 pub(super) async fn page(explorer: Data<Explorer>) -> HttpResponse {
-    let page = ask(&explorer).await.map(|decisions| view(&explorer, decisions));
+    let page = newest(&explorer).await;
     pages::answer(&explorer, page)
+}
+
+async fn newest(explorer: &Explorer) -> Result<GovernancePage, ApiError> {
+    let kept = explorer.governance.lock().await.clone();
+    let younger_than = |life| kept.clone().filter(|(at, _)| at.elapsed() < life).map(|kept| kept.1);
+    if let Some(known) = younger_than(LIFE) {
+        return Ok(known);
+    }
+    match ask(explorer).await {
+        Ok(decisions) => {
+            let new = view(explorer, decisions);
+            *explorer.governance.lock().await = Some((Instant::now(), new.clone()));
+            Ok(new)
+        }
+        Err(error) => younger_than(STALE).ok_or(error),
+    }
 }
 
 async fn ask(explorer: &Explorer) -> Result<Decisions, ApiError> {

@@ -13,11 +13,12 @@ use actix_web::web::{Data, ServiceConfig};
 use infera_embed::{Embedder, Index};
 use infera_runtime::http::ApiError;
 use sea_orm::DatabaseConnection;
-use tokio::sync::Semaphore;
+use tokio::sync::{Mutex, Semaphore};
 use uuid::Uuid;
 
 use crate::metrics::Metrics;
 use crate::query::{self, Entry};
+use views::GovernancePage;
 
 /// What handlers read.
 pub(crate) struct Explorer {
@@ -33,6 +34,8 @@ pub(crate) struct Explorer {
     pub network: String,
     /// For what holders decide.
     pub client: reqwest::Client,
+    /// What they decided when it was asked last.
+    pub governance: Mutex<Option<(Instant, GovernancePage)>>,
 }
 
 /// The routes over `explorer`.

@@ -119,7 +119,7 @@ pub struct ReceiptPage {
 }
 
 /// `/governance`.
-#[derive(Template)]
+#[derive(Clone, Template)]
 #[template(path = "governance.html")]
 pub struct GovernancePage {
     pub network: String,
@@ -133,6 +133,7 @@ pub struct GovernancePage {
 }
 
 /// A model as the holders list it.
+#[derive(Clone)]
 pub struct ListedModel {
     pub id: String,
     pub weights_root: String,
@@ -142,6 +143,7 @@ pub struct ListedModel {
 }
 
 /// A proposal's line.
+#[derive(Clone)]
 pub struct ProposalLine {
     pub id: String,
     pub short_id: String,

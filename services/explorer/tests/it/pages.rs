@@ -1,8 +1,12 @@
 //! The pages say what the receipt says, and never run what a name contains.
 
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};
+
+use infera_testkit::eventually;
 use infera_testkit::evidence::{Answer, Case, Referee};
 
-use crate::harness::{On, World};
+use crate::harness::{On, PATIENCE, World};
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_receipt_has_a_page_with_every_field() {
@@ -78,23 +82,28 @@ async fn mistakes_have_a_page_and_nothing_is_run() {
     explorer.stop().await;
 }
 
-/// Answers every request with `body`, as settlement does at the gateway's address.
-async fn governance(body: String) -> String {
+/// Answers the first request with `body`, as settlement does at the gateway's address, and refuses the others, as the
+/// gateway does; says how many there were.
+async fn governance(body: String) -> (String, Arc<AtomicUsize>) {
     use tokio::io::{AsyncReadExt, AsyncWriteExt};
     let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
     let url = format!("http://{}", listener.local_addr().unwrap());
+    let asked_for = Arc::new(AtomicUsize::new(0));
+    let count = asked_for.clone();
     tokio::spawn(async move {
         while let Ok((mut stream, _)) = listener.accept().await {
             let mut request = [0; 4096];
             let read = stream.read(&mut request).await.unwrap();
             let asked = std::str::from_utf8(&request[..read]).unwrap();
             assert!(asked.starts_with("GET /v1/governance "), "{asked}");
-            let head = "HTTP/1.1 200 OK\r\ncontent-type: application/json\r\nconnection: close\r\n";
+            let status = if count.fetch_add(1, Relaxed) == 0 { "200 OK" } else { "429 Too Many Requests" };
+            let head =
+                format!("HTTP/1.1 {status}\r\ncontent-type: application/json\r\nconnection: close\r\n");
             let answer = format!("{head}content-length: {}\r\n\r\n{body}", body.len());
             stream.write_all(answer.as_bytes()).await.unwrap();
         }
     });
-    url
+    (url, asked_for)
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -115,7 +124,7 @@ async fn what_holders_decide_has_a_page() {
             "votes": { "for_micro": 990_000_000, "against_micro": 0, "abstain_micro": 0 },
         }],
     });
-    let url = governance(told.to_string()).await;
+    let (url, asked_for) = governance(told.to_string()).await;
     let explorer = world.start_with(|config| config.receipts_url = url).await;
     let (status, page) = explorer.text("/governance").await;
     assert_eq!(status, 200, "{page}");
@@ -125,6 +134,13 @@ async fn what_holders_decide_has_a_page() {
         assert!(page.contains(text), "{text} is missing");
     }
     assert!(!page.contains("<script>alert"), "a description is text");
+    // All who look are one address to the gateway: what was told is shown again, also when that says it is too much.
+    eventually(PATIENCE, async || {
+        let (status, again) = explorer.text("/governance").await;
+        assert_eq!((status, &again), (200, &page));
+        asked_for.load(Relaxed) > 1
+    })
+    .await;
     explorer.stop().await;
     // Nobody answers: the page says so, and the others go on.
     let explorer = world.start_with(|config| config.receipts_url = "http://127.0.0.1:1".into()).await;
