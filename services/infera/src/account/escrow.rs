@@ -12,7 +12,7 @@ use serde_json::{Value, json};
 
 use super::{
     args::{AccountWho, ChainWho},
-    of,
+    field, of,
     session::Session,
 };
 use crate::{
@@ -137,6 +137,15 @@ pub async fn voucher(who: &AccountWho, text: &str, more: bool) -> Result<(), Str
     let Domain { chain_id, contract } = domain;
     let path = session.folder().join(format!("voucher-{chain_id}-{contract}-{account}"));
     let cumulative_micro = total(last(&path)?, wanted, more)?;
+    // The key is good, and this wallet's: another account's would take no voucher of it.
+    let balance = session.ask(Method::GET, "/v1/balance", None).await?;
+    let of_key = field(&balance, "account")?;
+    if of_key.parse() != Ok(account) {
+        return Err(format!(
+            "the API key is of the account {of_key}, the voucher would be of the wallet {account}: sign in with this \
+             wallet, or name the account's with --key"
+        ));
+    }
     let voucher = Voucher { account, cumulative_micro };
     let signature = voucher.sign(&domain, wallet.credential()).map_err(|e| e.to_string())?;
     // Before it leaves: what may have arrived counts as signed.

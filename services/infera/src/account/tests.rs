@@ -9,6 +9,7 @@ use std::{
     sync::mpsc,
 };
 
+use alloy::signers::local::PrivateKeySigner;
 use clap::Parser;
 use infera_protocol::{
     bytes::{Address, Hash32},
@@ -106,6 +107,12 @@ fn gateway(answers: &[(&str, &str)]) -> (String, mpsc::Receiver<String>) {
     (url, heard)
 }
 
+/// What `GET /v1/balance` answers to the wallet's key.
+fn balance() -> String {
+    let wallet: PrivateKeySigner = "07".repeat(32).parse().unwrap();
+    format!(r#"{{"account":"{}"}}"#, super::of(wallet.address()))
+}
+
 fn later() -> i64 {
     clock::now_secs() + 3_600
 }
@@ -161,9 +168,26 @@ fn a_voucher_that_cannot_be_brought_is_not_signed() {
 }
 
 #[test]
+fn a_voucher_for_another_account_is_not_signed() {
+    let place = Place::new();
+    let dead = ("401 Unauthorized", r#"{"error":{"message":"the api key was revoked"}}"#);
+    let (url, _heard) = gateway(&[("200 OK", r#"{"account":"demo"}"#), dead, ("200 OK", "{}")]);
+    place.sign_in(&url, later());
+    let error = place.run(&["voucher", "1.5"]).unwrap_err();
+    let wallet = balance();
+    let wallet = wallet.split('"').nth(3).unwrap();
+    assert!(error.contains("account demo") && error.contains(wallet) && error.contains("--key"), "{error}");
+    assert_eq!(place.run(&["voucher", "1.5"]), Err("the api key was revoked".to_owned()));
+    let error = place.run(&["voucher", "1.5"]).unwrap_err();
+    assert!(error.contains("`account`"), "{error}");
+    assert_eq!(place.signed(), None);
+}
+
+#[test]
 fn a_voucher_that_may_not_have_arrived_counts_as_signed() {
     let place = Place::new();
-    let (url, _heard) = gateway(&[("503 Service Unavailable", r#"{"error":{"message":"come again"}}"#)]);
+    let away = ("503 Service Unavailable", r#"{"error":{"message":"come again"}}"#);
+    let (url, _heard) = gateway(&[("200 OK", &balance()), away]);
     place.sign_in(&url, later());
     let error = place.run(&["voucher", "1.5"]).unwrap_err();
     assert!(error.contains("come again"), "{error}");
@@ -179,9 +203,11 @@ fn a_voucher_that_may_not_have_arrived_counts_as_signed() {
 fn a_voucher_is_what_the_gateway_kept() {
     let place = Place::new();
     let kept = r#"{"account":"0xabc","voucher_micro":2000000}"#;
-    let (url, heard) = gateway(&[("200 OK", kept), ("200 OK", "{}")]);
+    let balance = ("200 OK", &*balance());
+    let (url, heard) = gateway(&[balance, ("200 OK", kept), balance, ("200 OK", "{}")]);
     place.sign_in(&url, later());
     place.run(&["voucher", "1.5"]).unwrap();
+    assert!(heard.recv().unwrap().starts_with("GET /v1/balance "));
     assert!(heard.recv().unwrap().contains(r#""cumulative_micro":"1500000""#));
     let error = place.run(&["voucher", "1.5"]).unwrap_err();
     assert!(error.contains("`voucher_micro`"), "{error}");
