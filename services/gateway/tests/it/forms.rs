@@ -6,7 +6,8 @@ use infera_protocol::request::choice_seed;
 use infera_wire::{convert, v1};
 use serde_json::{Value, json};
 
-use crate::support::{Column, Sse, World, answer, chat, closed, id, json_of, prompt, spawn};
+use crate::sse::Sse;
+use crate::support::{Column, World, answer, chat, closed, id, json_of, prompt, spawn};
 
 both!(
     a_grammar_reaches_the_nodes,

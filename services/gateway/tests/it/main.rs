@@ -32,6 +32,7 @@ mod models;
 mod openai_client;
 mod quotes;
 mod sign_in;
+mod sse;
 mod streams;
 mod support;
 mod wallet;

@@ -4,7 +4,8 @@ use infera_protocol::request::Finish;
 use infera_wire::v1;
 use serde_json::{Value, json};
 
-use crate::support::{Column, Sse, World, answer, chat, id, json_of, node, prompt, spawn, verified};
+use crate::sse::Sse;
+use crate::support::{Column, World, answer, chat, id, json_of, node, prompt, spawn, verified};
 
 both!(
     a_stream_shows_what_a_majority_produced,
