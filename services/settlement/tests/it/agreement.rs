@@ -33,8 +33,9 @@ pub async fn charged(parts: &Parts<impl World>, requests: &[Request]) -> i64 {
             expected += row.charged_escrow_micro;
         }
         assert_eq!(chain.charged, u128::try_from(expected).unwrap(), "charged once, and all of it");
-        let row = escrows::find(&parts.db, &of).await.unwrap().unwrap();
-        assert_eq!(row.owed_micro, expected);
+        // A wallet whose only deposits were in replaced blocks has no row.
+        let row = escrows::find(&parts.db, &of).await.unwrap();
+        assert_eq!(row.map_or(0, |row| row.owed_micro), expected);
         let balance = async |account: Account| ledger::balance(&parts.db, &account).await.unwrap();
         assert_eq!(
             u128::try_from(balance(Account::Escrow(of.to_string())).await).unwrap(),
