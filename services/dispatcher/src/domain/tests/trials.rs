@@ -439,6 +439,26 @@ fn who_comes_back_as_somebody_else_is_not_asked_again() {
     assert_eq!(ended(&bench).outcome, Outcome::Void);
     bench.tick(5_000);
     assert!(bench.refused.is_empty() && !on_trial(&bench), "nobody judges its new class: {node}");
+
+    // While its answer is scored, too: what follows is the first operator's, and the second one's node is tried anew.
+    for is_good in [true, false] {
+        let mut bench = entering(3);
+        let (node, asked) = bench.leases[0].clone();
+        answer_trial(&mut bench, node, &asked, 5);
+        let operator = Address([99; 20]);
+        let other = Connected { session: Uuid::from_u128(2), operator, ..newcomer(4) };
+        bench.run(Command::NodeJoined(other)).unwrap();
+        (0..if is_good { 1 } else { 2 }).for_each(|_| say(&mut bench, is_good));
+        let first = if is_good { Finding::Completed } else { Finding::Bad(Reason::Challenge) };
+        assert_eq!((ended(&bench).outcome, findings(ended(&bench))[0]), (Outcome::Void, first));
+        assert_eq!(ended(&bench).conduct[0].operator, newcomer(4).operator);
+        assert!(on_trial(&bench) && bench.refused.is_empty(), "it was not tried itself");
+        let (again, asked) = bench.leases[1].clone();
+        assert_eq!(again, node);
+        answer_trial(&mut bench, node, &asked, 5);
+        say(&mut bench, true);
+        assert_eq!((bench.tried[1].outcome, on_trial(&bench)), (Outcome::Passed, false));
+    }
 }
 
 #[test]
