@@ -209,7 +209,7 @@ impl Trials {
     ) -> Result<(), Rejection> {
         let at = self.find(node, request, attempt).ok_or(Rejection::NotLeased)?;
         let trial = &mut self.live[at];
-        let stand = Stand::new(court.rules, court.nodes, trial.place())?;
+        let stand = Stand::new(court.rules, court.nodes, &trial.who, trial.place())?;
         let pledge = stand.commits(commit, signature)?;
         let first = match &trial.stage {
             Stage::Leased { until_ms } if court.now < *until_ms => {
@@ -251,7 +251,7 @@ impl Trials {
             Stage::Scored { .. } => return Ok(()),
         };
         let place = trial.place();
-        let stand = Stand::new(court.rules, court.nodes, place)?;
+        let stand = Stand::new(court.rules, court.nodes, &trial.who, place)?;
         let statement = stand.reveals(&reveal, signature)?;
         let digest = commitment::commitment(&court.rules.domain, &place, &reveal.output, &reveal.salt);
         let opens = digest == pledge.commit.digest;
