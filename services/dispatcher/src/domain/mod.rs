@@ -210,7 +210,7 @@ impl State {
                 })?;
             }
             Command::Declined { node, request, attempt, .. }
-                if self.trials.has(&node, request, attempt) || self.trials.asks(&node, request) =>
+                if self.trials.is_leased(&node, request, attempt) || self.trials.asks(&node, request) =>
             {
                 self.court(now, out, |t, court| t.decline(&node, (request, attempt), court))?;
             }

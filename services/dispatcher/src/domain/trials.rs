@@ -182,6 +182,12 @@ impl Trials {
         self.find(node, request, attempt).is_some()
     }
 
+    /// Whether the node still computes in a trial: what it declines then is its lease.
+    pub fn is_leased(&self, node: &NodeId, request: Uuid, attempt: u32) -> bool {
+        self.find(node, request, attempt)
+            .is_some_and(|at| matches!(self.live[at].stage, Stage::Leased { .. }))
+    }
+
     /// Whether this node was asked to score a trial's answer under this id.
     pub fn asks(&self, node: &NodeId, job: Uuid) -> bool {
         self.asking(node, job).is_some()
@@ -271,10 +277,10 @@ impl Trials {
         Ok(())
     }
 
-    /// The node does not take part, or a referee does not.
+    /// A node that still computes does not take part ([`Trials::is_leased`]), or a referee does not.
     ///
     /// # Errors
-    /// [`Rejection::NotLeased`], [`Rejection::Late`].
+    /// [`Rejection::NotLeased`].
     pub fn decline(
         &mut self,
         node: &NodeId,
@@ -287,9 +293,6 @@ impl Trials {
             return Ok(());
         }
         let at = self.find(node, request, attempt).ok_or(Rejection::NotLeased)?;
-        if !matches!(self.live[at].stage, Stage::Leased { .. }) {
-            return Err(Rejection::Late);
-        }
         self.after(at, Step::Ends(Verdict::Declined), court);
         Ok(())
     }

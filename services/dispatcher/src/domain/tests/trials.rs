@@ -1,5 +1,6 @@
 //! Canaries, and what entry trials share with them.
 
+use infera_protocol::evidence::RefereeOutcome;
 use infera_protocol::hash::keccak;
 use infera_protocol::judgement::Finding;
 use infera_protocol::referee::{Report, report_digest};
@@ -459,6 +460,24 @@ fn who_comes_back_as_somebody_else_is_not_asked_again() {
         say(&mut bench, true);
         assert_eq!((bench.tried[1].outcome, on_trial(&bench)), (Outcome::Passed, false));
     }
+}
+
+#[test]
+fn a_canary_that_is_asked_to_referee_its_attempt_may_decline() {
+    let mut bench = with_canary(6);
+    let (node, asked) = canary(&bench);
+    commit_trial(&mut bench, node, &asked, 55);
+    answer_all(&mut bench);
+    assert_eq!(bench.run(decline(number(node), 1, 1)), Err(Rejection::NotLeased), "nobody has asked it");
+    let answers = bench.evidence.as_ref().unwrap().answers().iter().map(|(hash, ..)| *hash).collect();
+    bench.run(Command::MoreReferees { request: asked.id, attempt: 1, round: 1, count: 3, answers }).unwrap();
+    for job in bench.jobs.clone().iter().filter(|(referee, _)| *referee != node) {
+        bench.run(report(job, |_| ())).unwrap();
+    }
+    bench.run(decline(number(node), 1, 1)).unwrap();
+    let outcomes = bench.evidence.as_ref().unwrap().referees.iter().map(|referee| referee.outcome);
+    assert_eq!(outcomes.filter(|outcome| *outcome == RefereeOutcome::Declined).count(), 1);
+    assert!(bench.collected.contains(&(asked.id, 1, 2)), "nobody waits for it");
 }
 
 #[test]
