@@ -59,8 +59,8 @@ pub struct State {
     trust: Ledger,
     trials: Trials,
     prompts: Prompts,
-    /// Whose node was let in untried and is tried now.
-    tried_late: Option<Address>,
+    /// Who was let in untried and is tried now, and until when the next one waits for it (ms).
+    tried_late: Option<(NodeId, i64)>,
     /// By model.
     frozen: BTreeMap<Hash32, Frozen>,
     arrivals: u64,
