@@ -131,7 +131,7 @@ pub async fn close<C: ConnectionTrait>(db: &C, request: Uuid, now: i64) -> Resul
     Ok(())
 }
 
-/// Keeps what a node signed that contradicts itself; the first of each kind about a slot.
+/// Keeps what a node signed that contradicts itself; the first of each kind about a slot. False for a further one.
 ///
 /// # Errors
 /// The database's.
@@ -141,7 +141,7 @@ pub async fn keep_contradiction<C: ConnectionTrait>(
     operator: Address,
     evidence: &Contradiction,
     now: i64,
-) -> Result<(), DbErr> {
+) -> Result<bool, DbErr> {
     use contradictions::Column as C;
     let slot = evidence.slot();
     let text = serde_json::to_string(evidence).map_err(|e| DbErr::Custom(e.to_string()))?;
@@ -156,8 +156,8 @@ pub async fn keep_contradiction<C: ConnectionTrait>(
         seen_ms: Set(now),
     };
     let known = OnConflict::columns([C::Request, C::Attempt, C::Node, C::Kind]).do_nothing().to_owned();
-    contradictions::Entity::insert(row).on_conflict(known).exec_without_returning(db).await?;
-    Ok(())
+    let kept = contradictions::Entity::insert(row).on_conflict(known).exec_without_returning(db).await?;
+    Ok(kept == 1)
 }
 
 /// The newest contradictions, at most `most`, of everybody or of one operator, that are older than `before`.
