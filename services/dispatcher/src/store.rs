@@ -11,6 +11,7 @@ use sea_orm::{
 use sea_orm_migration::prelude::*;
 use uuid::Uuid;
 
+use crate::session::hello::LONGEST_BINDING_MS;
 use crate::standing::{alarms, faults, operators};
 
 mod attempts {
@@ -67,7 +68,7 @@ pub const KEEP_MS: i64 = 7 * 24 * 3600 * 1000;
 
 /// How long contradictions are kept, ms: a node's binding and the longest unbonding (`InferaStaking.MAX_UNBONDING`), after
 /// which the evidence counts for nothing.
-pub const KEEP_CONTRADICTIONS_MS: i64 = (30 + 60) * 24 * 3600 * 1000;
+pub const KEEP_CONTRADICTIONS_MS: i64 = LONGEST_BINDING_MS + 60 * 24 * 3600 * 1000;
 
 /// What [`begin_attempt`] found.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
