@@ -11,6 +11,7 @@ use sea_orm::{
 use sea_orm_migration::prelude::*;
 use uuid::Uuid;
 
+use crate::session::hello::LONGEST_BINDING_MS;
 use crate::standing::{alarms, faults, operators};
 
 mod attempts {
@@ -67,7 +68,7 @@ pub const KEEP_MS: i64 = 7 * 24 * 3600 * 1000;
 
 /// How long contradictions are kept, ms: a node's binding and the longest unbonding (`InferaStaking.MAX_UNBONDING`), after
 /// which the evidence counts for nothing.
-pub const KEEP_CONTRADICTIONS_MS: i64 = (30 + 60) * 24 * 3600 * 1000;
+pub const KEEP_CONTRADICTIONS_MS: i64 = LONGEST_BINDING_MS + 60 * 24 * 3600 * 1000;
 
 /// What [`begin_attempt`] found.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -131,7 +132,7 @@ pub async fn close<C: ConnectionTrait>(db: &C, request: Uuid, now: i64) -> Resul
     Ok(())
 }
 
-/// Keeps what a node signed that contradicts itself; the first of each kind about a slot.
+/// Keeps what a node signed that contradicts itself; the first of each kind about a slot. False for a further one.
 ///
 /// # Errors
 /// The database's.
@@ -141,7 +142,7 @@ pub async fn keep_contradiction<C: ConnectionTrait>(
     operator: Address,
     evidence: &Contradiction,
     now: i64,
-) -> Result<(), DbErr> {
+) -> Result<bool, DbErr> {
     use contradictions::Column as C;
     let slot = evidence.slot();
     let text = serde_json::to_string(evidence).map_err(|e| DbErr::Custom(e.to_string()))?;
@@ -156,8 +157,8 @@ pub async fn keep_contradiction<C: ConnectionTrait>(
         seen_ms: Set(now),
     };
     let known = OnConflict::columns([C::Request, C::Attempt, C::Node, C::Kind]).do_nothing().to_owned();
-    contradictions::Entity::insert(row).on_conflict(known).exec_without_returning(db).await?;
-    Ok(())
+    let kept = contradictions::Entity::insert(row).on_conflict(known).exec_without_returning(db).await?;
+    Ok(kept == 1)
 }
 
 /// The newest contradictions, at most `most`, of everybody or of one operator, that are older than `before`.

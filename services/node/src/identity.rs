@@ -11,7 +11,10 @@ use ed25519_dalek::SigningKey;
 use infera_protocol::{
     bytes::{Address, EvmSignature, Hash32, NodeId, Signature},
     commitment::Slot,
-    identity::{Domain, HelloClaims, IdentityError, NodeBinding, evm_address, hello_digest, node_id, sign},
+    identity::{
+        Domain, HelloClaims, IdentityError, MAX_BINDING_MS, NodeBinding, evm_address, hello_digest, node_id,
+        sign,
+    },
     registry::Manifest,
     typed,
 };
@@ -21,23 +24,18 @@ use k256::ecdsa::SigningKey as EvmKey;
 
 use crate::{Args, Error};
 
-/// How long a binding lasts; a new one is signed at every start.
-const BINDING_MS: i64 = 30 * 24 * 3_600 * 1_000;
-
 /// Who this node is, and on which network.
 pub struct Identity {
     key: SigningKey,
-    /// The binding's.
+    /// Of what a contract must check.
     signer: EvmKey,
     pub domain: Domain,
-    operator: Address,
-    binding: NodeBinding,
-    binding_signature: EvmSignature,
+    operator: EvmKey,
     release_hash: Hash32,
 }
 
 impl Identity {
-    /// Loads the node's, signer's and operator's keys, makes those that are missing, and signs the binding.
+    /// Loads the node's, signer's and operator's keys, and makes those that are missing.
     ///
     /// # Errors
     /// A key file that can't be read or written, or is no key.
@@ -48,22 +46,7 @@ impl Identity {
         let signer = evm_key(&args.data.join("signer.key"))?;
         let operator_path = args.operator_key.clone().unwrap_or_else(|| args.data.join("operator.key"));
         let operator = evm_key(&operator_path)?;
-        let binding = NodeBinding {
-            node: node_id(&key),
-            signer: evm_address(&signer),
-            expiry_ms: clock::now_ms() + BINDING_MS,
-        };
-        let binding_signature =
-            binding.sign(&manifest.domain, &operator).map_err(|e| Error::Identity(e.to_string()))?;
-        Ok(Self {
-            key,
-            signer,
-            domain: manifest.domain,
-            operator: evm_address(&operator),
-            binding,
-            binding_signature,
-            release_hash: release_hash()?,
-        })
+        Ok(Self { key, signer, domain: manifest.domain, operator, release_hash: release_hash()? })
     }
 
     /// For tests of the network: declares an executable that nobody has.
@@ -72,11 +55,11 @@ impl Identity {
     }
 
     pub fn node(&self) -> NodeId {
-        self.binding.node
+        node_id(&self.key)
     }
 
     pub fn operator(&self) -> Address {
-        self.operator
+        evm_address(&self.operator)
     }
 
     pub fn sign(&self, digest: &Hash32) -> Signature {
@@ -101,31 +84,45 @@ impl Identity {
         Hash32(*hasher.finalize().as_bytes())
     }
 
-    /// The answer to a challenge.
-    pub fn hello(&self, nonce: &[u8; 32], weights_root: Hash32, class: &str, slots: u32) -> v1::Hello {
-        let claims = HelloClaims {
+    /// The answer to a challenge. The operator binds the node anew each time, because a session ends with its binding.
+    ///
+    /// # Errors
+    /// The operator's key cannot sign.
+    pub fn hello(
+        &self,
+        nonce: &[u8; 32],
+        weights_root: Hash32,
+        class: &str,
+        slots: u32,
+    ) -> Result<v1::Hello, IdentityError> {
+        let binding = NodeBinding {
             node: self.node(),
-            operator: self.operator,
-            binding: self.binding,
+            signer: evm_address(&self.signer),
+            expiry_ms: clock::now_ms() + MAX_BINDING_MS,
+        };
+        let claims = HelloClaims {
+            node: binding.node,
+            operator: self.operator(),
+            binding,
             release_hash: self.release_hash,
             weights_root,
             class: class.to_owned(),
             slots,
         };
         let signature = self.sign(&hello_digest(&self.domain, nonce, &claims));
-        v1::Hello {
+        Ok(v1::Hello {
             node: claims.node.to_vec(),
             operator: claims.operator.to_vec(),
-            signer: self.binding.signer.to_vec(),
-            binding_expiry_ms: self.binding.expiry_ms,
-            binding_signature: self.binding_signature.to_vec(),
+            signer: binding.signer.to_vec(),
+            binding_expiry_ms: binding.expiry_ms,
+            binding_signature: binding.sign(&self.domain, &self.operator)?.to_vec(),
             release_hash: self.release_hash.to_vec(),
             weights_root: weights_root.to_vec(),
             class: claims.class,
             slots,
             version: format!("{} {}", env!("CARGO_PKG_VERSION"), infera_grammar::LIBRARY),
             signature: signature.to_vec(),
-        }
+        })
     }
 }
 

@@ -3,6 +3,7 @@
 use std::{sync::Arc, time::Duration};
 
 use futures::{Sink, SinkExt, Stream, StreamExt};
+use infera_protocol::identity::IdentityError;
 use infera_runtime::{CancellationToken, clock};
 use infera_wire::{MAX_FRAME_BYTES, Message as _, WireError, convert, v1};
 use tokio::{
@@ -36,6 +37,8 @@ enum Ended {
     Network { chain_id: u64, contract: String },
     #[error("unexpected frame: {0}")]
     Frame(#[from] WireError),
+    #[error("the operator's key cannot sign the node's binding: {0}")]
+    Binding(#[from] IdentityError),
     #[error("the dispatcher was silent for {0} s")]
     Silent(u64),
     #[error("the dispatcher does not read its frames")]
@@ -109,7 +112,7 @@ where
         slots.setting.weights.root(),
         args.class().name(),
         u32::from(args.slots),
-    );
+    )?;
     send(sink, v1::from_node::Message::Hello(hello)).await?;
     loop {
         match next_frame(stream).await? {

@@ -51,6 +51,8 @@ pub enum Unmet {
         "model {id}: {reason}; publish its registry entry (`infera models --inspect FILE`) with the proposal"
     )]
     Card { id: String, reason: String },
+    #[error("model {id}: {other} is served with the same weights; withdraw it, or this one")]
+    SameWeights { id: String, other: String },
     #[error(
         "the calibration {decided} is in force, {known} is known here: update the registry's calibration"
     )]
@@ -118,10 +120,11 @@ impl ListedModel {
 /// The registry that follows `current` by what was decided, and what could not be followed: of a model without its card
 /// the entry in force stays, if there is one, and so does the calibration. `cards`: what was published with decisions that
 /// were carried out, the newest first. The first one of a model's name and weights that fits is its entry; the entry in
-/// force only where there is none, because its price may be a former cap.
+/// force only where there is none, because its price may be a former cap. Of two names of the same weights the one that
+/// is listed first is served: requests, verdicts and receipts name the weights alone.
 pub fn registry(decided: &Decided, current: &Registry, cards: &[Model]) -> (Registry, Vec<Unmet>) {
     let mut unmet = Vec::new();
-    let mut models = Vec::new();
+    let mut models: Vec<Model> = Vec::new();
     for listed in decided.models.iter().filter(|listed| listed.terms.active) {
         let known = || {
             cards
@@ -129,16 +132,22 @@ pub fn registry(decided: &Decided, current: &Registry, cards: &[Model]) -> (Regi
                 .chain(&current.models)
                 .filter(|card| card.id == listed.id && card.weights_root == listed.terms.weights_root)
         };
-        if let Some(card) = known().find(|card| listed.terms.fits(card).is_ok()) {
-            models.push(listed.entry(card));
-            continue;
-        }
-        let reason = match known().next().map(|card| listed.terms.fits(card)) {
-            Some(Err(field)) => format!("`{field}` of what was published is not what was decided"),
-            _ => "nothing was published about these weights under this name".to_owned(),
+        let entry = match known().find(|card| listed.terms.fits(card).is_ok()) {
+            Some(card) => Some(listed.entry(card)),
+            None => {
+                let reason = match known().next().map(|card| listed.terms.fits(card)) {
+                    Some(Err(field)) => format!("`{field}` of what was published is not what was decided"),
+                    _ => "nothing was published about these weights under this name".to_owned(),
+                };
+                unmet.push(Unmet::Card { id: listed.id.clone(), reason });
+                current.by_id(&listed.id).cloned()
+            }
         };
-        unmet.push(Unmet::Card { id: listed.id.clone(), reason });
-        models.extend(current.by_id(&listed.id).cloned());
+        let Some(entry) = entry else { continue };
+        match models.iter().find(|other| other.weights_root == entry.weights_root) {
+            Some(other) => unmet.push(Unmet::SameWeights { id: entry.id, other: other.id.clone() }),
+            None => models.push(entry),
+        }
     }
     let known = current.calibration.hash();
     if decided.calibration_hash != known {
@@ -227,12 +236,20 @@ mod tests {
         // Admitted again for 8 and with its true size: what was published before counts no more, nor does what is in force.
         let again = Model { weights_bytes: 10, ..price(b.clone(), 8) };
         assert_eq!(entries(&low, vec![at_most(&b, 8)], &[again, b.clone()]), [(8, 10)]);
-        // Two names of the same weights, each with its own price.
+        // Of two names of the same weights, each with its own price, the first is served until it is withdrawn.
         let other = price(Model { id: "c".into(), ..b.clone() }, 7);
-        let both = vec![at_most(&other, 9), at_most(&b, 9)];
-        assert_eq!(entries(&current(), both.clone(), &[b.clone(), other.clone()]), [(7, 9), (5, 9)]);
-        let in_force = Registry { models: vec![b.clone(), other], ..current() };
-        assert_eq!(entries(&in_force, both, &[]), [(7, 9), (5, 9)]);
+        let both = |active| {
+            let mut first = at_most(&other, 9);
+            first.terms.active = active;
+            vec![first, at_most(&b, 9)]
+        };
+        let in_force = Registry { models: vec![b.clone(), other.clone()], ..current() };
+        for (current, cards) in [(current(), vec![b.clone(), other.clone()]), (in_force, vec![])] {
+            let (served, unmet) = registry(&decided(both(true)), &current, &cards);
+            assert_eq!(served.models, std::slice::from_ref(&other));
+            assert_eq!(unmet, [Unmet::SameWeights { id: "b".into(), other: "c".into() }]);
+            assert_eq!(entries(&served, both(false), card_of_b), [(5, 9)]);
+        }
         // Another name's entry says nothing of the price.
         let (_, unmet) = registry(&decided(vec![at_most(&price(card("d", 20), 9), 9)]), &current(), &[b]);
         assert!(unmet[0].to_string().contains("under this name"), "{unmet:?}");
@@ -260,6 +277,11 @@ mod tests {
             assert_eq!(registry.models.len(), 1);
             assert!(unmet[0].to_string().contains(field), "{unmet:?}");
         }
+        // Nor is an entry that stays in force served beside another name of its weights.
+        let same = Model { id: "d".into(), ..card("a", 10) };
+        let moved = decided(vec![listed(&same), listed(&card("a", 30))]);
+        let (registry, unmet) = super::registry(&moved, &current(), std::slice::from_ref(&same));
+        assert_eq!((registry.models, unmet.len()), (vec![same], 2));
         let other = Decided { calibration_hash: Hash32::ZERO, ..decided(vec![listed(&card("a", 10))]) };
         let (registry, unmet) = super::registry(&other, &current(), &[]);
         assert_eq!(registry.calibration, current().calibration);

@@ -35,7 +35,9 @@ pub enum IdentityError {
     BadEvmSignature,
     #[error("the binding was signed by {actual}, not by operator {expected}")]
     WrongOperator { expected: Address, actual: Address },
-    #[error("the binding expired at {expiry_ms} ms; sign a new one with `infera node bind`")]
+    #[error(
+        "the binding expired at {expiry_ms} ms: connect again with a new one, which a node signs for each session"
+    )]
     Expired { expiry_ms: i64 },
 }
 
@@ -55,6 +57,10 @@ pub fn verify(node: &NodeId, digest: &Hash32, signature: &Signature) -> Result<(
     let signature = ed25519_dalek::Signature::from_bytes(&signature.0);
     key.verify_strict(&digest.0, &signature).map_err(|_| IdentityError::BadSignature)
 }
+
+/// The longest that a binding lasts, ms. Evidence against a node costs the stake until its binding has been over for the
+/// unbonding time of the contract (`InferaStaking`), so that it has to be kept for so much longer.
+pub const MAX_BINDING_MS: i64 = 30 * 24 * 3_600 * 1_000;
 
 /// What an operator signs to own a node: EIP-712 `NodeBinding`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]

@@ -11,7 +11,7 @@ mod player;
 
 use std::net::SocketAddr;
 use std::sync::{Arc, Mutex};
-use std::time::Duration;
+use std::time::{Duration, SystemTime};
 
 use ed25519_dalek::SigningKey;
 use futures::{SinkExt, StreamExt};
@@ -20,7 +20,9 @@ use infera_protocol::bytes::{Address, Hash32, NodeId};
 use infera_protocol::commitment::{Slot, commitment, decline_digest};
 use infera_protocol::fingerprint::Fingerprint;
 use infera_protocol::hash::keccak;
-use infera_protocol::identity::{Domain, HelloClaims, NodeBinding, evm_address, hello_digest, node_id, sign};
+use infera_protocol::identity::{
+    Domain, HelloClaims, MAX_BINDING_MS, NodeBinding, evm_address, hello_digest, node_id, sign,
+};
 use infera_protocol::referee::{Report, TokenScore, report_digest};
 use infera_protocol::request::{Finish, Output, Request};
 use infera_protocol::typed;
@@ -40,8 +42,6 @@ use crate::evidence::{END_TOKEN, Network, fingerprint, key, output, weights};
 
 /// Long enough for a loaded machine; only a failing test waits for it.
 const PATIENCE: Duration = Duration::from_secs(30);
-/// A binding of a synthetic node ends in the year 2100.
-const EXPIRY_MS: i64 = 4_102_444_800_000;
 
 /// Who a node is and what it says of itself. Change the fields at will before it connects.
 #[derive(Clone)]
@@ -89,6 +89,8 @@ pub struct Running {
 impl SyntheticNode {
     /// The n-th node of the network, with an operator of its own; serves the first model with 4 slots.
     pub fn new(network: &Network, n: u8) -> Self {
+        let now = SystemTime::UNIX_EPOCH.elapsed().expect("a clock that is set");
+        let now_ms = i64::try_from(now.as_millis()).expect("a clock that is set");
         Self {
             key: key(n),
             operator: operator_key(n),
@@ -96,7 +98,7 @@ impl SyntheticNode {
             weights_root: network.registry.models[0].weights_root,
             class: "exact".to_owned(),
             slots: 4,
-            expiry_ms: EXPIRY_MS,
+            expiry_ms: now_ms + MAX_BINDING_MS,
         }
     }
 

@@ -64,8 +64,8 @@ impl Assignments {
         None
     }
 
-    /// Keeps what costs the operator its stake. A second answer is a fault here too; what a reveal says that does not open
-    /// its commitment, the verdict's conduct does.
+    /// Keeps what costs the operator its stake, in one task a slot: who contradicts itself again while the database is away
+    /// adds nothing.
     fn contradicted(
         &mut self,
         request: Uuid,
@@ -76,24 +76,17 @@ impl Assignments {
         let node = evidence.slot().node;
         tracing::warn!(%request, %node, %operator, kind = evidence.kind(), "a node has contradicted itself");
         self.tools.metrics.contradictions.with_label_values(&[evidence.kind()]).inc();
-        let fault = Deed::fault(operator, node, request, Reason::Equivocation);
-        let deeds: Vec<Deed> =
-            if matches!(*evidence, Contradiction::TwoCommitments { .. }) { vec![fault] } else { Vec::new() };
+        let place = (*evidence.slot(), evidence.kind());
+        if !self.keeping.insert(place) {
+            return;
+        }
         let tools = self.tools.clone();
         let kept = async move {
-            let now = clock::now_ms();
-            let kept = async {
-                let tx = tools.db.begin().await?;
-                store::keep_contradiction(&tx, request, operator, &evidence, now).await?;
-                let roots = tools.live.now();
-                standing::note_all(&tx, &roots.registries.current().calibration, &deeds, now).await?;
-                tx.commit().await
-            };
-            if let Err(error) = kept.await {
-                tracing::error!(%error, %request, %node, "a contradiction is not kept");
-            }
+            persist(&tools, || keep(&tools, request, operator, &evidence)).await;
         };
-        ctx.spawn(wrap_future(kept));
+        ctx.spawn(wrap_future(kept).map(move |(), act: &mut Self, _| {
+            act.keeping.remove(&place);
+        }));
     }
 
     fn tried(&mut self, ended: Ended, ctx: &mut Context<Self>) {
@@ -269,6 +262,25 @@ impl Assignments {
         };
         ctx.spawn(wrap_future(handed));
     }
+}
+
+/// Writes a contradiction, once for its slot. A second answer is a fault too; what a reveal says that does not open its
+/// commitment, the verdict's conduct does.
+pub(super) async fn keep(
+    tools: &Tools,
+    request: Uuid,
+    operator: Address,
+    evidence: &Contradiction,
+) -> Result<(), DbErr> {
+    let now = clock::now_ms();
+    let tx = tools.db.begin().await?;
+    let is_new = store::keep_contradiction(&tx, request, operator, evidence, now).await?;
+    if is_new && matches!(evidence, Contradiction::TwoCommitments { .. }) {
+        let fault = Deed::fault(operator, evidence.slot().node, request, Reason::Equivocation);
+        let roots = tools.live.now();
+        standing::note_all(&tx, &roots.registries.current().calibration, &[fault], now).await?;
+    }
+    tx.commit().await
 }
 
 async fn ack(request: Uuid, delivery: Delivery) {

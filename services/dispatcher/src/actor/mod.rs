@@ -6,13 +6,14 @@
 
 mod effects;
 
-use std::collections::{HashMap, VecDeque};
+use std::collections::{HashMap, HashSet, VecDeque};
 use std::sync::Arc;
 use std::time::Duration;
 
 use actix::{Actor, ActorContext, AsyncContext, Context, Handler, Message, MessageResult};
 use infera_bus::{Bus, Delivery, Envelope};
 use infera_protocol::bytes::NodeId;
+use infera_protocol::commitment::Slot;
 use infera_runtime::network::Live;
 use infera_runtime::{CancellationToken, clock, planned};
 use infera_wire::topology::keys;
@@ -54,6 +55,8 @@ pub struct Assignments {
     offers: HashMap<Uuid, HeldOffer>,
     deltas: Deltas,
     report_due: bool,
+    /// Contradictions that are being written.
+    keeping: HashSet<(Slot, &'static str)>,
 }
 
 /// The way to a session. Dropping it ends the session.
@@ -128,6 +131,7 @@ impl Assignments {
             offers: HashMap::new(),
             deltas: Deltas::default(),
             report_due: false,
+            keeping: HashSet::new(),
         }
     }
 

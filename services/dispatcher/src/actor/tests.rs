@@ -1,6 +1,6 @@
 use infera_protocol::bytes::{Address, EvmSignature, Hash32};
 use infera_protocol::identity::{NodeBinding, node_id};
-use infera_protocol::slashing::SignedBinding;
+use infera_protocol::slashing::{AccusedCommitment, Contradiction, SignedBinding, Statement};
 use infera_runtime::db;
 use infera_runtime::health::Health;
 use infera_runtime::network::Live;
@@ -10,7 +10,7 @@ use infera_wire::convert;
 
 use super::*;
 use crate::domain::{Rules, State};
-use crate::store;
+use crate::{standing, store};
 
 /// Node n with room for `queue` frames, and what it would receive.
 fn join(network: &Network, n: u8, queue: usize) -> (Join, mpsc::Receiver<v1::FromDispatcher>) {
@@ -34,27 +34,51 @@ fn join(network: &Network, n: u8, queue: usize) -> (Join, mpsc::Receiver<v1::Fro
     (Join { info, outgoing: Outgoing { session, frames: sender, kill: CancellationToken::new() } }, receiver)
 }
 
-/// A node whose queue is full is cut off at once, and another takes its place: nobody waits for it.
-#[actix_rt::test]
-async fn a_node_that_falls_behind_is_cut_off() {
-    let dir = TempDir::new().unwrap();
-    let db = db::connect(&sqlite_url(&dir), None).await.unwrap();
+async fn tools(dir: &TempDir, network: &Network) -> Tools {
+    let db = db::connect(&sqlite_url(dir), None).await.unwrap();
     db::migrate::<store::Migrator>(&db).await.unwrap();
     let bus = Bus::in_process();
     bus.declare(&infera_bus::Topology::network()).await.unwrap();
-    let network = Network::new();
-    let shutdown = CancellationToken::new();
     network.write(dir.path());
-    let live = Live::load(&dir.path().join("network.json"), &dir.path().join("models.json")).unwrap();
-    let tools = Tools {
-        bus: bus.clone(),
+    Tools {
+        bus,
         db,
         metrics: Metrics::register(&Health::new("test")).unwrap(),
         replica: "test".to_owned(),
         slots_ttl_ms: 5_000,
-        shutdown: shutdown.clone(),
-        live,
-    };
+        shutdown: CancellationToken::new(),
+        live: Live::load(&dir.path().join("network.json"), &dir.path().join("models.json")).unwrap(),
+    }
+}
+
+/// However many different commitments a node signs for one slot, they are one fault.
+#[actix_rt::test]
+async fn a_contradiction_is_kept_and_counted_once_a_slot() {
+    let (dir, network) = (TempDir::new().unwrap(), Network::new());
+    let tools = tools(&dir, &network).await;
+    let (request, operator) = (Uuid::now_v7(), Address([7; 20]));
+    let (join, _receiver) = join(&network, 1, 1);
+    let statement = Statement { signature: EvmSignature([0; 65]), bound: join.info.bound };
+    let said = |n: u8| AccusedCommitment::new(Hash32([n; 32]), statement);
+    let mut slot = Slot { request_hash: Hash32([1; 32]), attempt: 1, node: join.info.node };
+    for attempt in 1..=2 {
+        slot.attempt = attempt;
+        for second in 2..=4 {
+            let evidence = Contradiction::TwoCommitments { slot, first: said(1), second: said(second) };
+            effects::keep(&tools, request, operator, &evidence).await.unwrap();
+            let kept = store::contradictions(&tools.db, Some(operator), None, 9).await.unwrap();
+            let faults = standing::last_faults(&tools.db, &operator, 9).await.unwrap();
+            assert_eq!((kept.len(), faults.len()), (attempt as usize, attempt as usize));
+        }
+    }
+}
+
+/// A node whose queue is full is cut off at once, and another takes its place: nobody waits for it.
+#[actix_rt::test]
+async fn a_node_that_falls_behind_is_cut_off() {
+    let (dir, network) = (TempDir::new().unwrap(), Network::new());
+    let tools = tools(&dir, &network).await;
+    let (bus, shutdown) = (tools.bus.clone(), tools.shutdown.clone());
     let domain = network.manifest.domain;
     let rules = Rules {
         domain,

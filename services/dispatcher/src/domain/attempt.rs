@@ -178,7 +178,7 @@ impl Attempt {
         let now = desk.now;
         let place = self.place(node, desk);
         let slot = self.slot_mut(node).ok_or(Rejection::NotLeased)?;
-        let stand = Stand::new(desk.rules, desk.nodes, place)?;
+        let stand = Stand::new(desk.rules, desk.nodes, &slot.who, place)?;
         let pledge = stand.commits(commit, signature)?;
         if let Some(first) = slot.pledge() {
             if first.commit.digest == pledge.commit.digest {
@@ -220,7 +220,7 @@ impl Attempt {
             SlotState::Leased | SlotState::Committed(_) => return Err(Rejection::NotAsked),
             SlotState::Ended { .. } => return Err(Rejection::Late),
         };
-        let stand = Stand::new(desk.rules, desk.nodes, place)?;
+        let stand = Stand::new(desk.rules, desk.nodes, &slot.who, place)?;
         let statement = stand.reveals(&reveal, signature)?;
         let digest = commitment::commitment(&desk.rules.domain, &place, &reveal.output, &reveal.salt);
         let opens = digest == pledge.commit.digest;

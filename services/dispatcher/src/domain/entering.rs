@@ -2,7 +2,7 @@
 
 use super::nodes::Connected;
 use super::trials::{self, Court, Entry, Kind, Outcome};
-use super::{Effect, State, frames};
+use super::{Effect, Rules, State, frames};
 
 /// When a node whose entry trial could not be begun or was not decided is tried again, ms.
 const TRY_ENTRY_AGAIN_MS: i64 = 5_000;
@@ -38,10 +38,8 @@ impl State {
         }
         match trials.entry(info, trust, &mut Court { rules, nodes, now, out }) {
             Entry::Tried => {
-                // Longer than any trial: it is only a deadline where a trial was lost.
-                let referees_ms = rules.referee_ms * trials::MAX_REFEREES as i64;
-                let until_ms = now + rules.lease_ms + rules.reveal_ms + referees_ms;
-                nodes.set_on_trial(&info.node, Some(until_ms));
+                // It is only a deadline where a trial was lost.
+                nodes.set_on_trial(&info.node, Some(now + longest_trial_ms(rules)));
             }
             Entry::Wait => nodes.set_on_trial(&info.node, Some(now + TRY_ENTRY_AGAIN_MS)),
             Entry::NoJudge => nodes.let_in_untried(&info.node),
@@ -54,13 +52,24 @@ impl State {
         for info in self.nodes.to_be_tried(now) {
             self.enter(&info, now, out);
         }
-        let trials = &self.trials;
-        if !trials.has_room_for_entry() || self.tried_late.is_some_and(|operator| trials.enters(&operator)) {
+        let Self { rules, nodes, trials, trust, tried_late, .. } = self;
+        let waits = tried_late.is_some_and(|(node, until_ms)| now < until_ms && nodes.is_on_trial(&node));
+        if waits || !trials.has_room_for_entry() {
             return;
         }
-        if let Some(info) = self.nodes.untried(&self.trust, |operator| trials.enters(operator)) {
-            self.tried_late = Some(info.operator);
+        let excluded = |info: &Connected| {
+            trials.enters(&info.operator) || rules.registry.by_root(&info.model_root).is_none()
+        };
+        if let Some(info) = nodes.untried(trust, excluded) {
+            // A full node declines and has a place when its leases are over; who declines even then keeps nobody waiting.
+            let again_ms = rules.lease_ms + TRY_ENTRY_AGAIN_MS;
+            *tried_late = Some((info.node, now + again_ms + longest_trial_ms(rules)));
             self.enter(&info, now, out);
         }
     }
+}
+
+/// From the lease of an entry trial to its last referee's report.
+fn longest_trial_ms(rules: &Rules) -> i64 {
+    rules.lease_ms + rules.reveal_ms + rules.referee_ms * trials::MAX_REFEREES as i64
 }

@@ -13,6 +13,7 @@
 //! reveal, or is drawn in a later round, computes after that; reveals go to nobody but the verifier.
 
 pub mod attempt;
+mod beginning;
 mod entering;
 pub mod frames;
 pub mod nodes;
@@ -26,16 +27,15 @@ pub mod trust;
 mod types;
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::sync::Arc;
 
-use infera_protocol::assignment::{self, Eligible};
 use infera_protocol::bytes::{Address, Hash32, NodeId};
 use infera_wire::v1;
 use uuid::Uuid;
 
 pub use types::{Command, Effect, MAX_DELTA_TOKENS, Offer, Rejection, Rules, SignedScores};
 
-use attempt::{Attempt, Begun, Desk, Progress};
+use attempt::{Attempt, Desk, Progress};
+use beginning::Frozen;
 use nodes::{Connected, ModelSlots, NodeView, Nodes};
 use peers::Peers;
 use prompts::Prompts;
@@ -59,19 +59,11 @@ pub struct State {
     trust: Ledger,
     trials: Trials,
     prompts: Prompts,
-    /// Whose node was let in untried and is tried now.
-    tried_late: Option<Address>,
+    /// Who was let in untried and is tried now, and until when the next one waits for it (ms).
+    tried_late: Option<(NodeId, i64)>,
     /// By model.
     frozen: BTreeMap<Hash32, Frozen>,
     arrivals: u64,
-}
-
-/// The nodes of one model that may be drawn in an epoch.
-struct Frozen {
-    epoch: u64,
-    /// [`Nodes::changes`] when it was frozen.
-    changes: u64,
-    set: Arc<Vec<Eligible>>,
 }
 
 struct Held {
@@ -210,7 +202,7 @@ impl State {
                 })?;
             }
             Command::Declined { node, request, attempt, .. }
-                if self.trials.has(&node, request, attempt) || self.trials.asks(&node, request) =>
+                if self.trials.is_leased(&node, request, attempt) || self.trials.asks(&node, request) =>
             {
                 self.court(now, out, |t, court| t.decline(&node, (request, attempt), court))?;
             }
@@ -453,56 +445,6 @@ impl State {
             let progress = act(live, &mut desk);
             after(held, progress, trials, rules, nodes, now, out);
         }
-    }
-
-    /// Begins what waits, in order of arrival, as far as operators have free slots.
-    fn begin_waiting(&mut self, now: i64, out: &mut Vec<Effect>) {
-        let mut waiting: Vec<(u64, Uuid)> = self
-            .requests
-            .iter()
-            .filter(|(_, held)| {
-                matches!(held.phase, Phase::Waiting { not_before_ms, .. } if not_before_ms <= now)
-                    && now < held.offer.deadline_ms()
-            })
-            .map(|(id, held)| (held.arrival, *id))
-            .collect();
-        waiting.sort_unstable();
-        for (_, request) in waiting {
-            self.begin(request, now, out);
-        }
-    }
-
-    fn begin(&mut self, request: Uuid, now: i64, out: &mut Vec<Effect>) {
-        let Some(held) = self.requests.get(&request) else { return };
-        let (model, k) = (held.offer.model(), held.offer.k());
-        // A gateway's clock may be ahead of this one; no draw is older than its request.
-        let epoch = assignment::epoch_of(now.max(held.offer.funded.submitted.submitted_at_ms));
-        let Some((class, eligible)) = self.set_for(&model, k, epoch) else { return };
-        let Some(held) = self.requests.get_mut(&request) else { return };
-        let Phase::Waiting { attempt, traceparent, .. } = &held.phase else { return };
-        let set = eligible.clone();
-        let begun = Begun { number: *attempt, epoch, class, eligible, traceparent: traceparent.clone() };
-        let mut desk = Desk { rules: &self.rules, offer: &held.offer, nodes: &mut self.nodes, now, out };
-        let mut attempt = Attempt::begin(begun, &mut desk);
-        let other = self.prompts.other(&attempt.beta(), &held.offer, &self.rules);
-        self.trials.canary(&mut attempt, &set, (&held.asked, other), &mut desk);
-        self.prompts.note(&held.offer);
-        held.phase = Phase::Working(Box::new(attempt));
-    }
-
-    /// The set of this epoch, and the class to draw from. One that can't serve the request, because nodes have come or
-    /// gone since, is frozen anew.
-    fn set_for(&mut self, model: &Hash32, k: usize, epoch: u64) -> Option<(String, Arc<Vec<Eligible>>)> {
-        let changes = self.nodes.changes();
-        if let Some(frozen) = self.frozen.get(model).filter(|frozen| frozen.epoch == epoch) {
-            let class = self.nodes.class_for(&frozen.set, k);
-            if class.is_some() || frozen.changes == changes {
-                return class.map(|class| (class, frozen.set.clone()));
-            }
-        }
-        let set = Arc::new(assignment::freeze(self.nodes.eligible(model, &self.trust)));
-        self.frozen.insert(*model, Frozen { epoch, changes, set: set.clone() });
-        self.nodes.class_for(&set, k).map(|class| (class, set))
     }
 }
 

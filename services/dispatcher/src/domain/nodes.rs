@@ -189,10 +189,15 @@ impl Nodes {
         }
     }
 
+    /// Whether the node is connected and takes no work of requests before its entry trial is over.
+    pub fn is_on_trial(&self, node: &NodeId) -> bool {
+        self.by_id.get(node).is_some_and(|entry| entry.on_trial.is_some())
+    }
+
     /// One of those that were let in untried and could be judged now, with a free place if there is one: a full one would
-    /// decline. `excluded` names operators.
-    pub fn untried(&self, trust: &Ledger, excluded: impl Fn(&Address) -> bool) -> Option<Connected> {
-        let untried = |entry: &&Entry| entry.is_untried && !entry.draining && !excluded(&entry.info.operator);
+    /// decline.
+    pub fn untried(&self, trust: &Ledger, excluded: impl Fn(&Connected) -> bool) -> Option<Connected> {
+        let untried = |entry: &&Entry| entry.is_untried && !entry.draining && !excluded(&entry.info);
         if !self.by_id.values().any(|entry| untried(&entry)) {
             return None;
         }

@@ -1,6 +1,7 @@
 //! What a node's signer says along with a commitment or a reveal, so that a contradiction costs the stake (protocol
 //! section 10). A frame without it counts as one with a bad signature.
 
+use infera_protocol::assignment::Eligible;
 use infera_protocol::bytes::EvmSignature;
 use infera_protocol::commitment::Slot;
 use infera_protocol::evidence::{Reveal, SignedCommitment};
@@ -23,7 +24,8 @@ impl From<&Pledge> for AccusedCommitment {
     }
 }
 
-/// A slot, and the binding of the session that speaks for it.
+/// A slot, and the binding of the session that speaks for it: by the operator that was drawn, because two statements cost
+/// a stake only if both are bound to one.
 pub struct Stand<'a> {
     domain: &'a Domain,
     slot: Slot,
@@ -32,9 +34,10 @@ pub struct Stand<'a> {
 
 impl<'a> Stand<'a> {
     /// # Errors
-    /// [`Rejection::NotLeased`] if the node is not connected.
-    pub fn new(rules: &'a Rules, nodes: &Nodes, slot: Slot) -> Result<Self, Rejection> {
-        let bound = nodes.get(&slot.node).ok_or(Rejection::NotLeased)?.bound;
+    /// [`Rejection::NotLeased`] if the node is not connected, or is another operator's by now.
+    pub fn new(rules: &'a Rules, nodes: &Nodes, who: &Eligible, slot: Slot) -> Result<Self, Rejection> {
+        let info = nodes.get(&slot.node).filter(|info| info.operator == who.operator);
+        let bound = info.ok_or(Rejection::NotLeased)?.bound;
         Ok(Self { domain: &rules.domain, slot, bound })
     }
 

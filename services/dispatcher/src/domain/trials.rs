@@ -182,6 +182,12 @@ impl Trials {
         self.find(node, request, attempt).is_some()
     }
 
+    /// Whether the node still computes in a trial: what it declines then is its lease.
+    pub fn is_leased(&self, node: &NodeId, request: Uuid, attempt: u32) -> bool {
+        self.find(node, request, attempt)
+            .is_some_and(|at| matches!(self.live[at].stage, Stage::Leased { .. }))
+    }
+
     /// Whether this node was asked to score a trial's answer under this id.
     pub fn asks(&self, node: &NodeId, job: Uuid) -> bool {
         self.asking(node, job).is_some()
@@ -209,7 +215,7 @@ impl Trials {
     ) -> Result<(), Rejection> {
         let at = self.find(node, request, attempt).ok_or(Rejection::NotLeased)?;
         let trial = &mut self.live[at];
-        let stand = Stand::new(court.rules, court.nodes, trial.place())?;
+        let stand = Stand::new(court.rules, court.nodes, &trial.who, trial.place())?;
         let pledge = stand.commits(commit, signature)?;
         let first = match &trial.stage {
             Stage::Leased { until_ms } if court.now < *until_ms => {
@@ -251,7 +257,7 @@ impl Trials {
             Stage::Scored { .. } => return Ok(()),
         };
         let place = trial.place();
-        let stand = Stand::new(court.rules, court.nodes, place)?;
+        let stand = Stand::new(court.rules, court.nodes, &trial.who, place)?;
         let statement = stand.reveals(&reveal, signature)?;
         let digest = commitment::commitment(&court.rules.domain, &place, &reveal.output, &reveal.salt);
         let opens = digest == pledge.commit.digest;
@@ -271,10 +277,10 @@ impl Trials {
         Ok(())
     }
 
-    /// The node does not take part, or a referee does not.
+    /// A node that still computes does not take part ([`Trials::is_leased`]), or a referee does not.
     ///
     /// # Errors
-    /// [`Rejection::NotLeased`], [`Rejection::Late`].
+    /// [`Rejection::NotLeased`].
     pub fn decline(
         &mut self,
         node: &NodeId,
@@ -287,9 +293,6 @@ impl Trials {
             return Ok(());
         }
         let at = self.find(node, request, attempt).ok_or(Rejection::NotLeased)?;
-        if !matches!(self.live[at].stage, Stage::Leased { .. }) {
-            return Err(Rejection::Late);
-        }
         self.after(at, Step::Ends(Verdict::Declined), court);
         Ok(())
     }

@@ -1,11 +1,16 @@
 //! Admission (protocol sections 1 and 2): who says hello, and may it.
 
 use infera_protocol::bytes::Address;
-use infera_protocol::identity::{Domain, IdentityError, hello_digest, verify};
+use infera_protocol::identity::{
+    Domain, HelloClaims, IdentityError, MAX_BINDING_MS, NodeBinding, hello_digest, verify,
+};
 use infera_protocol::registry::Registry;
 use infera_protocol::stakes::Stakes;
 use infera_wire::convert;
 use infera_wire::v1;
+
+/// The latest expiry of a binding that is accepted, ms from now: nodes' clocks may be an hour ahead.
+pub const LONGEST_BINDING_MS: i64 = MAX_BINDING_MS + 3_600 * 1_000;
 
 /// Why a session ends: what the node's operator reads.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -37,13 +42,19 @@ pub fn check(
     verify(&claims.node, &hello_digest(domain, nonce, claims), &hello.signature).map_err(|e| {
         Refusal::new("bad_signature", format!("{e}: sign this connection's challenge with the node's key"))
     })?;
-    claims.binding.verify(domain, &claims.operator, &hello.binding_signature, now_ms).map_err(|e| {
-        let code = match e {
-            IdentityError::Expired { .. } => "binding_expired",
-            _ => "bad_binding",
-        };
-        Refusal::new(code, e.to_string())
-    })?;
+    let signed = claims.binding.verify(domain, &claims.operator, &hello.binding_signature, now_ms);
+    signed.map_err(unbound)?;
+    if claims.binding.expiry_ms > now_ms.saturating_add(LONGEST_BINDING_MS) {
+        return Err(Refusal::new(
+            "bad_binding",
+            format!(
+                "`binding_expiry_ms` is {}, more than {} days from now: bind the node for that long at most, and set \
+                 its clock",
+                claims.binding.expiry_ms,
+                MAX_BINDING_MS / (24 * 3_600 * 1_000)
+            ),
+        ));
+    }
     has_stake(stakes, &claims.operator)?;
     if registry.by_root(&claims.weights_root).is_none() {
         return Err(Refusal::new(
@@ -76,11 +87,28 @@ pub fn check(
     Ok(hello)
 }
 
-/// Whether the operator has what holders ask of everybody who works.
+fn unbound(error: IdentityError) -> Refusal {
+    let code = match error {
+        IdentityError::Expired { .. } => "binding_expired",
+        _ => "bad_binding",
+    };
+    Refusal::new(code, error.to_string())
+}
+
+/// Whether what a session began with still holds: once the binding is over, what the node signs costs nobody's stake.
 ///
 /// # Errors
-/// [`Refusal`] that says how much is missing.
-pub fn has_stake(stakes: &Stakes, operator: &Address) -> Result<(), Refusal> {
+/// [`Refusal`] that says what has changed.
+pub fn goes_on(claims: &HelloClaims, stakes: &Stakes, now_ms: i64) -> Result<(), Refusal> {
+    let NodeBinding { expiry_ms, .. } = claims.binding;
+    if expiry_ms <= now_ms {
+        return Err(unbound(IdentityError::Expired { expiry_ms }));
+    }
+    has_stake(stakes, &claims.operator)
+}
+
+/// Whether the operator has what holders ask of everybody who works.
+fn has_stake(stakes: &Stakes, operator: &Address) -> Result<(), Refusal> {
     if stakes.is_enough(operator) {
         return Ok(());
     }

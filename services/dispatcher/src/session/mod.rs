@@ -255,7 +255,7 @@ impl NodeSession {
         self.missed += 1;
         if let (Some(_), Some(hello)) = (self.node, &self.hello) {
             let roots = self.shared.live.now();
-            if let Err(refusal) = hello::has_stake(&roots.stakes, &hello.claims.operator) {
+            if let Err(refusal) = hello::goes_on(&hello.claims, &roots.stakes, clock::now_ms()) {
                 return self.refuse(&refusal, ctx);
             }
             self.keep_presence(ctx);

@@ -10,6 +10,7 @@ use infera_testkit::synthetic::{Behaviour, SyntheticNode, answer};
 use infera_wire::topology::keys;
 use infera_wire::v1::{self, from_dispatcher, from_node, verdict::Outcome};
 use infera_wire::{Message, convert};
+use sea_orm::ConnectionTrait;
 use serde_json::{Value, json};
 use uuid::Uuid;
 
@@ -358,6 +359,8 @@ async fn equivocation_is_kept() {
     // The others commit only after that, so that the attempt is still open.
     playing.push(nodes[1].run_gated(running.address, Behaviour::Honest).await);
     playing.push(nodes[2].run(running.address, Behaviour::Honest).await);
+    let db = infera_runtime::db::connect(&world.database_url, None).await.unwrap();
+    db.execute_unprepared("ALTER TABLE contradictions RENAME TO away").await.unwrap();
     let offered = world.offer(&world.funded(Uuid::now_v7(), 3));
     eventually(PATIENCE, async || {
         world.metric(&running, "infera_dispatcher_contradictions_total{kind=\"two_commitments\"}").await
@@ -367,6 +370,8 @@ async fn equivocation_is_kept() {
     playing[1].let_commit(1);
     let (_, evidence) = world.collected().await;
     assert_eq!(outcomes(&evidence), [Revealed; 3], "the first commitment counts");
+    // What the database could not take is tried again.
+    db.execute_unprepared("ALTER TABLE away RENAME TO contradictions").await.unwrap();
     // Anybody can read what costs the operator its stake, and check it.
     let get = async |path: &str| {
         let response =

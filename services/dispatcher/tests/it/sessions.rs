@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use infera_protocol::bytes::Hash32;
 use infera_protocol::stakes::Stakes;
-use infera_runtime::network;
+use infera_runtime::{clock, network};
 use infera_testkit::eventually;
 use infera_testkit::synthetic::{Behaviour, Socket, SyntheticNode};
 use infera_wire::v1::{self, from_dispatcher, from_node};
@@ -55,6 +55,10 @@ async fn a_hello_must_hold_in_every_part() {
         refused(socket, hello).await
     };
     assert_eq!(dial(&SyntheticNode { expiry_ms: 1, ..node.clone() }).await, "binding_expired");
+    // Evidence is not kept for so long.
+    for expiry_ms in [node.expiry_ms + 2 * 3_600_000, i64::MAX] {
+        assert_eq!(dial(&SyntheticNode { expiry_ms, ..node.clone() }).await, "bad_binding");
+    }
     let unknown = SyntheticNode { weights_root: Hash32([0xee; 32]), ..node.clone() };
     assert_eq!(dial(&unknown).await, "unknown_model");
     assert_eq!(dial(&SyntheticNode { class: "warm".into(), ..node.clone() }).await, "unknown_class");
@@ -298,6 +302,22 @@ async fn a_model_that_is_admitted_is_taken_at_once() {
     let offered = world.offer(&world.funded(Uuid::now_v7(), 3));
     let (_, evidence) = world.collected().await;
     assert_eq!((evidence.request.id, evidence.revealed().count()), (offered.id, 3));
+    running.stop().await;
+}
+
+/// What a node signs after its binding costs nobody's stake, so that its session ends with it.
+#[actix_rt::test]
+async fn a_session_ends_with_its_binding() {
+    let world = World::new(On::Embedded).await;
+    let config = infera_dispatcher::Config { heartbeat_secs: 1, ..world.config() };
+    let running = world.start(config).await;
+    // Long enough for a loaded machine to let it in.
+    let expiry_ms = clock::now_ms() + 10_000;
+    let node = SyntheticNode { expiry_ms, ..SyntheticNode::new(&world.network, 1) };
+    let mut socket = node.connect(running.address).await;
+    assert_eq!(socket.refusal().await, "binding_expired");
+    assert!(clock::now_ms() >= expiry_ms);
+    SyntheticNode::new(&world.network, 1).connect(running.address).await;
     running.stop().await;
 }
 

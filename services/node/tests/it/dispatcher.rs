@@ -8,7 +8,7 @@ use futures::{SinkExt, StreamExt};
 use infera_node::Args;
 use infera_prompt::{Message as ChatMessage, Prompt};
 use infera_protocol::bytes::{Address, Hash32, Signature};
-use infera_protocol::identity::{Domain, hello_digest, verify};
+use infera_protocol::identity::{Domain, MAX_BINDING_MS, hello_digest, verify};
 use infera_protocol::referee::{Report, report_digest};
 use infera_protocol::registry::Manifest;
 use infera_protocol::request::{Output, Request};
@@ -123,6 +123,7 @@ impl Dispatcher {
         let claims = &hello.claims;
         verify(&claims.node, &hello_digest(&DOMAIN, &nonce, claims), &hello.signature).unwrap();
         claims.binding.verify(&DOMAIN, &claims.operator, &hello.binding_signature, clock::now_ms()).unwrap();
+        assert!(claims.binding.expiry_ms <= clock::now_ms() + MAX_BINDING_MS, "as long as it is accepted");
         Session { socket, hello }
     }
 }

@@ -74,8 +74,10 @@ async fn a_promise_outlives_the_connection_and_the_process() {
     // The same lease again, a new connection, a new process: the same bytes.
     session.lease(&asked, 1).await;
     assert_eq!(session.hear().await, Heard::Commit(commit.clone()));
+    let bound = session.hello.claims.binding.expiry_ms;
     drop(session);
     let mut session = dispatcher.open().await;
+    assert!(session.hello.claims.binding.expiry_ms > bound, "the node is bound anew for each session");
     assert_eq!(session.hear().await, Heard::Commit(commit.clone()));
     let id = session.hello.claims.node;
     drop(session);

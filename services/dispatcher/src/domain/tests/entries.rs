@@ -54,6 +54,15 @@ pub(super) fn on_trial(bench: &Bench) -> bool {
     bench.state.nodes().iter().any(|view| view.on_trial)
 }
 
+/// The node of this lease, a trial's, is full.
+fn decline_trial(bench: &mut Bench, lease: usize) {
+    let (node, asked) = bench.leases[lease].clone();
+    let digest =
+        decline_digest(&DOMAIN, &Slot { request_hash: asked.hash(&DOMAIN), attempt: 1, node }, "full");
+    let decline = SignedDecline { reason: "full".into(), signature: sign(&key_of(node), &digest) };
+    bench.run(Command::Declined { node, request: asked.id, attempt: 1, decline }).unwrap();
+}
+
 #[test]
 fn a_newcomer_is_tried_before_it_is_drawn() {
     for (is_good, refused) in [(true, false), (false, true)] {
@@ -113,6 +122,66 @@ fn of_those_that_are_tried_later_one_with_a_free_place_comes_first() {
 }
 
 #[test]
+fn who_declines_its_late_trial_keeps_the_next_one_waiting_but_not_for_ever() {
+    for tells in [true, false] {
+        let mut bench = founded(4, 4);
+        bench.tick(1);
+        let first = bench.leases[0].0;
+        decline_trial(&mut bench, 0);
+        for _ in 0..20 {
+            bench.tick(100);
+        }
+        assert_eq!(
+            bench.state.nodes().iter().filter(|view| view.on_trial).count(),
+            1,
+            "all others are drawn"
+        );
+        bench.tick(3_000);
+        assert_eq!((bench.leases.len(), bench.leases[1].0), (2, first), "tried again");
+        if tells {
+            let asked = bench.leases[1].1.clone();
+            answer_trial(&mut bench, first, &asked, 5);
+            say(&mut bench, true);
+            bench.tick(1);
+            assert!(bench.leases[2].0 != first, "the next one");
+            continue;
+        }
+        let until = bench.now + 20_000;
+        while bench.leases.last().unwrap().0 == first {
+            let leases = bench.leases.len();
+            decline_trial(&mut bench, leases - 1);
+            while bench.leases.len() == leases {
+                assert!(bench.now < until, "nobody else is tried");
+                bench.tick(100);
+            }
+        }
+    }
+}
+
+/// Nobody is asked for ranges of a model that was withdrawn, nor for answers: its nodes keep nobody from being tried.
+#[test]
+fn nodes_of_a_model_that_is_not_listed_are_not_tried() {
+    let mut bench = founded(9, 9);
+    for n in 1..=6 {
+        bench.run(Command::NodeLeft { node: node_id(&key(n)), session: Uuid::from_u128(1) }).unwrap();
+        let model_root = Hash32([9; 32]);
+        bench.run(Command::NodeJoined(Connected { model_root, ..newcomer(n) })).unwrap();
+    }
+    for tried in 1..=3 {
+        bench.tick(1);
+        let (node, asked) = bench.leases.last().unwrap().clone();
+        answer_trial(&mut bench, node, &asked, 5);
+        // A referee may have been given a defect.
+        while bench.tried.len() < tried {
+            say(&mut bench, true);
+        }
+    }
+    let mut tried: Vec<u8> = bench.leases.iter().map(|(node, _)| number(*node)).collect();
+    tried.sort_unstable();
+    assert_eq!((tried, on_trial(&bench)), (vec![7, 8, 9], false));
+}
+
+#[test]
 fn silent_newcomers_let_nobody_in_untried_and_leave_room_for_canaries() {
     let mut bench = founded(6, 6);
     for n in 10..=80 {
@@ -158,10 +227,7 @@ fn whom_nobody_judged_is_not_let_in() {
 fn who_declines_is_tried_again_and_who_is_silent_is_refused() {
     let mut bench = entering(3);
     let (node, asked) = bench.leases[0].clone();
-    let digest =
-        decline_digest(&DOMAIN, &Slot { request_hash: asked.hash(&DOMAIN), attempt: 1, node }, "full");
-    let decline = SignedDecline { reason: "full".into(), signature: sign(&key_of(node), &digest) };
-    bench.run(Command::Declined { node, request: asked.id, attempt: 1, decline }).unwrap();
+    decline_trial(&mut bench, 0);
     assert!(on_trial(&bench) && bench.refused.is_empty());
     bench.tick(4_900);
     assert_eq!(bench.leases.len(), 1);

@@ -79,6 +79,35 @@ fn the_first_of_two_commitments_counts() {
     assert_eq!(attempt.slots()[0].commitment(), Some(&signed(n, 1, 1, 0)));
 }
 
+/// Otherwise two statements would be bound to two operators, of whom neither has contradicted itself.
+#[test]
+fn nobody_speaks_for_a_slot_under_another_operator() {
+    let mut bench = Bench::offered(&[1, 2, 3]);
+    let drawn = bench.drawn();
+    let back = |bench: &mut Bench, session, operator| {
+        let other = Connected { operator, ..connected(drawn[0], session) };
+        bench.run(Command::NodeJoined(other)).unwrap();
+    };
+    let own = connected(drawn[0], 1).operator;
+    bench.run(commit(drawn[0], 1, 1, 0)).unwrap();
+    back(&mut bench, 2, Address([9; 20]));
+    for version in [0, 1] {
+        assert_eq!(bench.run(commit(drawn[0], 1, 1, version)), Err(Rejection::NotLeased));
+    }
+    back(&mut bench, 3, own);
+    assert_eq!(bench.run(commit(drawn[0], 1, 1, 1)), Err(Rejection::Equivocation));
+    for n in &drawn[1..] {
+        bench.run(commit(*n, 1, 1, 0)).unwrap();
+    }
+    back(&mut bench, 4, Address([9; 20]));
+    for version in [0, 1] {
+        assert_eq!(bench.run(reveal(drawn[0], 1, 1, version)), Err(Rejection::NotLeased));
+    }
+    assert_eq!((bench.equivocations, bench.false_reveals), (1, 0));
+    back(&mut bench, 5, own);
+    bench.run(reveal(drawn[0], 1, 1, 0)).unwrap();
+}
+
 #[test]
 fn a_reveal_that_breaks_the_limits_is_replaced() {
     let mut bench = Bench::offered(&[1, 2, 3, 4]);

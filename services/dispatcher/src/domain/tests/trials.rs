@@ -1,5 +1,6 @@
 //! Canaries, and what entry trials share with them.
 
+use infera_protocol::evidence::RefereeOutcome;
 use infera_protocol::hash::keccak;
 use infera_protocol::judgement::Finding;
 use infera_protocol::referee::{Report, report_digest};
@@ -439,6 +440,44 @@ fn who_comes_back_as_somebody_else_is_not_asked_again() {
     assert_eq!(ended(&bench).outcome, Outcome::Void);
     bench.tick(5_000);
     assert!(bench.refused.is_empty() && !on_trial(&bench), "nobody judges its new class: {node}");
+
+    // While its answer is scored, too: what follows is the first operator's, and the second one's node is tried anew.
+    for is_good in [true, false] {
+        let mut bench = entering(3);
+        let (node, asked) = bench.leases[0].clone();
+        answer_trial(&mut bench, node, &asked, 5);
+        let operator = Address([99; 20]);
+        let other = Connected { session: Uuid::from_u128(2), operator, ..newcomer(4) };
+        bench.run(Command::NodeJoined(other)).unwrap();
+        (0..if is_good { 1 } else { 2 }).for_each(|_| say(&mut bench, is_good));
+        let first = if is_good { Finding::Completed } else { Finding::Bad(Reason::Challenge) };
+        assert_eq!((ended(&bench).outcome, findings(ended(&bench))[0]), (Outcome::Void, first));
+        assert_eq!(ended(&bench).conduct[0].operator, newcomer(4).operator);
+        assert!(on_trial(&bench) && bench.refused.is_empty(), "it was not tried itself");
+        let (again, asked) = bench.leases[1].clone();
+        assert_eq!(again, node);
+        answer_trial(&mut bench, node, &asked, 5);
+        say(&mut bench, true);
+        assert_eq!((bench.tried[1].outcome, on_trial(&bench)), (Outcome::Passed, false));
+    }
+}
+
+#[test]
+fn a_canary_that_is_asked_to_referee_its_attempt_may_decline() {
+    let mut bench = with_canary(6);
+    let (node, asked) = canary(&bench);
+    commit_trial(&mut bench, node, &asked, 55);
+    answer_all(&mut bench);
+    assert_eq!(bench.run(decline(number(node), 1, 1)), Err(Rejection::NotLeased), "nobody has asked it");
+    let answers = bench.evidence.as_ref().unwrap().answers().iter().map(|(hash, ..)| *hash).collect();
+    bench.run(Command::MoreReferees { request: asked.id, attempt: 1, round: 1, count: 3, answers }).unwrap();
+    for job in bench.jobs.clone().iter().filter(|(referee, _)| *referee != node) {
+        bench.run(report(job, |_| ())).unwrap();
+    }
+    bench.run(decline(number(node), 1, 1)).unwrap();
+    let outcomes = bench.evidence.as_ref().unwrap().referees.iter().map(|referee| referee.outcome);
+    assert_eq!(outcomes.filter(|outcome| *outcome == RefereeOutcome::Declined).count(), 1);
+    assert!(bench.collected.contains(&(asked.id, 1, 2)), "nobody waits for it");
 }
 
 #[test]

@@ -241,6 +241,9 @@ impl Trial {
             Verdict::Open => Outcome::Void,
         };
         let mut conduct = if outcome == Outcome::Void { Vec::new() } else { self.conduct(verdict) };
+        // What was tried is to be let in: who came back as somebody else since is tried anew.
+        let is_same = court.nodes.serves(&self.who, &self.request.model_root);
+        let outcome = if self.kind == Kind::Entry && !is_same { Outcome::Void } else { outcome };
         conduct.extend(self.checked.iter().map(|(who, noticed)| {
             let finding = if *noticed { Finding::Completed } else { Finding::Bad(Reason::Planted) };
             Conduct { node: who.node, operator: who.operator, finding, mean: None }
