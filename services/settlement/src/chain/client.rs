@@ -391,7 +391,8 @@ async fn included(
         };
         if tokio::time::Instant::now() >= deadline {
             return Err(ChainError::Unreachable(format!(
-                "{what}: the transaction {} was sent, and may still be carried out: look for it before you try again                  ({seen}, after {} s)",
+                "{what}: the transaction {} was sent, and may still be carried out: look for it before you try again \
+                 ({seen}, after {} s)",
                 signed.hash,
                 TIMEOUT.as_secs()
             )));
