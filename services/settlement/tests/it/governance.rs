@@ -1,5 +1,9 @@
 //! The life of a proposal on a real chain, and every refusal on the way.
 
+use alloy::{
+    primitives::{B256, U256, hex, keccak256},
+    sol_types::SolCall,
+};
 use infera_protocol::{
     bytes::Hash32,
     governed::{ModelTerms, end_tokens_hash, registry},
@@ -29,7 +33,16 @@ use crate::{
     network::Network,
     proxy::{Mode, Proxy},
     service::DEADLINE,
+    wallets,
 };
+
+mod abi {
+    alloy::sol! {
+        function executeBatch(
+            address[] targets, uint256[] values, bytes[] payloads, bytes32 predecessor, bytes32 salt
+        );
+    }
+}
 
 pub struct World {
     pub anvil: Anvil,
@@ -79,14 +92,44 @@ impl World {
         self.find(proposal).await
     }
 
-    pub async fn carry_out(&self, change: &RegistryCall, entry: Option<&Model>) -> Proposal {
+    /// Voted for and queued, and its time in the timelock is over.
+    async fn matured(&self, change: &RegistryCall, entry: Option<&Model>) -> Proposal {
         let title = format!("Change {:?}", self.treasury.governance().time().await.unwrap());
         let proposal = self.propose(&title, change, entry).await;
         let won = self.voted(&proposal, Support::For).await;
         self.treasury.queue(&won).await.unwrap();
         self.pass(10).await;
-        self.treasury.execute(&self.find(&proposal).await).await.unwrap();
         self.find(&proposal).await
+    }
+
+    pub async fn carry_out(&self, change: &RegistryCall, entry: Option<&Model>) -> Proposal {
+        let proposal = self.matured(change, entry).await;
+        self.treasury.execute(&proposal).await.unwrap();
+        self.find(&proposal).await
+    }
+
+    /// As anybody may, past the governor.
+    pub async fn carry_out_on_the_timelock(&self, change: &RegistryCall, entry: Option<&Model>) -> Proposal {
+        let proposal = self.matured(change, entry).await;
+        let mut salt = keccak256(&proposal.description);
+        salt.iter_mut().zip(self.contracts.governor).for_each(|(salt, byte)| *salt ^= byte);
+        let execute = abi::executeBatchCall {
+            targets: vec![self.contracts.registry],
+            values: vec![U256::ZERO],
+            payloads: vec![change.encode()],
+            predecessor: B256::ZERO,
+            salt,
+        };
+        let tx = json!({
+            "from": wallets::address(0), "to": self.contracts.timelock, "gas": "0x7a120",
+            "input": hex::encode_prefixed(execute.abi_encode()),
+        });
+        rpc(self.anvil.url(), "eth_sendTransaction", json!([tx])).await;
+        eventually(DEADLINE, async || {
+            let found = self.find(&proposal).await;
+            if found.executed.is_some() { Ok(found) } else { Err(found) }
+        })
+        .await
     }
 }
 

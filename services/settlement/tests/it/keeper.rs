@@ -9,7 +9,7 @@ use infera_runtime::{
 };
 use infera_settlement::{
     chain::{
-        governance::{RegistryCall, Support},
+        governance::{RegistryCall, State, Support},
         port::Finality,
     },
     keeper::Keeper,
@@ -148,9 +148,10 @@ async fn a_price_is_that_of_the_entry_that_was_voted_for() {
             in_force(&Model { price_micro, ..listed.clone() }).await;
         }
     }
-    // Admitted anew, for more and with its true size.
+    // Admitted anew, for more and with its true size; carried out past the governor.
     let again = Model { price_micro: 11, weights_bytes: 99, ..model.clone() };
-    world.carry_out(&admit(&again), Some(&again)).await;
+    let proposal = world.carry_out_on_the_timelock(&admit(&again), Some(&again)).await;
+    assert_eq!(proposal.state, State::Executed);
     in_force(&again).await;
     stop.cancel();
 }

@@ -1,17 +1,17 @@
-//! The governor's log: which proposals there are, and what became of them.
+//! The logs of governor and timelock: which proposals there are, and what became of them.
 
 use std::collections::BTreeMap;
 
 use alloy::{
-    primitives::{B256, U256},
+    primitives::{Address, B256, U256, keccak256},
     providers::Provider,
     rpc::types::{Filter, Log},
-    sol_types::SolEvent,
+    sol_types::{SolEvent, SolValue},
 };
 use infera_protocol::registry::Model;
 
 use super::{
-    super::{ChainError, InferaGovernor, call},
+    super::{ChainError, InferaGovernor, InferaTimelock, call},
     Governance, GovernanceError,
     call::{Action, RawCall},
     entry::EntryError,
@@ -26,6 +26,8 @@ pub const LOG_RANGE: u64 = 5_000;
 #[derive(Clone)]
 pub(super) struct Logged {
     pub created: InferaGovernor::ProposalCreated,
+    /// What the timelock calls it.
+    operation: B256,
     pub proposed: Place,
     pub queued: Option<Place>,
     pub executed: Option<Place>,
@@ -33,6 +35,11 @@ pub(super) struct Logged {
 }
 
 impl Logged {
+    fn new(governor: Address, created: InferaGovernor::ProposalCreated, proposed: Place) -> Self {
+        let operation = operation(governor, &created);
+        Self { created, operation, proposed, queued: None, executed: None, canceled: None }
+    }
+
     /// Older proposals first.
     pub fn order(&self) -> (u64, u64, U256) {
         (self.proposed.block, self.proposed.index, self.created.proposalId)
@@ -157,18 +164,19 @@ impl Governance {
         while from <= until {
             let to = from.saturating_add(LOG_RANGE - 1).min(until);
             let filter = Filter::new()
-                .address(self.contracts.governor)
+                .address(vec![self.contracts.governor, self.contracts.timelock])
                 .event_signature(vec![
                     InferaGovernor::ProposalCreated::SIGNATURE_HASH,
                     InferaGovernor::ProposalQueued::SIGNATURE_HASH,
-                    InferaGovernor::ProposalExecuted::SIGNATURE_HASH,
                     InferaGovernor::ProposalCanceled::SIGNATURE_HASH,
+                    // Anybody may execute on the timelock itself, and the governor's log says nothing of that.
+                    InferaTimelock::CallExecuted::SIGNATURE_HASH,
                 ])
                 .from_block(from)
                 .to_block(to);
             let logs = call("eth_getLogs", async { self.reader.provider().get_logs(&filter).await }).await?;
             for log in logs.iter().filter(|log| !log.removed) {
-                note(found, log)?;
+                note(self.contracts.governor, found, log)?;
             }
             from = to + 1;
         }
@@ -176,7 +184,15 @@ impl Governance {
     }
 }
 
-fn note(found: &mut BTreeMap<U256, Logged>, log: &Log) -> Result<(), ChainError> {
+/// `hashOperationBatch` of the timelock, with the salt of OpenZeppelin's `GovernorTimelockControl`.
+fn operation(governor: Address, created: &InferaGovernor::ProposalCreated) -> B256 {
+    let mut salt = keccak256(&created.description);
+    salt.iter_mut().zip(governor).for_each(|(salt, byte)| *salt ^= byte);
+    let InferaGovernor::ProposalCreated { targets, values, calldatas, .. } = created.clone();
+    keccak256((targets, values, calldatas, B256::ZERO, salt).abi_encode_params())
+}
+
+fn note(governor: Address, found: &mut BTreeMap<U256, Logged>, log: &Log) -> Result<(), ChainError> {
     let (Some(block), Some(tx), Some(topic)) = (log.block_number, log.transaction_hash, log.topic0()) else {
         return Ok(());
     };
@@ -185,14 +201,15 @@ fn note(found: &mut BTreeMap<U256, Logged>, log: &Log) -> Result<(), ChainError>
         |e: alloy::sol_types::Error| ChainError::Refused { what: "eth_getLogs", message: e.to_string() };
     if *topic == InferaGovernor::ProposalCreated::SIGNATURE_HASH {
         let created = InferaGovernor::ProposalCreated::decode_log(&log.inner).map_err(bad)?.data;
-        let logged = Logged { proposed: place, created, queued: None, executed: None, canceled: None };
-        found.insert(logged.created.proposalId, logged);
+        found.insert(created.proposalId, Logged::new(governor, created, place));
     } else if *topic == InferaGovernor::ProposalQueued::SIGNATURE_HASH {
         let id = InferaGovernor::ProposalQueued::decode_log(&log.inner).map_err(bad)?.proposalId;
         found.entry(id).and_modify(|logged| logged.queued = Some(place));
-    } else if *topic == InferaGovernor::ProposalExecuted::SIGNATURE_HASH {
-        let id = InferaGovernor::ProposalExecuted::decode_log(&log.inner).map_err(bad)?.proposalId;
-        found.entry(id).and_modify(|logged| logged.executed = Some(place));
+    } else if *topic == InferaTimelock::CallExecuted::SIGNATURE_HASH {
+        let id = InferaTimelock::CallExecuted::decode_log(&log.inner).map_err(bad)?.id;
+        if let Some(logged) = found.values_mut().find(|logged| logged.operation == id) {
+            logged.executed = Some(place);
+        }
     } else {
         let id = InferaGovernor::ProposalCanceled::decode_log(&log.inner).map_err(bad)?.proposalId;
         found.entry(id).and_modify(|logged| logged.canceled = Some(place));

@@ -199,7 +199,7 @@ impl Governance {
 
     async fn complete(&self, logged: Logged, now_secs: u64) -> Result<Proposal, GovernanceError> {
         let calls = logged.calls();
-        let Logged { created, proposed, queued, executed, canceled } = logged;
+        let Logged { created, proposed, queued, executed, canceled, .. } = logged;
         let governor = self.governor();
         let id = created.proposalId;
         let code = call("state", async { governor.state(id).call().await }).await?;
