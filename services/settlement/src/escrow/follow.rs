@@ -101,9 +101,6 @@ impl<L: Link<Port: Clone>> Follower<L> {
     pub async fn run(self, shutdown: CancellationToken) {
         let mut work = Follow::default();
         let mut backoff = FIRST_BACKOFF;
-        if let Ok(Some(cursor)) = escrows::cursor(&self.db).await {
-            self.freshness.looked(cursor.looked_at_ms);
-        }
         loop {
             let looked = tokio::select! {
                 // A look that is dropped is found again by the next start.
@@ -233,8 +230,7 @@ impl<L: Link<Port: Clone>> Follower<L> {
             return Ok(from);
         }
         escrows::mark(&tx, &touched).await?;
-        let looked_at_ms = clock::now_ms();
-        escrows::set_cursor(&tx, &Cursor { next_block: to + 1, hash: Hash32(hash.0), looked_at_ms }).await?;
+        escrows::set_cursor(&tx, &Cursor { next_block: to + 1, hash: Hash32(hash.0) }).await?;
         planned::pause("settlement.escrow.in_mark").await;
         tx.commit().await?;
         planned::pause("settlement.escrow.after_mark").await;

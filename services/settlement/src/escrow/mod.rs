@@ -182,10 +182,12 @@ impl Freshness {
         let delay_ms = self.delay_ms.load(Ordering::Relaxed);
         let charged_ms = deadline_ms.max(now_ms).saturating_add(self.margin_ms);
         let message = if age_ms > self.stale_ms {
+            let since = match looked_at_ms {
+                0 => "since the start".to_owned(),
+                _ => format!("for {} s", age_ms / 1_000),
+            };
             format!(
-                "the chain was not seen for {} s, so escrow is not spent; try again later, prepaid credit is good \
-                 meanwhile",
-                age_ms / 1_000
+                "the chain was not seen {since}, so escrow is not spent; try again later, prepaid credit is good meanwhile"
             )
         } else if delay_ms < 0 {
             "the contract's withdrawal delay is not known yet, so escrow is not spent; try again later"

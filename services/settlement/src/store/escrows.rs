@@ -26,7 +26,6 @@ pub struct Cursor {
     pub next_block: u64,
     /// Hash of the block before it.
     pub hash: Hash32,
-    pub looked_at_ms: i64,
 }
 
 fn micro(column: &'static str, amount: u128) -> Result<i64, DbErr> {
@@ -55,7 +54,6 @@ fn as_cursor(row: escrow_cursor::Model) -> Result<Cursor, DbErr> {
     Ok(Cursor {
         next_block: unsigned("escrow_cursor.next_block", row.next_block)?,
         hash: hash("escrow_cursor.block_hash", &row.block_hash)?,
-        looked_at_ms: row.looked_at_ms,
     })
 }
 
@@ -68,15 +66,11 @@ pub async fn set_cursor<C: ConnectionTrait>(tx: &C, cursor: &Cursor) -> Result<(
         id: Set(CURSOR),
         next_block: Set(signed("escrow_cursor.next_block", cursor.next_block)?),
         block_hash: Set(cursor.hash.to_vec()),
-        looked_at_ms: Set(cursor.looked_at_ms),
+        looked_at_ms: Set(0),
     };
     let insert = escrow_cursor::Entity::insert(row).on_conflict(
         OnConflict::column(escrow_cursor::Column::Id)
-            .update_columns([
-                escrow_cursor::Column::NextBlock,
-                escrow_cursor::Column::BlockHash,
-                escrow_cursor::Column::LookedAtMs,
-            ])
+            .update_columns([escrow_cursor::Column::NextBlock, escrow_cursor::Column::BlockHash])
             .to_owned(),
     );
     tx.execute(&insert.into_query()).await.map(drop)

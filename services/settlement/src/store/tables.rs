@@ -326,6 +326,7 @@ pub mod escrow_cursor {
         pub next_block: i64,
         /// Hash of the block before it; another one says that the chain was reorganised beyond finality.
         pub block_hash: Vec<u8>,
+        /// Not read any more.
         pub looked_at_ms: i64,
     }
 

@@ -8,7 +8,7 @@ use std::{
     },
 };
 
-use infera_runtime::{db, health::Health};
+use infera_runtime::{CancellationToken, clock, db, health::Health};
 use infera_settlement::{
     Config,
     chain::{
@@ -23,12 +23,13 @@ use infera_settlement::{
     metrics::Metrics,
     store::{Migrator, escrows},
 };
-use infera_testkit::{TempDir, cluster, sqlite_url, unique};
+use infera_testkit::{TempDir, cluster, eventually, sqlite_url, unique};
 use sea_orm::DatabaseConnection;
 use tokio::sync::Semaphore;
 
 use crate::{
     schedules::{Event, World},
+    service::DEADLINE,
     sim::SimWorld,
     wallets::{self, Deed},
 };
@@ -234,6 +235,37 @@ async fn a_block_that_the_endpoint_does_not_have_yet_is_no_reorganisation() {
     world.event(Event::Reorg { depth: 1, lose: true }).await;
     assert_eq!(follower.look(&mut follow).await.unwrap(), Looked::Current);
     assert_eq!(in_books(&db, 0).await, 1_000);
+}
+
+/// What another process saw says nothing of what happened until this one looks.
+#[tokio::test]
+async fn a_follower_that_starts_has_seen_nothing() {
+    let dir = TempDir::new().unwrap();
+    let db = sqlite(&dir).await;
+    let world = SimWorld::new();
+    let endpoint = Endpoint::new(&world);
+    deposit(&world, 0, 1_000).await;
+    let before = follower(&db, &endpoint);
+    assert_eq!(before.look(&mut Follow::default()).await.unwrap(), Looked::Current);
+    let rejection = |freshness: &Freshness| freshness.rejection(clock::now_ms(), clock::now_ms());
+    assert_eq!(rejection(&before.freshness), None);
+    deposit(&world, 0, 500).await;
+    endpoint.has.store(0, Ordering::SeqCst);
+    let health = Health::new("restarted");
+    let after = Follower { check: health.check("escrow"), ..follower(&db, &endpoint) };
+    let (freshness, stop) = (after.freshness.clone(), CancellationToken::new());
+    let task = tokio::spawn(after.run(stop.clone()));
+    eventually(DEADLINE, async || {
+        let checks = health.readiness().checks;
+        if checks["escrow"].contains("has no block") { Ok(()) } else { Err(checks) }
+    })
+    .await;
+    let said = rejection(&freshness).unwrap().message;
+    assert!(said.contains("not seen since the start"), "{said}");
+    endpoint.has.store(u64::MAX, Ordering::SeqCst);
+    eventually(DEADLINE, async || rejection(&freshness).is_none()).await;
+    stop.cancel();
+    task.await.unwrap();
 }
 
 #[tokio::test]
