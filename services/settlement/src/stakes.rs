@@ -1,14 +1,14 @@
-//! Follows what operators have at stake, at finality, and writes it where dispatchers read it.
+//! Follows what operators have at stake, at finality, and writes who has enough where dispatchers read it.
 //!
 //! ```text
 //! InferaStaking ─events, positions─> Follower ─> stakes.json beside the manifest ─> runtime::network::Live
 //! ```
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::path::PathBuf;
 use std::time::Duration;
 
-use infera_protocol::bytes;
+use infera_protocol::bytes::Address;
 use infera_protocol::stakes::Stakes;
 use infera_runtime::CancellationToken;
 use infera_runtime::network::{self, NetworkError};
@@ -34,7 +34,9 @@ pub struct Follower {
 #[derive(Default)]
 struct Seen {
     next_block: Option<u64>,
-    stakes: Stakes,
+    /// Of everybody who has any: the minimum may be lowered.
+    active_micro: BTreeMap<Address, u64>,
+    written: Option<Stakes>,
 }
 
 /// Why a look was in vain.
@@ -76,25 +78,19 @@ impl Follower {
             touched.extend(stakes::touched(&reader, self.contracts.staking, from, to).await?);
             from = to + 1;
         }
-        let mut found = seen.stakes.clone();
-        found.minimum_micro = stakes::minimum(&reader, self.contracts.staking, last).await?;
+        let minimum_micro = stakes::minimum(&reader, self.contracts.staking, last).await?;
         for operator in touched {
             let active = stakes::active(&reader, self.contracts.staking, operator, last).await?;
-            let operator = bytes::Address(operator.into());
-            found.active_micro.remove(&operator);
-            if active > 0 {
-                found.active_micro.insert(operator, active);
-            }
+            seen.active_micro.insert(Address(operator.into()), active);
         }
-        if seen.next_block.is_none() || found != seen.stakes {
-            network::write_json(&network::stakes_path(&self.manifest_path), &found)?;
-            tracing::info!(
-                operators = found.active_micro.len(),
-                minimum_micro = found.minimum_micro,
-                "stakes written"
-            );
+        seen.active_micro.retain(|_, active| *active > 0);
+        seen.next_block = Some(last + 1);
+        let stakes = Stakes::enough(minimum_micro, &seen.active_micro);
+        if seen.written.as_ref() != Some(&stakes) {
+            network::write_json(&network::stakes_path(&self.manifest_path), &stakes)?;
+            tracing::info!(operators = stakes.active_micro.len(), minimum_micro, "stakes written");
+            seen.written = Some(stakes);
         }
-        *seen = Seen { next_block: Some(last + 1), stakes: found };
         Ok(())
     }
 }

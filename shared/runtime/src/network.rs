@@ -151,7 +151,7 @@ pub fn stakes_path(manifest: &Path) -> PathBuf {
     manifest.with_file_name("stakes.json")
 }
 
-/// What operators have at stake; without a file nobody needs any.
+/// Who has enough at stake; without a file nobody needs any.
 ///
 /// # Errors
 /// [`NetworkError::File`].
@@ -230,10 +230,12 @@ impl Live {
         self.publish.subscribe()
     }
 
-    /// Takes changes of the registry and of stakes over until `stop`. Of the manifest nothing else may change while a process runs:
-    /// such a file is not taken over, and the log says so.
+    /// Takes changes of the registry and of stakes over until `stop`. Of the manifest nothing else may change while a
+    /// process runs: such a file is not taken over, and the log says so. So it does of stakes that can't be read; the
+    /// former ones stay in force.
     pub async fn follow(&self, stop: CancellationToken) {
         let mut seen = None;
+        let mut is_said = false;
         loop {
             tokio::select! {
                 () = stop.cancelled() => return,
@@ -247,11 +249,17 @@ impl Live {
             if seen == Some(written) {
                 continue;
             }
-            let found = load(&self.manifest_path, &self.registry_path)
-                .and_then(|(manifest, registries)| Ok((manifest, registries, stakes(&self.manifest_path)?)));
-            match found {
-                Ok((manifest, registries, stakes)) => {
-                    seen = Some(written);
+            match load(&self.manifest_path, &self.registry_path) {
+                Ok((manifest, registries)) => {
+                    let stakes = stakes(&self.manifest_path);
+                    seen = stakes.is_ok().then_some(written);
+                    let is_said_before = std::mem::replace(&mut is_said, stakes.is_err());
+                    let stakes = stakes.unwrap_or_else(|error| {
+                        if !is_said_before {
+                            tracing::error!(%error, "the former stakes stay in force");
+                        }
+                        self.now().stakes.clone()
+                    });
                     self.take(Roots { manifest, registries, stakes });
                 }
                 // Between two writes the files do not belong together: the next look finds that they do.

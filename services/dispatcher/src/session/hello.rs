@@ -112,13 +112,14 @@ fn has_stake(stakes: &Stakes, operator: &Address) -> Result<(), Refusal> {
     if stakes.is_enough(operator) {
         return Ok(());
     }
-    let infer = |micro: u64| format!("{}.{:06} INFER", micro / 1_000_000, micro % 1_000_000);
+    let minimum = stakes.minimum_micro;
     Err(Refusal::new(
         "stake_too_low",
         format!(
-            "the operator {operator} has {} at stake, and the network asks for {}: `infera operator stake`",
-            infer(stakes.of(operator)),
-            infer(stakes.minimum_micro)
+            "the operator {operator} has less at stake than the {}.{:06} INFER that the network asks for: `infera \
+             operator stake`",
+            minimum / 1_000_000,
+            minimum % 1_000_000
         ),
     ))
 }

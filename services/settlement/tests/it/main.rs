@@ -22,6 +22,7 @@ mod requests;
 mod schedules;
 mod service;
 mod sim;
+mod stakes;
 mod statements;
 mod thieves;
 mod wallets;

@@ -1,19 +1,11 @@
 //! Rewards on a real chain: from the books to the operator's own tokens, and what thieves get.
 
-use std::time::Duration;
-
-use infera_protocol::{bytes::Address, stakes::Stakes};
-use infera_runtime::{
-    CancellationToken,
-    network::{self, Live},
-};
+use infera_protocol::bytes::Address;
 use infera_settlement::{
-    chain::{B256, Contracts, operator::Operator, port::Finality},
+    chain::{B256, Contracts, operator::Operator},
     operators::{Earned, Reward, Standing},
-    stakes,
 };
 use infera_testkit::{
-    TempDir,
     anvil::{Anvil, DEV_KEYS},
     eventually,
 };
@@ -205,69 +197,6 @@ async fn stake_goes_in_at_once_and_comes_out_after_its_delay() {
     let stake = operator.staked(me).await.unwrap();
     assert_eq!((stake.active, stake.unbonding), (900_000_000, 0));
     assert_eq!(operator.tokens(me).await.unwrap(), 1_100_000_000);
-    world.service.stop().await;
-}
-
-/// What dispatchers read follows the chain: who has how much, and what is asked for.
-#[tokio::test]
-async fn stakes_are_written_where_dispatchers_read_them() {
-    let world = World::new().await;
-    let dir = TempDir::new().unwrap();
-    let manifest_path = dir.path().join("network.json");
-    let network = Network::offline();
-    network::write_json(&manifest_path, &network.manifest).unwrap();
-    network::write_json(&dir.path().join("models.json"), &network.registry).unwrap();
-    let live = Live::load(&manifest_path, &dir.path().join("models.json")).unwrap();
-    assert_eq!(live.now().stakes, Stakes::default());
-    let follower = || stakes::Follower {
-        rpc_url: world.anvil.url().to_owned(),
-        contracts: world.contracts,
-        manifest_path: manifest_path.clone(),
-        from_block: 0,
-        finality: Finality::Depth,
-        confirmations: 1,
-        poll: Duration::from_millis(50),
-    };
-    let stop = CancellationToken::new();
-    let (following, token) = (live.clone(), stop.clone());
-    tokio::spawn(async move { following.follow(token).await });
-    tokio::spawn(follower().run(stop.clone()));
-
-    let operator = world.operator(DEV_KEYS[3]).await;
-    let me = Address(operator.address().into());
-    let reach = async |expected: u64| {
-        eventually(DEADLINE, async || {
-            let stakes = live.now().stakes.clone();
-            let is_so = (stakes.of(&me), stakes.minimum_micro) == (expected, 1_000_000_000);
-            if is_so { Ok(()) } else { Err(stakes) }
-        })
-        .await;
-    };
-    reach(0).await;
-    world.operator(DEPLOYER).await.transfer(operator.address(), 2_000_000_000).await.unwrap();
-    operator.stake(1_500_000_000).await.unwrap();
-    reach(1_500_000_000).await;
-    assert!(live.now().stakes.is_enough(&me));
-    operator.unstake(600_000_000).await.unwrap();
-    reach(900_000_000).await;
-    assert!(!live.now().stakes.is_enough(&me));
-    stop.cancel();
-
-    // Who starts later comes to the same; nothing at stake is nobody.
-    operator.unstake(900_000_000).await.unwrap();
-    std::fs::remove_file(network::stakes_path(&manifest_path)).unwrap();
-    let stop = CancellationToken::new();
-    let task = tokio::spawn(follower().run(stop.clone()));
-    let found = eventually(DEADLINE, async || {
-        Live::load(&manifest_path, &dir.path().join("models.json"))
-            .ok()
-            .map(|live| live.now().stakes.clone())
-            .filter(|stakes| stakes.minimum_micro > 0)
-    })
-    .await;
-    assert!(found.active_micro.is_empty(), "{found:?}");
-    stop.cancel();
-    task.await.unwrap();
     world.service.stop().await;
 }
 

@@ -1,9 +1,12 @@
 //! Manifest and registries: what is in force while somebody replaces them.
 
+use std::collections::BTreeMap;
 use std::fs;
 use std::path::PathBuf;
 
+use infera_protocol::bytes::Address;
 use infera_protocol::registry::Registry;
+use infera_protocol::stakes::Stakes;
 use infera_runtime::CancellationToken;
 use infera_runtime::network::{self, Live, NetworkError};
 use infera_testkit::evidence::Network;
@@ -100,6 +103,37 @@ async fn a_process_takes_over_what_is_written() {
     files.network.manifest.dispatchers = dispatchers;
     files.name(&third);
     eventually(DEADLINE, async || price().await == 79).await;
+    stop.cancel();
+    following.await.unwrap();
+}
+
+#[tokio::test]
+async fn stakes_that_can_not_be_read_change_nothing_and_hold_nothing_back() {
+    let mut files = Files::new();
+    let path = network::stakes_path(&files.manifest());
+    let stakes = |minimum_micro| {
+        let operator = Address([7; 20]);
+        Stakes { minimum_micro, active_micro: BTreeMap::from([(operator, minimum_micro)]) }
+    };
+    network::write_json(&path, &stakes(5)).unwrap();
+    let live = Live::load(&files.manifest(), &files.registry()).unwrap();
+    let stop = CancellationToken::new();
+    let following = tokio::spawn({
+        let (live, stop) = (live.clone(), stop.clone());
+        async move { live.follow(stop).await }
+    });
+    for (price, damaged) in [(81, vec![b'{']), (82, vec![b' '; 4 * 1024 * 1024 + 1])] {
+        fs::write(&path, damaged).unwrap();
+        let registry = files.replace(price);
+        files.name(&registry);
+        eventually(DEADLINE, async || {
+            let roots = live.now();
+            roots.registries.current().models[0].price_micro == price && roots.stakes == stakes(5)
+        })
+        .await;
+    }
+    network::write_json(&path, &stakes(6)).unwrap();
+    eventually(DEADLINE, async || live.now().stakes == stakes(6)).await;
     stop.cancel();
     following.await.unwrap();
 }
