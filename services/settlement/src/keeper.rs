@@ -130,7 +130,8 @@ impl Seen {
 }
 
 /// The entries that were published, in the order in which they count: with what was carried out, the newest first. Then,
-/// for the models that a network began with: where the price in force may only be a cap that was voted, the entry before.
+/// for the models that a network began with: where the price in force may only be a cap that was voted, the entry before;
+/// the oldest where that may be said of all, as after a vote that left the cap at the price.
 fn published(executed: &[Executed], registries: &History) -> Vec<Model> {
     let mut cards: Vec<Model> =
         executed.iter().flat_map(Executed::entries).filter_map(|(_, entry)| entry.ok()).collect();
@@ -144,12 +145,13 @@ fn published(executed: &[Executed], registries: &History) -> Vec<Model> {
         })
     };
     for model in registries.current().models.iter().filter(|model| capped(model)) {
-        let before = registries
+        let former: Vec<&Model> = registries
             .in_force(i64::MIN, i64::MAX)
             .filter_map(|version| version.by_id(&model.id))
             .filter(|former| former.weights_root == model.weights_root)
-            .find(|former| !capped(former));
-        cards.extend(before.cloned());
+            .collect();
+        let before = former.iter().find(|one| !capped(one)).or(former.last());
+        cards.extend(before.copied().cloned());
     }
     cards
 }

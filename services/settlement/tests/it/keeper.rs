@@ -134,11 +134,12 @@ async fn a_price_is_that_of_the_entry_that_was_voted_for() {
         .await;
     };
     in_force(&model).await;
-    // A cap that is lowered and raised again, of a voted model and of one that the network began with.
+    // A cap that is put at the price, lowered and raised again, of a voted model and of one that the network began with.
     let first = live.now().registries.current().by_id(MODEL).unwrap().clone();
     for listed in [&model, &first] {
         let threshold = listed.similarity_threshold_millionths;
-        for (price_cap_micro, price_micro) in [(1, 1), (20, listed.price_micro)] {
+        let price = listed.price_micro;
+        for (price_cap_micro, price_micro) in [(price, price), (1, 1), (20, price)] {
             let change = RegistryCall::SetTerms {
                 id: listed.id.clone(),
                 similarity_threshold_millionths: threshold,
