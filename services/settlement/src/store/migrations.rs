@@ -1,6 +1,6 @@
 //! What makes the tables of [`super::tables`].
 
-use sea_orm::{ConnectionTrait, DbErr, EntityName};
+use sea_orm::{ConnectionTrait, DbBackend, DbErr, EntityName};
 use sea_orm_migration::{
     MigrationName, MigrationTrait, MigratorTrait, SchemaManager,
     prelude::{Alias, ColumnDef, Index, IntoIden, Table},
@@ -190,6 +190,11 @@ impl MigrationName for Times {
 
 #[async_trait::async_trait]
 impl MigrationTrait for Times {
+    /// All of it or nothing, on SQLite too: what is half done can't be begun again.
+    fn use_transaction(&self) -> Option<bool> {
+        Some(true)
+    }
+
     async fn up(&self, manager: &SchemaManager) -> Result<(), DbErr> {
         use entries::Column as E;
         let at = ColumnDef::new(E::AtMs).big_integer().not_null().default(0_i64).take();
@@ -199,6 +204,10 @@ impl MigrationTrait for Times {
             "UPDATE entries SET at_ms = (SELECT at_ms FROM transfers WHERE transfers.id = entries.transfer_id)",
         )
         .await?;
+        // A process of the version before fails, and its message is tried again by another: else it would write 1970.
+        if db.get_database_backend() == DbBackend::Postgres {
+            db.execute_unprepared("ALTER TABLE entries ALTER COLUMN at_ms DROP DEFAULT").await?;
+        }
         index(manager, "entries_time", entries::Entity, [E::Account, E::AtMs, E::TransferId]).await?;
         // It began with the same column.
         manager.drop_index(Index::drop().name("entries_account").table(entries::Entity).to_owned()).await

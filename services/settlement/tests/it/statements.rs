@@ -7,7 +7,7 @@ use infera_settlement::{
     store::{Migrator, usage},
 };
 use infera_testkit::{TempDir, cluster, sqlite_url, unique};
-use sea_orm::{ConnectionTrait, DatabaseConnection, Statement, TransactionTrait};
+use sea_orm::{ConnectionTrait, DatabaseConnection, DbBackend, Statement, TransactionTrait};
 use sea_orm_migration::MigratorTrait;
 use serde_json::{Value, json};
 use uuid::Uuid;
@@ -177,29 +177,60 @@ async fn pages_of_a_statement_are_the_whole_postgres() {
     pages_are_the_whole(db::connect(&cluster().pg_url, Some(&unique("statements"))).await.unwrap()).await;
 }
 
-/// Entries that were written before they had a time have their transfer's, and what is asked about them is found by it.
 #[tokio::test]
-async fn older_entries_get_the_time_of_their_transfer() {
+async fn older_entries_get_the_time_of_their_transfer_sqlite() {
     let dir = TempDir::new().unwrap();
     let db = db::connect(&sqlite_url(&dir), None).await.unwrap();
-    let last = u32::try_from(Migrator::migrations().len()).unwrap();
-    Migrator::up(&db, Some(last - 1)).await.unwrap();
-    let id = "x'00000000000000000000000000000007'";
-    db.execute_unprepared(&format!(
-        "INSERT INTO transfers (id, kind, request_id, at_ms) VALUES ({id}, 'credit', NULL, 500); \
-         INSERT INTO entries (transfer_id, account, amount_micro) VALUES ({id}, 'consumer:alice', 9); \
-         INSERT INTO balances (account, amount_micro) VALUES ('consumer:alice', 9)"
-    ))
-    .await
-    .unwrap();
-    db::migrate::<Migrator>(&db).await.unwrap();
-    let (moved, _) = usage::moved(&db, "alice", (500, 501), None, 10).await.unwrap();
-    assert_eq!((moved.len(), moved[0].at_ms, moved[0].free_micro), (1, 500, 9));
+    older_entries_get_the_time_of_their_transfer(&db).await;
     let plan = "EXPLAIN QUERY PLAN SELECT amount_micro FROM entries WHERE account = 'a' AND at_ms >= 1 AND at_ms < 2 \
                 AND (at_ms, transfer_id) > (1, x'00') ORDER BY at_ms, transfer_id LIMIT 3";
     let rows = db.query_all_raw(Statement::from_string(db.get_database_backend(), plan)).await.unwrap();
     let plan: Vec<String> = rows.iter().map(|row| row.try_get("", "detail").unwrap()).collect();
     assert!(plan.len() == 1 && plan[0].contains("INDEX entries_time (account=? AND at_ms>"), "{plan:?}");
+}
+
+#[tokio::test]
+async fn older_entries_get_the_time_of_their_transfer_postgres() {
+    let db = db::connect(&cluster().pg_url, Some(&unique("statements"))).await.unwrap();
+    older_entries_get_the_time_of_their_transfer(&db).await;
+    // What a process of the version before would write.
+    let old = "INSERT INTO entries (transfer_id, account, amount_micro) \
+               VALUES ('00000000-0000-0000-0000-000000000000', 'consumer:alice', 9)";
+    let refused = db.execute_unprepared(old).await.unwrap_err().to_string();
+    assert!(refused.contains("at_ms"), "{refused}");
+}
+
+/// Entries that were written before they had a time have their transfer's, and what is asked about them is found by it.
+async fn older_entries_get_the_time_of_their_transfer(db: &DatabaseConnection) {
+    let last = u32::try_from(Migrator::migrations().len()).unwrap();
+    Migrator::up(db, Some(last - 1)).await.unwrap();
+    let is_sqlite = db.get_database_backend() == DbBackend::Sqlite;
+    for n in 1..=20_u128 {
+        let id = Uuid::from_u128(n);
+        let id = if is_sqlite { format!("x'{}'", id.simple()) } else { format!("'{id}'") };
+        let others = if n % 2 == 0 { "bob" } else { "issuance" };
+        db.execute_unprepared(&format!(
+            "INSERT INTO transfers (id, kind, request_id, at_ms) VALUES ({id}, 'credit', NULL, {at_ms}); \
+             INSERT INTO entries (transfer_id, account, amount_micro) VALUES ({id}, 'consumer:alice', {n}); \
+             INSERT INTO entries (transfer_id, account, amount_micro) VALUES ({id}, 'consumer:{others}', -{n})",
+            at_ms = 500 + n
+        ))
+        .await
+        .unwrap();
+    }
+    // It fails at its last step, leaves nothing half done, and is begun again.
+    db.execute_unprepared("DROP INDEX entries_account").await.unwrap();
+    db::migrate::<Migrator>(db).await.unwrap_err();
+    db.execute_unprepared("CREATE INDEX entries_account ON entries (account)").await.unwrap();
+    db::migrate::<Migrator>(db).await.unwrap();
+    for (account, n, sign) in [("alice", 7, 1), ("bob", 8, -1)] {
+        let at_ms = 500 + n;
+        let (moved, _) = usage::moved(db, account, (at_ms, at_ms + 1), None, 10).await.unwrap();
+        assert_eq!((moved.len(), moved[0].at_ms, moved[0].free_micro), (1, at_ms, sign * n));
+    }
+    let (all, _) = usage::moved(db, "alice", (0, 1_000), None, 100).await.unwrap();
+    let times: Vec<i64> = all.iter().map(|one| one.at_ms).collect();
+    assert_eq!(times, (501..=520).collect::<Vec<_>>());
 }
 
 fn last_of(lines: &[Value]) -> Value {
