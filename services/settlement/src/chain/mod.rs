@@ -19,6 +19,7 @@ pub mod devnet;
 pub mod governance;
 pub mod operator;
 pub mod port;
+pub(crate) mod progress;
 pub mod reader;
 pub mod slash;
 pub mod stakes;

@@ -1,6 +1,6 @@
 //! What operators have at stake on a real chain, and what dispatchers read of it.
 
-use std::{collections::BTreeMap, time::Duration};
+use std::{collections::BTreeMap, path::PathBuf, time::Duration};
 
 use alloy::{
     primitives::{U256, hex},
@@ -54,6 +54,10 @@ impl World {
         let treasury = Operator::connect(anvil.url(), DEPLOYER, contracts).await.unwrap();
         treasury.transfer(operator.address(), u128::from(2 * MINIMUM)).await.unwrap();
         Self { anvil, proxy, contracts, dir, operator }
+    }
+
+    fn stakes_path(&self) -> PathBuf {
+        network::stakes_path(&self.dir.path().join("network.json"))
     }
 
     fn live(&self) -> Live {
@@ -121,10 +125,32 @@ async fn who_has_the_minimum_is_written_where_dispatchers_read_it() {
     stop.cancel();
 
     // Who starts later comes to the same.
-    std::fs::remove_file(network::stakes_path(&world.dir.path().join("network.json"))).unwrap();
+    std::fs::remove_file(world.stakes_path()).unwrap();
     let (live, stop) = world.start();
     world.reach(&live, MINIMUM - 1, Some(MINIMUM - 1)).await;
     world.ask_for(0).await;
     world.reach(&live, 0, None).await;
+    stop.cancel();
+}
+
+#[tokio::test]
+async fn what_a_reorganisation_took_is_not_at_stake() {
+    let world = World::new().await;
+    world.operator.stake(u128::from(MINIMUM)).await.unwrap();
+    // What fails in the middle is tried again.
+    for method in ["eth_getLogs", "eth_call"] {
+        world.proxy.lose_answer_to(method);
+        let (live, stop) = world.start();
+        eventually(DEADLINE, async || world.proxy.has_lost()).await;
+        world.reach(&live, MINIMUM, Some(MINIMUM)).await;
+        stop.cancel();
+        std::fs::remove_file(world.stakes_path()).unwrap();
+    }
+    let (live, stop) = world.start();
+    world.operator.stake(5).await.unwrap();
+    world.reach(&live, MINIMUM, Some(MINIMUM + 5)).await;
+    // As long a chain, and the last stake is not in it.
+    rpc(world.anvil.url(), "anvil_reorg", json!([1, []])).await;
+    world.reach(&live, MINIMUM, Some(MINIMUM)).await;
     stop.cancel();
 }

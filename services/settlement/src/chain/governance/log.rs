@@ -17,10 +17,10 @@ use super::{
     entry::EntryError,
     proposal::{Place, Proposal, entries},
 };
-use crate::chain::port::Finality;
-
-/// Blocks that one look into the log covers: endpoints limit it, many to 10,000.
-pub const LOG_RANGE: u64 = 5_000;
+use crate::chain::{
+    port::Finality,
+    progress::{LOG_RANGE, Progress},
+};
 
 /// What the log says of a proposal, before the governor is asked.
 #[derive(Clone)]
@@ -74,40 +74,27 @@ impl Executed {
 /// What the log's final blocks say, kept between readings: each block is read once. Should the chain be reorganised
 /// beyond them, all of it is read again.
 pub struct ProposalLog {
-    from_block: u64,
+    progress: Progress,
     finality: Finality,
     confirmations: u64,
-    /// The last block that was read.
-    last: Option<(u64, B256)>,
     found: BTreeMap<U256, Logged>,
 }
 
 impl ProposalLog {
     /// Nothing is read yet. `from_block`: where the governor was deployed; the rest says which blocks are final.
     pub fn new(from_block: u64, finality: Finality, confirmations: u64) -> Self {
-        Self { from_block, finality, confirmations, last: None, found: BTreeMap::new() }
-    }
-
-    /// The next block to be read.
-    fn next_block(&self) -> u64 {
-        self.last.map_or(self.from_block, |(block, _)| block + 1)
+        Self { progress: Progress::new(from_block), finality, confirmations, found: BTreeMap::new() }
     }
 
     /// Reads on up to the final block `until`. What was read stays, also if it fails in the middle.
     async fn read(&mut self, governance: &Governance, until: u64) -> Result<(), ChainError> {
-        if let Some((block, hash)) = self.last
-            && governance.reader.existing_hash(block).await? != hash
-        {
-            tracing::warn!(block, "the chain was reorganised beyond finality: proposals are read again");
-            (self.last, self.found) = (None, BTreeMap::new());
+        let reader = &governance.reader;
+        if self.progress.begins_anew(reader).await? {
+            self.found.clear();
         }
-        while self.next_block() <= until {
-            let from = self.next_block();
-            let to = from.saturating_add(LOG_RANGE - 1).min(until);
-            // Before the log: should the blocks be replaced in between, the next reading finds out.
-            let hash = governance.reader.existing_hash(to).await?;
-            governance.scan(from, to, &mut self.found).await?;
-            self.last = Some((to, hash));
+        while let Some(range) = self.progress.next(reader, until).await? {
+            governance.scan(range.from, range.to, &mut self.found).await?;
+            self.progress.read(&range);
         }
         Ok(())
     }
@@ -123,7 +110,7 @@ impl Governance {
         log.read(self, last_final).await?;
         let mut found = log.found.clone();
         let newest = self.reader.block_number().await?;
-        self.scan(log.next_block(), newest, &mut found).await?;
+        self.scan(log.progress.next_block(), newest, &mut found).await?;
         let mut logged: Vec<Logged> = found.into_values().collect();
         logged.sort_by_key(|one| std::cmp::Reverse(one.order()));
         logged.truncate(most);

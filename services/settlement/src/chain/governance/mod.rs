@@ -24,7 +24,7 @@ use proposal::micro;
 
 pub use call::{Action, RegistryCall};
 pub use entry::{EntryError, MAX_ENTRY_BYTES, MAX_TITLE_BYTES, describe, entry};
-pub use log::{Executed, LOG_RANGE, ProposalLog};
+pub use log::{Executed, ProposalLog};
 pub use proposal::{Place, Proposal, ProposalId, State, Tally};
 pub use state::RegistryState;
 
