@@ -156,7 +156,9 @@ impl<L: Link<Port: Clone>> Follower<L> {
         if !self.read_unread(&port).await? {
             return Ok(Looked::Behind);
         }
-        self.read_heads(&port, &newest).await?;
+        if !self.read_heads(&port, &newest).await? {
+            return Ok(Looked::Behind);
+        }
         work.seen = Some(newest.hash);
         self.freshness.looked(looked_at_ms);
         self.count().await?;
@@ -292,8 +294,9 @@ impl<L: Link<Port: Clone>> Follower<L> {
         Ok(true)
     }
 
-    /// Reads the accounts that blocks after the final one changed, as of the newest.
-    async fn read_heads(&self, port: &L::Port, newest: &BlockRef) -> Result<(), FollowError> {
+    /// Reads the accounts that blocks after the final one changed, as of the newest. `false` if another follower moved the
+    /// cursor meanwhile.
+    async fn read_heads(&self, port: &L::Port, newest: &BlockRef) -> Result<bool, FollowError> {
         let cursor = escrows::cursor(&self.db).await?;
         let mut from = cursor.map_or(self.config.chain.from_block, |cursor| cursor.next_block);
         let mut touched = BTreeSet::new();
@@ -307,12 +310,16 @@ impl<L: Link<Port: Clone>> Follower<L> {
         });
         let heads: Vec<(Address, Escrow)> = stream::iter(reading).buffered(AT_A_TIME).try_collect().await?;
         let tx = self.db.begin().await?;
+        if escrows::lock_cursor(&tx).await? != cursor {
+            tx.rollback().await?;
+            return Ok(false);
+        }
         escrows::set_heads(&tx, &heads).await?;
         tx.commit().await?;
         if !heads.is_empty() {
             self.changed.notify_one();
         }
-        Ok(())
+        Ok(true)
     }
 
     /// Says on the check and in the metrics what is owed.

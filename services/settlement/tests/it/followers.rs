@@ -207,6 +207,41 @@ async fn of_two_followers_the_slower_one_takes_nothing_back(db: DatabaseConnecti
     assert_eq!(in_books(&db, 0).await, 1_500);
 }
 
+/// What the newest block has is written as of one cursor too: a withdrawal that the quicker one saw stays seen.
+#[tokio::test]
+async fn of_two_followers_the_slower_one_hides_no_withdrawal() {
+    let dir = TempDir::new().unwrap();
+    let db = sqlite(&dir).await;
+    let world = SimWorld::new();
+    let (slow, quick) = (Endpoint::slow(&world), Endpoint::new(&world));
+    let follower = |endpoint| {
+        let mut follower = follower(&db, endpoint);
+        follower.config.chain.confirmations = 3;
+        follower
+    };
+    let (old, new) = (follower(&slow), follower(&quick));
+    deposit(&world, 0, 1_000).await;
+    world.event(Event::Mine(5)).await;
+    assert_eq!(new.look(&mut Follow::default()).await.unwrap(), Looked::Current);
+    deposit(&world, 0, 500).await;
+    let (mut before, mut after) = (Follow::default(), Follow::default());
+    let late = old.look(&mut before);
+    let meanwhile = async {
+        while slow.asked.1.load(Ordering::SeqCst) == 0 {
+            tokio::task::yield_now().await;
+        }
+        world.event(Event::Deed { wallet: 0, deed: Deed::Request(700) }).await;
+        world.event(Event::Mine(1)).await;
+        assert_eq!(new.look(&mut after).await.unwrap(), Looked::Current);
+        slow.permits.add_permits(1_000);
+    };
+    let (looked, ()) = tokio::join!(late, meanwhile);
+    assert_eq!(looked.unwrap(), Looked::Behind, "it looks again");
+    let row = escrows::find(&db, &wallets::address(0)).await.unwrap().unwrap();
+    assert_eq!((row.escrow_micro, row.head_escrow_micro), (1_000, Some(1_500)));
+    assert_eq!(row.head_withdrawal_micro, Some(700));
+}
+
 #[tokio::test]
 async fn a_block_that_the_endpoint_does_not_have_yet_is_no_reorganisation() {
     let dir = TempDir::new().unwrap();
