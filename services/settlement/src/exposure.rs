@@ -39,6 +39,11 @@ impl Exposure {
         self.micro.fetch_add(i64::try_from(micro).unwrap_or(i64::MAX), Ordering::Relaxed);
     }
 
+    /// Whether the cap is reached.
+    pub fn is_reached(&self) -> bool {
+        self.cap_micro > 0 && self.micro.load(Ordering::Relaxed) >= self.cap_micro
+    }
+
     /// Why a paid request is not admitted now; `None` below the cap.
     pub fn rejection(&self) -> Option<Rejection> {
         let micro = self.micro.load(Ordering::Relaxed);

@@ -86,6 +86,9 @@ pub async fn run(config: Config, deps: Deps, shutdown: CancellationToken) -> Res
     let _stops_all = stop.clone().drop_guard();
     let relay = Relay::start(db.clone(), deps.bus.clone(), stop.clone());
     let written = Arc::new(Notify::new());
+    // Without a settler nothing is ever final.
+    let cap_micro = if config.chain.settler_key.is_empty() { 0 } else { config.exposure.cap_micro };
+    let exposure = exposure::Exposure::new(ledger::amount(cap_micro)?);
     let batcher = batcher::Batcher {
         db: db.clone(),
         relay: Some(relay.clone()),
@@ -93,6 +96,7 @@ pub async fn run(config: Config, deps: Deps, shutdown: CancellationToken) -> Res
         check: health.check("chain"),
         metrics: metrics.clone(),
         written: written.clone(),
+        exposure: exposure.clone(),
         config: config.clone(),
     };
     let contracts = contracts(&config)?;
@@ -109,9 +113,6 @@ pub async fn run(config: Config, deps: Deps, shutdown: CancellationToken) -> Res
         poll: std::time::Duration::from_millis(config.governance.poll_ms),
     });
     let decisions = contracts.map(|known| decisions(&config, rpc_url, known));
-    // Without a settler nothing is ever final.
-    let cap_micro = if config.chain.settler_key.is_empty() { 0 } else { config.exposure.cap_micro };
-    let exposure = exposure::Exposure::new(ledger::amount(cap_micro)?);
     let freshness = escrow::Freshness::new(config.escrow.stale_secs, config.escrow.margin_secs);
     let follower = escrow::follow::Follower {
         db: db.clone(),

@@ -51,7 +51,9 @@ impl<L: Link<Port: Clone>> Batcher<L> {
 
     async fn due(&self) -> Result<Vec<EscrowRow>, DbErr> {
         let escrow = &self.config.escrow;
-        escrows::due(&self.db, escrow.charges, escrow.charge_min_micro).await
+        // Small sums that wait are exposed too: at the cap they would keep everybody's requests out.
+        let min_micro = if self.exposure.is_reached() { 0 } else { escrow.charge_min_micro };
+        escrows::due(&self.db, escrow.charges, min_micro).await
     }
 
     /// What an account owes, as far as its owner signed for it: beyond that the contract refuses the whole transaction, and

@@ -43,6 +43,7 @@ use crate::{
     chain::{ChainError, Head, Link, Port, TxStatus},
     config::Config,
     domain::{BatchState, Limits, Plan, plan},
+    exposure::Exposure,
     metrics::Metrics,
     store::{
         batches::{self, BatchRow, Place},
@@ -67,6 +68,7 @@ pub struct Batcher<L> {
     pub metrics: Metrics,
     /// A receipt was written.
     pub written: Arc<Notify>,
+    pub exposure: Exposure,
 }
 
 /// Why a step did not work.

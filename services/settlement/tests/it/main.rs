@@ -6,6 +6,7 @@ mod anvil_world;
 mod batches;
 mod books;
 mod chain;
+mod charges;
 mod contracts;
 mod crash;
 mod escrow;

@@ -195,6 +195,7 @@ impl<W: World> Parts<W> {
             freshness: freshness.clone(),
             changed: written.clone(),
         };
+        let exposure = Exposure::new(0);
         let batcher = Batcher {
             db: db.clone(),
             relay: None,
@@ -203,10 +204,10 @@ impl<W: World> Parts<W> {
             check: health.check("chain"),
             metrics: metrics.clone(),
             written: written.clone(),
+            exposure: exposure.clone(),
         };
         let Network { manifest, registry, .. } = network;
         let domain = manifest.domain;
-        let exposure = Exposure::new(0);
         let live = Live::fixed(Roots {
             manifest: manifest.clone(),
             registries: registry.into(),
