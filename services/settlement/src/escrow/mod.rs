@@ -128,6 +128,8 @@ impl Standing {
 /// Somebody may have announced a withdrawal right after the last look. So what is held now must be decided and charged
 /// within the delay from then on: a request's deadline and the margin, in which it is settled, posted and taken into a
 /// block, end before that, or its escrow is not spent.
+///
+/// The endpoint is trusted to advance with the chain: one that stands still and answers counts as a look.
 #[derive(Debug, Clone, Default)]
 pub struct Freshness {
     looked_at_ms: Arc<AtomicI64>,
