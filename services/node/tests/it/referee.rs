@@ -71,7 +71,8 @@ async fn a_grammar_binds_the_scorer_too() {
     let grammar = |text: &str| Some(Grammar { kind: GrammarKind::Regex, text: text.into() });
     let formed = Request { grammar: grammar("(yes|no)"), ..request("Is Paris in France?", 8) };
     let (own, _) = answer(&mut session, &formed).await;
-    let (free, _) = answer(&mut session, &Request { grammar: None, ..formed.clone() }).await;
+    let unbound = Request { id: Uuid::now_v7(), grammar: None, ..formed.clone() };
+    let (free, _) = answer(&mut session, &unbound).await;
     let reports = session.scored(&formed, 1, &[own, free]).await;
     assert!(reports[0].scores.iter().all(|score| score.margin_micro == 0));
     assert!(reports[1].scores.iter().any(|score| score.margin_micro == u32::MAX));
